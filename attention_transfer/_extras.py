@@ -1,0 +1,23 @@
+"""Optional packages: imported when first needed, with one clear line when they are missing."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+def require(package: str, *, extra: str, user: str) -> ModuleType:
+    """Import `package`, which belongs to the optional dependency group `extra`, on behalf of `user`.
+
+    Raises:
+        ImportError: if the package is not installed; the message holds the command that installs it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != package.split(".")[0]:
+            raise
+        raise ImportError(
+            f"{user}: needs the package {package.split('.')[0]}, which is not installed. "
+            f'Run: pip install "attention-transfer[{extra}]"'
+        ) from None

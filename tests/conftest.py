@@ -1,0 +1,54 @@
+"""Fixtures shared by all tests, and the run-time check of array shapes (`pytest --shapes`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shapes", action="store_true", help="check every jaxtyping annotation at run time")
+    parser.addoption("--slow", action="store_true", help="run the slow tier too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--shapes"):
+        from jaxtyping import install_import_hook
+
+        install_import_hook("attention_transfer", "beartype.beartype")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow tier: run with --slow"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def _shared_folder(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"no shared/{name} beside the checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real CIFAR-10 as parquet files, where the folder is there."""
+    return _shared_folder("data")
+
+
+@pytest.fixture(scope="session")
+def shared_reference() -> Path:
+    """What a real Caffe computes, where the folder is there."""
+    return _shared_folder("reference")
