@@ -1,0 +1,330 @@
+"""The recipe: every setting of a training run, in one flat dataclass that reads and writes YAML."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+Method = Literal["none", "at", "kd", "at+kd"]
+Form = Literal["paper", "code", "caffe"]
+ChannelMapping = Literal["sum", "max"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every setting of one training run.
+
+    The defaults are the paper's CIFAR recipe: SGD 0.1 with momentum 0.9 and weight decay 5e-4, the rate
+    times 0.2 at 30, 60 and 80 percent of 200 epochs, batches of 128, reflect-padded random crops and flips.
+    beta is the exception: 1 with the form "paper" did best in this project's first trial.
+
+    Raises:
+        ValueError: if a value is out of its range or contradicts another; the message names the field.
+    """
+
+    student: str = "wrn-16-1"
+    """The model to train: wrn-16-1, nin-thin, resnet18, timm:NAME, torchvision:NAME, package.module:name."""
+    student_weights: str | None = None
+    """Weights to start the student from: a file, a run folder, or "pretrained". Random if not given."""
+    teacher: str | None = "wrn-16-2"
+    """The model to learn from: a run folder, or a name. A name without --teacher-weights is trained first."""
+    teacher_weights: str | None = None
+    """The teacher's weights: a safetensors file, a checkpoint, a run folder, or "pretrained"."""
+    teacher_classes: int | None = None
+    """Number of classes of the teacher's weights file, where it differs from the data's."""
+    teacher_epochs: int | None = None
+    """Epochs for a teacher that is trained first. As many as the student's if not given."""
+
+    data: str = "cifar10"
+    """The images: cifar10, cifar100, fashion-mnist, mnist, mnist-5k, a folder of class folders, parquet."""
+    data_root: str | None = None
+    """Where the named data sets are looked for and downloaded to."""
+    validation: float = 0.1
+    """Share of the training images held out to choose the best epoch; 0 for none. Test images never are."""
+    max_train: int | None = None
+    """Train on this many images only, as if there were no more."""
+    image_size: int | None = None
+    """Resize every image to this height and width, in pixels."""
+    image_column: str | None = None
+    """The parquet column of the images, where it cannot be told from the file."""
+    label_column: str | None = None
+    """The parquet column of the labels, where it cannot be told from the file."""
+    pad: int = 4
+    """Augmentation: reflect-pad by this many pixels and crop back at random; 0 for none."""
+    flip: bool = True
+    """Augmentation: mirror every second image at random. Turn it off for digits and letters."""
+    num_workers: int = 4
+    """Processes that decode images which do not fit in memory."""
+
+    method: Method = "at"
+    """What the student learns from besides labels: attention maps (at), distillation (kd), both, or none."""
+    pairs: str = "auto"
+    """Student and teacher layers to compare, "layer1:layer1,layer2:block2"; "auto" finds the stage ends."""
+    beta: float = 1.0
+    """Weight of the attention transfer term. It does not carry over between the forms."""
+    form: Form = "paper"
+    """Form of the attention term: the paper's equation, the authors' code (beta about 1000), or Caffe's."""
+    p: float = 2.0
+    """Exponent of the attention map, the sum over channels of |A|^p; at least 1."""
+    mapping: ChannelMapping = "sum"
+    """How the channels are reduced to a map."""
+    resize: Literal["student", "teacher"] | None = None
+    """Resize maps of unequal size to the student's or to the teacher's. An error if not given."""
+    alpha: float = 0.9
+    """Distillation: share of the teacher's answer in the loss, from 0 to 1."""
+    temperature: float = 4.0
+    """Distillation: temperature that softens both answers."""
+
+    epochs: int = 200
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images in a step, on each device."""
+    lr: float = 0.1
+    """Learning rate: the first one under "steps", the highest one under "one-cycle"."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov's form of the momentum."""
+    weight_decay: float = 5e-4
+    """Weight decay of SGD, on every parameter."""
+    schedule: Literal["steps", "one-cycle"] = "steps"
+    """Course of the learning rate: drops at the milestones, or up and down once, which suits short runs."""
+    milestones: tuple[float, ...] = (0.3, 0.6, 0.8)
+    """Where the rate drops, as shares of all epochs."""
+    factor: float = 0.2
+    """What the rate is multiplied by at each milestone."""
+    gradient_clip: float | None = None
+    """Clip the gradient to this norm."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights become student.safetensors: the last epoch's, or those of least validation error."""
+
+    seed: int = 0
+    """Seed of the initial weights, the split, the order of the images and the augmentation."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"] = "auto"
+    """Arithmetic: "auto" is bf16-mixed on a GPU that has it, and 32-true elsewhere."""
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """The kind of device to train on."""
+    devices: int | None = None
+    """Devices on each machine, working as one. All its GPUs, or one CPU process, if not given."""
+    nodes: int = 1
+    """Machines that train together."""
+
+    output: str | None = None
+    """The run folder. runs/DATA-STUDENT-METHOD-SEED if not given."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_type(field.name, getattr(self, field.name))
+        for name, (holds, expected) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"Recipe: expected {name} {expected}, got {value}. Change {_flag(name)}.")
+        self._check_teacher()
+        parse_pairs(self.pairs)
+
+    def _check_teacher(self) -> None:
+        if self.method != "none" and not self.teacher:
+            raise ValueError(
+                f'Recipe: method "{self.method}" needs a teacher, got none. Pass --teacher, or --method none.'
+            )
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("Recipe: expected momentum > 0 with nesterov, got 0. Pass --momentum 0.9.")
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, named after the run if `output` is not given."""
+        if self.output is not None:
+            return Path(self.output)
+        student = Path(self.student.replace(":", "-")).name
+        return Path("runs") / f"{Path(self.data).resolve().name}-{student}-{self.method}-{self.seed}"
+
+    def resolved(self) -> Recipe:
+        """The same recipe with its output folder and absolute paths filled in, so that it works anywhere."""
+        paths = {name: _absolute(getattr(self, name)) for name in _MAYBE_PATHS}
+        return replace(self, **paths, output=str(self.folder.absolute()))
+
+    def for_teacher(self) -> Recipe:
+        """The recipe that trains this recipe's teacher first, without a teacher of its own."""
+        return replace(
+            self,
+            student=self.teacher,
+            student_weights=None,
+            teacher=None,
+            teacher_weights=None,
+            teacher_classes=None,
+            teacher_epochs=None,
+            method="none",
+            pairs="auto",
+            epochs=self.teacher_epochs or self.epochs,
+            output=str(self.folder / "teacher"),
+        )
+
+    def to_yaml(self) -> str:
+        """The recipe as flat YAML, a line a field."""
+        import yaml
+
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        return yaml.safe_dump(values, sort_keys=False)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe from YAML; fields that the file leaves out keep their defaults.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not flat YAML, or holds an unknown field or a bad value.
+        """
+        import yaml
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"Recipe.load: expected a YAML recipe, got {path}, which is not a file.")
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"Recipe.load: {path} is not readable as YAML ({reason}).") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"Recipe.load: expected `field: value` lines in {path}, got {values!s:.60}.")
+        return cls.from_mapping(values)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Recipe:
+        """A recipe from a mapping of field names to values, with YAML's types mended (lists, 1e-3 as text).
+
+        Raises:
+            ValueError: if a name is unknown (near matches are listed) or a value is bad.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=3)
+                hint = f"Did you mean {', '.join(near)}?" if near else "`train --help` lists the fields."
+                raise ValueError(f"Recipe: unknown field {name!r}. {hint}")
+        return cls(**{name: _mend(name, value) for name, value in values.items()})
+
+
+def parse_pairs(text: str) -> list[tuple[str, str, float]] | None:
+    """Layers from "a:b,c:d" or "a:b:0.5" as (student, teacher, weight); a lone "a" is "a:a"; None for "auto".
+
+    Raises:
+        ValueError: if the text is of another form.
+    """
+    if text == "auto":
+        return None
+    return [_parse_pair(part.strip(), text) for part in text.split(",")]
+
+
+def _parse_pair(part: str, text: str) -> tuple[str, str, float]:
+    names = part.split(":")
+    try:
+        weight = float(names[2]) if len(names) == 3 else 1.0
+    except ValueError:
+        weight = -1.0
+    if not all(names) or len(names) > 3 or weight <= 0:
+        raise ValueError(
+            f'Recipe: expected pairs "auto" or STUDENT_LAYER:TEACHER_LAYER[:WEIGHT],..., got {text!r}. '
+            "`attention-transfer pairs` prints the layers."
+        )
+    return names[0], names[1] if len(names) > 1 else names[0], weight
+
+
+def field_types() -> dict[str, Any]:
+    """The declared type of every recipe field."""
+    return typing.get_type_hints(Recipe)
+
+
+_MAYBE_PATHS = ("data", "data_root", "teacher", "teacher_weights", "student_weights")
+
+_POSITIVE = (lambda v: v > 0, "> 0")
+_AT_LEAST_ONE = (lambda v: v >= 1, ">= 1")
+_NOT_NEGATIVE = (lambda v: v >= 0, ">= 0")
+_SHARE = (lambda v: 0 <= v <= 1, "from 0 to 1")
+_RANGES = {
+    "teacher_classes": (lambda v: v >= 2, ">= 2"),
+    "teacher_epochs": _AT_LEAST_ONE,
+    "validation": (lambda v: 0 <= v < 1, "from 0 to below 1"),
+    "max_train": (lambda v: v >= 2, ">= 2"),
+    "image_size": _AT_LEAST_ONE,
+    "pad": _NOT_NEGATIVE,
+    "num_workers": _NOT_NEGATIVE,
+    "beta": _NOT_NEGATIVE,
+    "p": _AT_LEAST_ONE,
+    "alpha": _SHARE,
+    "temperature": _POSITIVE,
+    "epochs": _AT_LEAST_ONE,
+    "batch_size": (lambda v: v >= 2, ">= 2 (batch normalisation learns nothing from one image)"),
+    "lr": _POSITIVE,
+    "momentum": (lambda v: 0 <= v < 1, "from 0 to below 1"),
+    "weight_decay": _NOT_NEGATIVE,
+    "milestones": (
+        lambda v: all(0 < m < 1 for m in v) and list(v) == sorted(v),
+        "as rising shares between 0 and 1",
+    ),
+    "factor": (lambda v: 0 < v <= 1, "above 0 and up to 1"),
+    "gradient_clip": _POSITIVE,
+    "seed": (lambda v: 0 <= v < 2**32, "from 0 to 2^32 - 1"),
+    "devices": _AT_LEAST_ONE,
+    "nodes": _AT_LEAST_ONE,
+}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _absolute(value: str | None) -> str | None:
+    """An existing path made absolute; names of models and data sets stay as they are."""
+    if value is None or not Path(value).expanduser().exists():
+        return value
+    return str(Path(value).expanduser().absolute())
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type itself."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _accepts(option: Any, value: Any) -> bool:
+    if typing.get_origin(option) is Literal:
+        return value in typing.get_args(option)
+    if typing.get_origin(option) is tuple:
+        return isinstance(value, tuple) and all(_accepts(float, entry) for entry in value)
+    if option is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    if option is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, option)
+
+
+def _check_type(name: str, value: Any) -> None:
+    options = _options(field_types()[name])
+    if any(_accepts(option, value) for option in options):
+        return
+    expected = " or ".join(_describe(option) for option in options)
+    raise ValueError(f"Recipe: expected {name} to be {expected}, got {value!r}. Change {_flag(name)}.")
+
+
+def _describe(option: Any) -> str:
+    if typing.get_origin(option) is Literal:
+        return " or ".join(f'"{choice}"' for choice in typing.get_args(option))
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    return names.get(option, "a list of numbers")
+
+
+def _mend(name: str, value: Any) -> Any:
+    """YAML reads 1e-3 as text and has no tuples: the value as its field wants it."""
+    options = _options(field_types()[name])
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and float in options:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
