@@ -1,0 +1,120 @@
+"""The terms of a distillation loss: modules over the functions of `functional`, each with its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .functional import Activations, Form, Mapping, Side, attention_transfer_loss, distillation_loss
+from .pairs import Pair
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one forward pass of student and teacher on the same images left behind, for the terms to read."""
+
+    pairs: Sequence[Pair]
+    student_features: Sequence[Float[Tensor, "b _ _ _"]]  # one entry a pair, in the student's autograd graph
+    teacher_features: Sequence[Float[Tensor, "b _ _ _"]]
+    student_logits: Float[Tensor, "b k"]
+    teacher_logits: Float[Tensor, "b _"] | None
+    labels: Int[Tensor, " b"]
+
+
+class Term(nn.Module):
+    """An addend of the distillation loss. A term of your own: subclass, and say what it contributes."""
+
+    needs_features = False
+    cross_entropy_weight = 1.0  # the factor that this term puts on the cross-entropy
+
+    def contributions(self, seen: Observation) -> dict[str, Float[Tensor, ""]]:
+        """The term's value by name; a term that works on layer pairs names each, as in "at/layer3"."""
+        raise NotImplementedError
+
+
+class AttentionTransfer(Term):
+    """Attention transfer (Zagoruyko & Komodakis 2017, equation 2): `attention_transfer_loss` as a module.
+
+    Args:
+        beta: weight of the term; about 1 for form "paper", 1000 for "code".
+        p, mapping, form, resize: as in `attention_transfer_loss`.
+    """
+
+    needs_features = True
+
+    def __init__(
+        self,
+        beta: float,
+        *,
+        p: float = 2.0,
+        mapping: Mapping = "sum",
+        form: Form = "paper",
+        resize: Side | None = None,
+    ) -> None:
+        super().__init__()
+        self.beta, self.p, self.mapping, self.form, self.resize = beta, p, mapping, form, resize
+
+    def forward(
+        self, student: Activations, teacher: Activations, weights: Sequence[float] | None = None
+    ) -> Float[Tensor, ""]:
+        """The term for one pair of activations, or the sum over a sequence of pairs."""
+        return attention_transfer_loss(
+            student,
+            teacher,
+            beta=self.beta,
+            p=self.p,
+            mapping=self.mapping,
+            form=self.form,
+            resize=self.resize,
+            weights=weights,
+        )
+
+    def contributions(self, seen: Observation) -> dict[str, Float[Tensor, ""]]:
+        return {
+            f"at/{pair.student}": self(student, teacher, [pair.weight])
+            for pair, student, teacher in zip(
+                seen.pairs, seen.student_features, seen.teacher_features, strict=True
+            )
+        }
+
+    def extra_repr(self) -> str:
+        options = ("beta", "p", "mapping", "form", "resize")
+        return ", ".join(f"{option}={getattr(self, option)!r}" for option in options)
+
+
+class KnowledgeDistillation(Term):
+    """Knowledge distillation (Hinton et al. 2015): alpha * T^2 KL + (1 - alpha) * cross-entropy.
+
+    Args:
+        alpha: share of the distillation term, 0 <= alpha <= 1; the cross-entropy keeps the rest.
+        temperature: T > 0.
+
+    Raises:
+        ValueError: if alpha or temperature is out of range.
+    """
+
+    def __init__(self, alpha: float = 0.9, temperature: float = 4.0) -> None:
+        super().__init__()
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"KnowledgeDistillation: expected 0 <= alpha <= 1, got {alpha}.")
+        if not temperature > 0:
+            raise ValueError(f"KnowledgeDistillation: expected temperature > 0, got {temperature}.")
+        self.alpha, self.temperature = alpha, temperature
+        self.cross_entropy_weight = 1 - alpha
+
+    def forward(
+        self, student_logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"]
+    ) -> Float[Tensor, ""]:
+        """alpha * T^2 * KL; the factor on the cross-entropy is the caller's to apply."""
+        return self.alpha * distillation_loss(student_logits, teacher_logits, temperature=self.temperature)
+
+    def contributions(self, seen: Observation) -> dict[str, Float[Tensor, ""]]:
+        if seen.teacher_logits is None:
+            raise ValueError("KnowledgeDistillation: expected a teacher, got none.")
+        return {"kd": self(seen.student_logits, seen.teacher_logits)}
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, temperature={self.temperature}"
