@@ -1,1 +1,11 @@
+"""Models by name, the paper's networks, and weights on disk."""
 
+from .build import build_model as build_model
+from .nin import NetworkInNetwork as NetworkInNetwork
+from .weights import LoadReport as LoadReport
+from .weights import Mismatch as Mismatch
+from .weights import fingerprint as fingerprint
+from .weights import load_weights as load_weights
+from .weights import read_metadata as read_metadata
+from .weights import save_weights as save_weights
+from .wide_resnet import WideResNet as WideResNet

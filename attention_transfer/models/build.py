@@ -1,0 +1,344 @@
+"""Models by name: this package's, timm's, torchvision's, or a factory of the user's own."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._extras import require
+from .nin import THIN, NetworkInNetwork
+from .weights import load_weights
+from .wide_resnet import WideResNet
+
+OWN_NAMES = ("wrn-16-1", "wrn-16-2", "wrn-28-10", "wrn-40-1", "wrn-40-2", "nin-thin", "nin-wide")
+"""Names of this package for the list of near matches; any wrn-DEPTH-WIDTH with DEPTH = 6n + 4 is built."""
+
+FACTORY_ARGUMENTS = ("num_classes", "in_channels", "pretrained")
+"""What a factory of the user's own is called with, as far as its signature names it."""
+
+Builder = Callable[[str, int, int, bool], nn.Module]
+"""(name without its source, num_classes, in_channels, pretrained) -> the model."""
+
+_WRN = re.compile(r"wrn-(\d+)-(\d+)")
+_FACTORY = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    pretrained: bool = False,
+    weights: str | os.PathLike[str] | None = None,
+) -> nn.Module:
+    """Build the model of that name: images (b, in_channels, h, w) -> logits (b, num_classes).
+
+    Names:
+        - ``wrn-16-1``: wide residual network, depth-width, depth = 6n + 4; ``nin-thin`` and ``nin-wide``.
+        - ``timm:NAME``, ``torchvision:NAME``: that library's model.
+        - ``NAME``: the first that knows it of this package, timm, torchvision.
+        - ``package.module:factory``: called with ``num_classes``, ``in_channels`` and ``pretrained`` as far
+          as its signature names them. It must return a module.
+
+    Where ``in_channels`` is not 3, the first convolution of 3 input channels of a torchvision model is
+    adapted: its weights are summed over the channels for 1 channel, else repeated in turn and scaled by
+    3 / in_channels. timm does the same to its pretrained weights.
+
+    Args:
+        pretrained: take the library's own weights, downloaded at need and never unpickled. The head starts
+            afresh if ``num_classes`` differs from theirs.
+        weights: a file or run folder for `load_weights`; every tensor must fit.
+
+    Raises:
+        ValueError: unknown name (near matches are listed), impossible size, no pretrained weights, or
+            weights that do not fit.
+        OSError: pretrained weights that could not be fetched; FileNotFoundError: no weights file.
+        TypeError: a factory that returns no module.
+        ImportError: timm or torchvision is asked for and not installed.
+    """
+    _check_arguments(name, num_classes, in_channels, pretrained, weights)
+    builder, plain_name = _find(name)
+    model = builder(plain_name, num_classes, in_channels, pretrained)
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def _check_arguments(
+    name: object, num_classes: object, in_channels: object, pretrained: object, weights: object
+) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f'build_model: expected a name such as "wrn-16-1", got {type(name).__name__}.')
+    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(
+                f"build_model: expected {argument} of 1 or more, got {value!r}. Pass {argument}=10."
+            )
+    if pretrained and weights is not None:
+        raise ValueError(
+            f"build_model: expected one source of weights, got pretrained=True and weights={str(weights)!r}. "
+            "Drop one of them."
+        )
+
+
+def _find(name: str) -> tuple[Builder, str]:
+    source, _, plain_name = name.rpartition(":")
+    if source == "":
+        return _search(name), name
+    if source == "timm":
+        if not _timm_knows(_timm(), plain_name):
+            raise ValueError(_unknown(name))
+        return _build_timm, plain_name
+    if source == "torchvision":
+        if plain_name not in _torchvision_names(_torchvision()):
+            raise ValueError(_unknown(name))
+        return _build_torchvision, plain_name
+    if not _FACTORY.fullmatch(name):
+        raise ValueError(_unknown(name))
+    return _build_by_factory, name
+
+
+def _search(name: str) -> Builder:
+    """The builder of a bare name: this package, then timm, then torchvision."""
+    if _WRN.fullmatch(name) or name in OWN_NAMES:
+        return _build_own
+    with contextlib.suppress(ImportError):
+        if _timm_knows(_timm(), name):
+            return _build_timm
+    with contextlib.suppress(ImportError):
+        if name in _torchvision_names(_torchvision()):
+            return _build_torchvision
+    raise ValueError(_unknown(name))
+
+
+def _unknown(name: str) -> str:
+    """The message for a name nobody knows, with the near matches over all installed sources."""
+    sources: dict[str, list[str]] = {}
+    for known in OWN_NAMES:
+        sources.setdefault(known, []).append(known)
+    missing = []
+    for library, names in (("timm", lambda: _timm().list_models()), ("torchvision", _torchvision_names)):
+        try:
+            for known in names():
+                sources.setdefault(known, []).append(f"{library}:{known}")
+        except ImportError:
+            missing.append(library)
+    near = difflib.get_close_matches(name.rpartition(":")[2].lower(), list(sources), n=5)
+    full_names = [full for known in near for full in sources[known]]
+    remedy = (
+        f"Near matches: {', '.join(full_names)}."
+        if full_names
+        else (
+            "Use wrn-DEPTH-WIDTH, nin-thin, nin-wide, timm:NAME, torchvision:NAME or package.module:factory."
+        )
+    )
+    if missing:
+        remedy += f' Not installed: {", ".join(missing)}; pip install "attention-transfer[models]" adds them.'
+    return f'build_model: expected the name of a model, got "{name}". {remedy}'
+
+
+# This package
+
+
+def _build_own(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
+    if pretrained:
+        raise ValueError(_no_pretrained(name))
+    numbers = _WRN.fullmatch(name)
+    if numbers:
+        depth, width = int(numbers[1]), int(numbers[2])
+        return WideResNet(depth, width, num_classes=num_classes, in_channels=in_channels)
+    if name == "nin-thin":
+        return NetworkInNetwork(THIN, num_classes=num_classes, in_channels=in_channels)
+    return NetworkInNetwork(num_classes=num_classes, in_channels=in_channels)
+
+
+def _no_pretrained(name: str) -> str:
+    return (
+        f"build_model: expected a name with pretrained weights, got {name}: it has none. Pass weights=FILE."
+    )
+
+
+# timm
+
+
+def _timm() -> ModuleType:
+    return require("timm", extra="models", user="build_model")
+
+
+def _timm_knows(timm: ModuleType, name: str) -> bool:
+    """`name` may carry the tag of a set of weights: resnet18.a1_in1k."""
+    return name in timm.list_models(include_tags="." in name)
+
+
+def _build_timm(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
+    timm = _timm()
+    options = {"num_classes": num_classes, "in_chans": in_channels}
+    if not pretrained:
+        return timm.create_model(name, **options)
+    if not timm.get_pretrained_cfg(name).has_weights:
+        raise ValueError(_no_pretrained(f"timm:{name}"))
+    with _safe_download(f"timm:{name}"):
+        return timm.create_model(name, pretrained=True, **options)
+
+
+@contextlib.contextmanager
+def _safe_download(name: str) -> Iterator[None]:
+    """Nothing is unpickled inside, whatever the library asks for, and every failure is one line."""
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        yield
+    # each library for HTTP, hubs and archives has exceptions of its own, few of them OSErrors
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0].rstrip(". ")
+        raise OSError(
+            f"build_model: could not fetch the pretrained weights of {name} "
+            f"({type(error).__name__}: {reason[:200]}). Check the network, or pass weights=FILE."
+        ) from error
+    finally:
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+
+
+# torchvision
+
+
+def _torchvision() -> ModuleType:
+    require("torchvision", extra="models", user="build_model")
+    return importlib.import_module("torchvision.models")
+
+
+def _torchvision_names(models: ModuleType | None = None) -> list[str]:
+    """The image classifiers; not the detectors and segmenters, which live in submodules."""
+    models = models or _torchvision()
+    return models.list_models(module=models)
+
+
+def _build_torchvision(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
+    models = _torchvision()
+    options: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        # one output instead of three; pretrained RGB weights expect inputs in the scale of another library
+        options = {
+            "aux_logits": False,
+            "init_weights": True,
+            "transform_input": pretrained and in_channels == 3,
+        }
+    model = models.get_model(name, weights=None, num_classes=num_classes, **options)
+    if pretrained:
+        _load_torchvision_weights(model, name, models.get_model_weights(name))
+    if in_channels != 3:
+        _adapt_first_convolution(model, name, in_channels)
+    return model
+
+
+def _load_torchvision_weights(model: nn.Module, name: str, available: Any) -> None:
+    if not len(available):
+        raise ValueError(_no_pretrained(f"torchvision:{name}"))
+    with _safe_download(f"torchvision:{name}"):
+        state = available.DEFAULT.get_state_dict(progress=False, check_hash=True)
+    own = model.state_dict()
+    classes = len(available.DEFAULT.meta["categories"])
+    # a head for another number of classes keeps its fresh weights; all else must fit
+    fitting = {
+        key: value
+        for key, value in state.items()
+        if key in own and not _is_other_head(own[key], value, classes)
+    }
+    model.load_state_dict(own | fitting)
+
+
+def _is_other_head(own: Tensor, pretrained: Tensor, classes: int) -> bool:
+    return pretrained.shape[:1] == (classes,) and own.shape != pretrained.shape
+
+
+def _adapt_first_convolution(model: nn.Module, name: str, in_channels: int) -> None:
+    """Turn the first Conv2d of 3 input channels into one of `in_channels`."""
+    found = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3]
+    if not found:
+        raise ValueError(
+            f"build_model: expected a Conv2d with 3 input channels in torchvision:{name} to adapt to "
+            f"in_channels={in_channels}, found none. Pass in_channels=3, or a package.module:factory."
+        )
+    first = found[0]
+    first.weight = nn.Parameter(_adapt_channels(first.weight.detach(), in_channels))
+    first.in_channels = in_channels
+
+
+def _adapt_channels(weight: Tensor, in_channels: int) -> Tensor:
+    """(c_out, 3, k, k) -> (c_out, in_channels, k, k), the sum over a grey image's channels kept."""
+    if in_channels == 1:
+        return weight.sum(1, keepdim=True)
+    return weight[:, torch.arange(in_channels) % 3] * (3 / in_channels)
+
+
+# A factory of the user's own
+
+
+def _build_by_factory(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
+    factory = _import_factory(name)
+    parameters = _parameters(factory, name)
+    if pretrained and "pretrained" not in parameters:
+        raise ValueError(_no_pretrained(name))
+    offered = {"num_classes": num_classes, "in_channels": in_channels, "pretrained": pretrained}
+    model = factory(**{key: value for key, value in offered.items() if key in parameters})
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"build_model: expected a torch.nn.Module from {name}, got {type(model).__name__}. "
+            "Return the model."
+        )
+    return model
+
+
+def _parameters(factory: Callable[..., Any], name: str) -> dict[str, inspect.Parameter]:
+    """What the factory may be called with, checked to require nothing that build_model cannot offer."""
+    try:
+        parameters = dict(inspect.signature(factory).parameters)
+    except ValueError:  # some builtins have no signature to read
+        return {}
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [p.name for p in parameters.values() if p.default is p.empty and p.kind not in optional]
+    unknown = [argument for argument in required if argument not in FACTORY_ARGUMENTS]
+    if unknown:
+        raise ValueError(
+            f"build_model: expected a factory that requires at most {', '.join(FACTORY_ARGUMENTS)}, "
+            f"got {name}, which requires {', '.join(unknown)}. Give them defaults."
+        )
+    return parameters
+
+
+def _import_factory(name: str) -> Callable[..., Any]:
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # a package that the user's module needs is another matter, and keeps its own message
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(
+            f"build_model: expected an importable module before the colon of {name}, found no {error.name}. "
+            "Install it, or put its folder on PYTHONPATH."
+        ) from None
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        near = difflib.get_close_matches(
+            attribute, [key for key, value in vars(module).items() if callable(value)]
+        )
+        found = "nothing of that name" if factory is None else f"a {type(factory).__name__}"
+        remedy = f"Near matches: {', '.join(near)}." if near else "Check the name after the colon."
+        raise ValueError(
+            f"build_model: expected a function or class {attribute} in {module_name}, found {found}. {remedy}"
+        )
+    return factory

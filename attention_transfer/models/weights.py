@@ -1,0 +1,387 @@
+"""Weights on disk: loading without unpickling, atomic saving, and a fingerprint."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors import torch as safetensors_torch
+from torch import Tensor, nn
+
+NESTING_KEYS = ("state_dict", "model_state_dict", "model", "params")
+"""Where checkpoints keep their state dict; looked up in this order, again inside what is found."""
+
+LISTED = 8
+"""A report names this many tensors of a kind, and counts the rest."""
+
+_WRAPPER_SEGMENT = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_STATE_DICT_REMEDY = "Save the weights alone, with save_weights(model, FILE), and pass that file."
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A tensor of one name and two shapes."""
+
+    name: str
+    expected: tuple[int, ...]
+    got: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} (model {self.expected}, file {self.got})"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_weights` found. `str(report)` is readable: a line a kind, eight names at most in each.
+
+    `missing` are in the model only, `unexpected` in the file only; `prefix` is what was removed from the
+    file's names to fit the model's ("student." in a Lightning checkpoint, usually empty).
+    """
+
+    path: Path
+    loaded: int
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[Mismatch, ...] = ()
+    prefix: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether model and file hold the same names with the same shapes."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    @property
+    def differences(self) -> list[str]:
+        """One sentence for each kind of difference between model and file."""
+        kinds = {
+            "missing in the file": self.missing,
+            "unexpected in the file": self.unexpected,
+            "of another shape": self.mismatched,
+        }
+        return [f"{len(names)} {kind}: {_shorten(names)}" for kind, names in kinds.items() if names]
+
+    def __str__(self) -> str:
+        removed = f', under the prefix "{self.prefix}"' if self.prefix else ""
+        return "\n  ".join([f"{self.path}: {self.loaded} tensors loaded{removed}", *self.differences])
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> LoadReport:
+    """Copy the weights of a file into `model`, in place, whatever the file's dtype or the model's device.
+
+    The file is a safetensors file; a `torch.save`d state dict, plain or nested under "state_dict", "model"
+    or "params"; a Lightning checkpoint, of which the part ("student.", "teacher.", ...) that fits is taken;
+    or a run folder, for its student.safetensors. What DDP and `torch.compile` add to names is ignored.
+    Nothing is unpickled. The model is unchanged if an error is raised.
+
+    Args:
+        strict: refuse a file that does not fit name by name and shape by shape (only BatchNorm's
+            num_batches_tracked may be missing). With False, what fits is loaded and the rest reported.
+
+    Raises:
+        FileNotFoundError: no such file, or a folder without student.safetensors.
+        ValueError: the file is damaged, of a foreign format, or needs unpickling; it does not fit
+            (`strict`); or no tensor of it fits.
+    """
+    path = _weights_file(Path(path))
+    targets = _without_wrappers(_tensors(model.state_dict()))
+    stored = _without_wrappers(_read(path))
+    prefix = _best_prefix(targets, stored)
+    stored = {name[len(prefix) :]: tensor for name, tensor in stored.items() if name.startswith(prefix)}
+    report = _compare(targets, stored, path, prefix)
+    if not report.loaded or (strict and not report.complete):
+        raise ValueError(_explain(report, type(model).__name__))
+    fitting = {
+        name: stored[clean]
+        for name, clean in _clean_names(_tensors(model.state_dict())).items()
+        if clean in stored and stored[clean].shape == targets[clean].shape
+    }
+    model.load_state_dict(fitting, strict=False)
+    return report
+
+
+def save_weights(
+    model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the state dict of `model` as a safetensors file: complete, or not at all.
+
+    Tied and non-contiguous tensors are written out in full; the names DDP and `torch.compile` add are left
+    out. `metadata` (text to text) comes back from `read_metadata`.
+
+    Raises:
+        OSError: the file could not be written (no space, no folder, no permission); an older file of this
+            name is intact.
+    """
+    path = Path(path)
+    tensors = _independent(_without_wrappers(_tensors(model.state_dict())))
+    data = safetensors_torch.save(tensors, dict(metadata) if metadata else None)
+    try:
+        _write_atomically(path, data)
+    except OSError as error:
+        raise type(error)(
+            f"save_weights: could not write {path}: {error.strerror or error}. "
+            "An older file there is intact. Free some space, or choose another folder."
+        ) from error
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata that `save_weights` wrote into a safetensors file or run folder; empty if there is none.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_weights`.
+    """
+    path = _weights_file(Path(path))
+    if not _is_safetensors(path):
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(_damaged(path, error)) from error
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits of the SHA-256 over the names, shapes, dtypes and bytes of the state dict.
+
+    The device, the memory layout, the order of the modules and the names that DDP and `torch.compile` add
+    make no difference; any change of a weight or of a BatchNorm statistic does.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_without_wrappers(_tensors(model.state_dict())).items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+# Names
+
+
+def _tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict, without the extra state that a module may keep there."""
+    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {clean: tensors[name] for name, clean in _clean_names(tensors).items()}
+
+
+def _clean_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name, and the name without what DDP, FSDP and torch.compile put into it."""
+    clean = {name: _WRAPPER_SEGMENT.sub("", name) for name in names}
+    # "module." may be an attribute of the user's own model: it is a wrapper only where every name has it
+    while clean and all(name.startswith("module.") for name in clean.values()):
+        clean = {name: short.removeprefix("module.") for name, short in clean.items()}
+    return clean
+
+
+def _best_prefix(targets: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> str:
+    """The prefix of the stored names under which most of the model's tensors are found, shapes first.
+
+    Where several fit equally well: none, then "student.", then the shortest.
+    """
+    prefixes = {""}
+    for name in stored:
+        prefixes.update(name[: dot.end()] for dot in re.finditer(r"\.", name))
+
+    def fit(prefix: str) -> tuple[int, int, int, int]:
+        found = [
+            (target, stored[prefix + name]) for name, target in targets.items() if prefix + name in stored
+        ]
+        same_shape = sum(target.shape == tensor.shape for target, tensor in found)
+        favour = (
+            -PREFERRED_PREFIXES.index(prefix) if prefix in PREFERRED_PREFIXES else -len(PREFERRED_PREFIXES)
+        )
+        return same_shape, len(found), favour, -len(prefix)
+
+    if fit("")[0] == len(targets):
+        return ""
+    return max(sorted(prefixes), key=fit)
+
+
+# Comparing and reporting
+
+
+def _compare(
+    targets: Mapping[str, Tensor], stored: Mapping[str, Tensor], path: Path, prefix: str
+) -> LoadReport:
+    common = [name for name in targets if name in stored]
+    mismatched = [name for name in common if stored[name].shape != targets[name].shape]
+    loaded = [name for name in common if stored[name].shape == targets[name].shape]
+    # a tied tensor is stored under one of its names by some writers, and filled through that one
+    filled = {_memory(targets[name]) for name in loaded}
+    missing = [
+        name
+        for name, tensor in targets.items()
+        if name not in stored and _memory(tensor) not in filled and not name.endswith("num_batches_tracked")
+    ]
+    return LoadReport(
+        path=path,
+        loaded=len(loaded),
+        missing=tuple(missing),
+        unexpected=tuple(prefix + name for name in stored if name not in targets),
+        mismatched=tuple(
+            Mismatch(name, tuple(targets[name].shape), tuple(stored[name].shape)) for name in mismatched
+        ),
+        prefix=prefix,
+    )
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for two tensors that are one piece of memory seen alike. Empty and meta tensors have none."""
+    address: object = tensor.data_ptr() if tensor.numel() and tensor.device.type != "meta" else object()
+    return address, tensor.device, tensor.shape, tensor.stride()
+
+
+def _explain(report: LoadReport, model: str) -> str:
+    opening = f"load_weights: {report.path} does not fit {model}: "
+    if not report.loaded and not report.mismatched:
+        return f"{opening}no tensor of it has a name of the model. {'; '.join(report.differences)}."
+    head = _head_mismatch(report)
+    if head is not None:
+        modules, in_file, in_model = head
+        return (
+            f"{opening}the head {modules} has {in_file} classes in the file and {in_model} in the model. "
+            f"Build the model with num_classes={in_file}, or pass strict=False to load all but the head."
+        )
+    return (
+        f"{opening}{'; '.join(report.differences)}. "
+        "Check the model's name, num_classes and in_channels, or pass strict=False to load what fits."
+    )
+
+
+def _head_mismatch(report: LoadReport) -> tuple[str, int, int] | None:
+    """(modules, classes in the file, classes in the model) if the number of classes is all that differs."""
+    if report.missing or report.unexpected or not all(m.got and m.expected for m in report.mismatched):
+        return None
+    classes = {(m.got[0], m.expected[0]) for m in report.mismatched}
+    if len(classes) != 1 or any(m.got[1:] != m.expected[1:] for m in report.mismatched):
+        return None
+    modules = dict.fromkeys(m.name.rpartition(".")[0] for m in report.mismatched)
+    return (_shorten(tuple(modules)), *classes.pop())
+
+
+def _shorten(names: tuple[object, ...]) -> str:
+    listed = ", ".join(str(name) for name in names[:LISTED])
+    return listed if len(names) <= LISTED else f"{listed} and {len(names) - LISTED} more"
+
+
+# Reading
+
+
+def _weights_file(path: Path) -> Path:
+    file = path / "student.safetensors" if path.is_dir() else path
+    if not file.exists():
+        what = (
+            "a run folder with student.safetensors in it" if path.is_dir() else "a weights file or run folder"
+        )
+        raise FileNotFoundError(f"load_weights: expected {what}, got {path}. Check the path.")
+    if not file.is_file():
+        raise ValueError(f"load_weights: expected a weights file or run folder, got {path}. Check the path.")
+    return file
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if _is_safetensors(path):
+        try:
+            return safetensors_torch.load_file(path)
+        except SafetensorError as error:
+            raise ValueError(_damaged(path, error)) from error
+    return _state_dict_of(_read_checkpoint(path), path)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """A safetensors file begins with the length of its header, 8 bytes, and the header's brace."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def _read_checkpoint(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            # torch warns of odd pickle protocols and of TorchScript before it refuses them below
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise ValueError(_refused(path, str(error))) from error
+    # a damaged pickle can end in any exception at all: KeyError, struct.error, UnicodeDecodeError, ...
+    except Exception as error:
+        raise ValueError(_damaged(path, error)) from error
+
+
+def _refused(path: Path, reason: str) -> str:
+    unsafe = re.search(r"GLOBAL ([\w.]+)", reason)
+    what = f"the pickled object {unsafe[1]}" if unsafe else "pickled objects, or is not a checkpoint"
+    return (
+        f"load_weights: expected tensors alone, got {path}, which holds {what}. "
+        f"Unpickling can run any code, so it is refused. {_STATE_DICT_REMEDY}"
+    )
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        f"load_weights: expected a safetensors file or a torch checkpoint, got {path}, "
+        f"which is damaged or of another format ({reason[:160].rstrip('. ')}). Copy or download it again."
+    )
+
+
+def _state_dict_of(checkpoint: Any, path: Path) -> dict[str, Tensor]:
+    found = checkpoint
+    while isinstance(found, Mapping):
+        nested = next((key for key in NESTING_KEYS if isinstance(found.get(key), Mapping)), None)
+        if nested is None:
+            break
+        found = found[nested]
+    tensors = _tensors(found) if isinstance(found, Mapping) else {}
+    if not tensors:
+        holds = _shorten(tuple(found)) if isinstance(found, Mapping) else f"a {type(found).__name__}"
+        raise ValueError(
+            f"load_weights: expected a state dict, plain or under one of {', '.join(NESTING_KEYS)}, "
+            f"got {path}, which holds {holds or 'nothing'}. {_STATE_DICT_REMEDY}"
+        )
+    return tensors
+
+
+# Writing
+
+
+def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no memory, as safetensors asks; copied only where they must be."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        if plain.untyped_storage().data_ptr() in seen:
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        result[name] = plain
+    return result
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    """Write beside `path`, then rename: at every moment `path` is the old file or the new one."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"it is a {'folder' if path.is_dir() else 'device'}, not a file")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
