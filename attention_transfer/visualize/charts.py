@@ -1,0 +1,211 @@
+"""The geometry of the report's line charts and of its plot of final errors; report.html draws them as SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from attention_transfer.visualize.runs import Group, Run
+
+WIDTH, HEIGHT = 420, 260
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 36
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear axis: values to pixels of the drawing."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        return round(self.start + share * (self.end - self.start), 2)
+
+    def ticks(self, count: int, *, whole: bool = False) -> list[tuple[float, str]]:
+        """Round numbers within the axis, as (pixel, label)."""
+        step = _round_step((self.high - self.low) / count)
+        step = max(1.0, step) if whole else step
+        digits = max(0, -math.floor(math.log10(step) + 1e-9))
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [(self(i * step), f"{i * step:.{digits}f}") for i in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class Line:
+    """The curve of one run, or the mean of a group, cut where values are missing."""
+
+    style: str
+    is_mean: bool
+    pieces: list[str]
+    dots: list[Point]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A line chart of one metric over the epochs; `hover` is what the script shows under the pointer."""
+
+    title: str
+    unit: str
+    description: str
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    lines: list[Line]
+    hover: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DotRow:
+    """One group's final errors: a dot a run, a bar at the mean."""
+
+    label: str
+    style: str
+    y: float
+    dots: list[tuple[float, str]]
+    mean: float
+    text: str
+
+
+@dataclass(frozen=True)
+class DotPlot:
+    title: str
+    unit: str
+    description: str
+    height: float
+    x_ticks: list[tuple[float, str]]
+    rows: list[DotRow]
+
+
+def line_chart(title: str, unit: str, column: str, groups: Sequence[Group]) -> Chart | None:
+    """The chart of one column of the metrics, or None if no run has a number there."""
+    curves = {id(run): curve(run, column) for group in groups for run in group.runs}
+    shown = [group for group in groups if any(curves[id(run)] for run in group.runs)]
+    if not shown:
+        return None
+    values = [value for points in curves.values() for value in points.values()]
+    epochs = [epoch for points in curves.values() for epoch in points]
+    x = Axis(*_widened(min(epochs), max(epochs)), LEFT, WIDTH - RIGHT)
+    y = Axis(*_rounded_out(min(values), max(values)), HEIGHT - BOTTOM, TOP)
+    means = [_mean([curves[id(run)] for run in group.runs if curves[id(run)]]) for group in shown]
+    lines = [
+        _line(group.style, False, curves[id(run)], x, y)
+        for group in shown
+        if len(group.runs) > 1
+        for run in group.runs
+        if curves[id(run)]
+    ]
+    lines += [_line(group.style, True, mean, x, y) for group, mean in zip(shown, means, strict=True)]
+    series = [
+        _hover_series(group, mean, [curves[id(run)] for run in group.runs], sorted(set(epochs)), y)
+        for group, mean in zip(shown, means, strict=True)
+    ]
+    return Chart(
+        title,
+        unit,
+        _describe(title, unit, shown, means),
+        x.ticks(6, whole=True),
+        y.ticks(5),
+        lines,
+        {"x": [[epoch, x(epoch)] for epoch in sorted(set(epochs))], "unit": unit, "series": series},
+    )
+
+
+def dot_plot(title: str, unit: str, name: str, groups: Sequence[Group]) -> DotPlot | None:
+    """The plot of one number of the results, a row a group, or None if no run has finished."""
+    found = [(group, [v for run in group.runs if (v := run.number(name)) is not None]) for group in groups]
+    found = [(group, values) for group, values in found if values]
+    if not found:
+        return None
+    everything = [value for _, values in found for value in values]
+    x = Axis(*_rounded_out(min(everything), max(everything)), 16, WIDTH - 16)
+    step = max(44.0, (HEIGHT - TOP - BOTTOM) / len(found))
+    rows = [
+        DotRow(
+            group.label,
+            group.style,
+            TOP + step * i + 30,
+            [(x(value), f"{value:.2f}") for value in values],
+            x(sum(values) / len(values)),
+            f"{group.spread(name)} {unit}",
+        )
+        for i, (group, values) in enumerate(found)
+    ]
+    description = f"{title}: " + "; ".join(f"{row.label} {row.text}" for row in rows)
+    return DotPlot(title, unit, description, TOP + step * len(found) + BOTTOM, x.ticks(5), rows)
+
+
+def curve(run: Run, column: str) -> dict[int, float]:
+    """{epochs finished, counted from 1: value} of one column, without the missing ones."""
+    values = run.metrics.get(column, [])
+    return {i: value for i, value in enumerate(values, start=1) if math.isfinite(value)}
+
+
+def _mean(curves: Sequence[dict[int, float]]) -> dict[int, float]:
+    """The mean over runs, at the epochs that all of them have."""
+    shared = sorted(set.intersection(*map(set, curves)))
+    return {epoch: sum(points[epoch] for points in curves) / len(curves) for epoch in shared}
+
+
+def _line(style: str, is_mean: bool, points: dict[int, float], x: Axis, y: Axis) -> Line:
+    pieces: list[list[int]] = []
+    for epoch in points:
+        if pieces and pieces[-1][-1] == epoch - 1:
+            pieces[-1].append(epoch)
+        else:
+            pieces.append([epoch])
+    paths = [" ".join(f"{x(e)},{y(points[e])}" for e in piece) for piece in pieces if len(piece) > 1]
+    return Line(style, is_mean, paths, [(x(p[0]), y(points[p[0]])) for p in pieces if len(p) == 1])
+
+
+def _hover_series(
+    group: Group, mean: dict[int, float], curves: Sequence[dict[int, float]], epochs: Sequence[int], y: Axis
+) -> dict[str, Any]:
+    """Per epoch: null, or [text, pixel], where the text holds the mean and the range over the seeds."""
+    points: list[Any] = []
+    for epoch in epochs:
+        if epoch not in mean:
+            points.append(None)
+            continue
+        values = [points_of[epoch] for points_of in curves if epoch in points_of]
+        text = _number(mean[epoch])
+        if len(values) > 1:
+            text += f"  ({_number(min(values))} to {_number(max(values))})"
+        points.append([text, y(mean[epoch])])
+    return {"label": group.label, "style": group.style, "points": points}
+
+
+def _describe(title: str, unit: str, groups: Sequence[Group], means: Sequence[dict[int, float]]) -> str:
+    ends = [
+        f"{group.label} ends at {_number(mean[max(mean)])} after epoch {max(mean)}"
+        for group, mean in zip(groups, means, strict=True)
+        if mean
+    ]
+    return f"Line chart of {title} ({unit}) by epoch: {'; '.join(ends)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _round_step(step: float) -> float:
+    """The next of 1, 2, 5, 10, ... times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * (1 - 1e-9))
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _rounded_out(low: float, high: float) -> tuple[float, float]:
+    """The range with some room around it, ending on round numbers; values that are never negative stay so."""
+    room = (high - low) * 0.03 or abs(high) * 0.1 or 1.0
+    low, high = (max(0.0, low - room) if low >= 0 else low - room), high + room
+    step = _round_step((high - low) / 10)
+    return math.floor(low / step) * step, math.ceil(high / step) * step

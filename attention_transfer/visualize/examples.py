@@ -1,0 +1,188 @@
+"""Attention maps of models on images, and how alike those of a student and its teacher are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attention_transfer.visualize.runs import TEACHER
+
+Normalise = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Test images with what each model sees in them; `layers` of all roles correspond by position."""
+
+    images: UInt8[Tensor, "n c h w"]
+    labels: Int[Tensor, "n"]
+    classes: list[str]
+    layers: dict[str, list[str]]
+    maps: dict[str, dict[str, Tensor]]
+    """{role: {layer: (n, h, w)}}"""
+    predictions: dict[str, Int[Tensor, "n"]]
+    similarity: dict[str, list[float]]
+    """{student's role: mean cosine similarity to the teacher, one number a layer}"""
+    compared: int
+    """The number of images that `similarity` is a mean over."""
+
+
+def attention_maps(
+    model: nn.Module, layers: Sequence[str], images: Float[Tensor, "b c h w"], *, batch_size: int = 128
+) -> dict[str, Float[Tensor, "b _h _w"]]:
+    """The attention maps of some layers on normalised images, in eval mode, on the CPU, in float32.
+
+    The model is left in the mode it was in.
+
+    Raises:
+        ValueError: if a layer's name is unknown.
+    """
+    return _watch(model, layers, images, batch_size)[0]
+
+
+def cosine_similarity(
+    student: Float[Tensor, "b h_s w_s"], teacher: Float[Tensor, "b h_t w_t"]
+) -> Float[Tensor, "b"]:
+    """The cosine between two maps of each image; a zero map has 0 with anything.
+
+    A student's map of another size is resized to the teacher's: bilinearly to grow, by area to shrink.
+
+    Raises:
+        ValueError: if the maps belong to different numbers of images.
+    """
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"cosine_similarity: expected maps of the same images, got {len(student)} of the student and "
+            f"{len(teacher)} of the teacher. Compute both on one batch."
+        )
+    if student.shape != teacher.shape:
+        student = _resize(student, (teacher.shape[1], teacher.shape[2]))
+    return F.cosine_similarity(student.flatten(1), teacher.flatten(1))
+
+
+def collect_examples(
+    models: Mapping[str, tuple[nn.Module, Sequence[str]]],
+    images: UInt8[Tensor, "b c h w"],
+    labels: Int[Tensor, "b"],
+    normalise: Normalise | Mapping[str, Normalise],
+    classes: Sequence[str],
+    *,
+    shown: int = 6,
+    batch_size: int = 128,
+) -> Examples:
+    """Run models on test images: maps and predictions of a few, similarity to the teacher over all.
+
+    Args:
+        models: {role: (model, layers)} for "teacher", "student alone", "student with attention transfer";
+            their layers correspond by position.
+        images: what the similarity is averaged over; `shown` of them are kept, of different classes first.
+        labels: their classes.
+        normalise: uint8 images to a model's input; or one such function for each role.
+        classes: the names of the classes.
+        shown: how many images the report shows.
+        batch_size: images at a time.
+
+    Raises:
+        ValueError: if there is no teacher, or the numbers of layers differ.
+    """
+    _check_models(models, images)
+    chosen = _spread_over_classes(labels, shown)
+    maps: dict[str, dict[str, Tensor]] = {}
+    predictions: dict[str, Tensor] = {}
+    for role, (model, layers) in models.items():
+        prepare = normalise[role] if isinstance(normalise, Mapping) else normalise
+        maps[role], logits = _watch(model, layers, images, batch_size, prepare)
+        predictions[role] = logits.argmax(1)[chosen]
+    layers_of = {role: list(layers) for role, (_, layers) in models.items()}
+    return Examples(
+        images=images[chosen].cpu(),
+        labels=labels[chosen].cpu(),
+        classes=list(classes),
+        layers=layers_of,
+        maps={role: {name: batch[chosen] for name, batch in seen.items()} for role, seen in maps.items()},
+        predictions=predictions,
+        similarity={role: _similarities(maps, layers_of, role) for role in models if role != TEACHER},
+        compared=len(images),
+    )
+
+
+def _check_models(models: Mapping[str, tuple[nn.Module, Sequence[str]]], images: Tensor) -> None:
+    if TEACHER not in models:
+        raise ValueError(
+            f"collect_examples: expected the role {TEACHER!r}, got {', '.join(models)}."
+            " Give the teacher that the students are compared with."
+        )
+    counts = {role: len(layers) for role, (_, layers) in models.items()}
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{role}: {count}" for role, count in counts.items())
+        raise ValueError(
+            f"collect_examples: expected as many layers for each model, got {found}. "
+            "List the layers in pairs."
+        )
+    if len(images) == 0:
+        raise ValueError("collect_examples: expected at least one image, got none. Give some test images.")
+
+
+def _similarities(
+    maps: Mapping[str, Mapping[str, Tensor]], layers: Mapping[str, list[str]], role: str
+) -> list[float]:
+    pairs = zip(layers[role], layers[TEACHER], strict=True)
+    return [cosine_similarity(maps[role][own], maps[TEACHER][other]).mean().item() for own, other in pairs]
+
+
+def _spread_over_classes(labels: Tensor, count: int) -> list[int]:
+    """Indices of images of different classes, as far as there are; then whatever comes first."""
+    first_of_class = {label: i for i, label in reversed(list(enumerate(labels.tolist())))}
+    chosen = sorted(first_of_class.values())
+    others = sorted(set(range(len(labels))) - set(chosen))
+    return (chosen + others)[:count]
+
+
+def _watch(
+    model: nn.Module,
+    layers: Sequence[str],
+    images: Tensor,
+    batch_size: int,
+    prepare: Normalise | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Maps and logits of a model on all images, a batch at a time."""
+    from attention_transfer.functional import attention_map
+    from attention_transfer.taps import Taps
+
+    names = list(dict.fromkeys(layers))
+    parameter = next(model.parameters(), None)
+    maps: dict[str, list[Tensor]] = {name: [] for name in names}
+    logits = []
+    with _evaluating(model), Taps(model, names) as taps:
+        for batch in images.split(batch_size):
+            inputs = prepare(batch) if prepare else batch
+            outputs = model(inputs if parameter is None else inputs.to(parameter))
+            logits.append(outputs.float().cpu() if isinstance(outputs, Tensor) else torch.empty(0))
+            for name, features in taps.pop().items():
+                maps[name].append(attention_map(features).float().cpu())
+    return {name: torch.cat(batches) for name, batches in maps.items()}, torch.cat(logits)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards each module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    if size[0] < maps.shape[1] or size[1] < maps.shape[2]:
+        return F.interpolate(maps[:, None], size, mode="area")[:, 0]
+    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]

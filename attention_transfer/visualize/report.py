@@ -1,0 +1,272 @@
+"""The report of some runs: one HTML page that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attention_transfer._extras import require
+from attention_transfer.visualize import charts, overlays, summary
+from attention_transfer.visualize.examples import Examples
+from attention_transfer.visualize.runs import TEACHER, Group, Run, find_teachers, group_runs, read_run
+
+THUMBNAIL, MAP_SIDE = 256, 64  # pixels of the longer side of a shown image, of its maps
+PIXELATED = 96  # up to this size an image is shown pixel by pixel, and stored without loss
+
+_CHARTS = {
+    "val/error": ("Validation error", "%"),
+    "train/error": ("Training error", "%"),
+    "train/loss": ("Training loss, all terms", "nats"),
+    "train/ce": ("Cross-entropy term", "nats"),
+    "train/kd": ("Distillation term", "nats"),
+}
+
+
+def write_report(
+    runs: Sequence[Path | str],
+    output: Path | str,
+    *,
+    examples: Examples | None = None,
+    teacher: Path | str | None = None,
+) -> Path:
+    """Write one self-contained HTML page about some runs.
+
+    Runs that differ only by their seed are shown as one method with its mean and spread. Runs still in
+    progress are shown as such.
+
+    Args:
+        runs: run folders. A teacher's own run may be among them; one in RUN/teacher is found.
+        output: the HTML file to write.
+        examples: attention maps on test images, from `collect_examples`.
+        teacher: the teacher's run folder, where neither the runs nor their recipes tell.
+
+    Raises:
+        FileNotFoundError: if a folder is not a run folder.
+        ValueError: if there are no runs, or a file of a run is damaged.
+    """
+    if not runs:
+        raise ValueError(
+            "write_report: expected at least one run folder, got none. Give folders `train` wrote."
+        )
+    unique = {Path(folder).resolve(): Path(folder) for folder in runs}
+    read = [read_run(folder) for folder in unique.values()]
+    html = _render(_page(group_runs(read, find_teachers(read, teacher)), examples))
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(html.encode("utf-8", "replace"))
+    return output
+
+
+def _render(page: dict[str, Any]) -> str:
+    jinja2 = require("jinja2", extra="plots", user="write_report")
+    here = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(here),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    parts = {name: (here / f"report.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
+    return environment.get_template("report.html").render(**page, **parts)
+
+
+def _page(groups: Sequence[Group], examples: Examples | None) -> dict[str, Any]:
+    metric = summary.choose_metric(groups)
+    name = summary.METRICS[metric]
+    return {
+        **_heading(groups),
+        "summary": summary.summarise(groups),
+        "metric": name,
+        "groups": groups,
+        "rows": [_row(group, groups, metric) for group in groups],
+        "dots": charts.dot_plot(f"Final {name}", "%", metric, groups),
+        "charts": _charts(groups),
+        "plans": _plans(groups),
+        "examples": _examples(examples) if examples else None,
+        "width": charts.WIDTH,
+        "height": charts.HEIGHT,
+        "frame": {
+            "left": charts.LEFT,
+            "right": charts.WIDTH - charts.RIGHT,
+            "top": charts.TOP,
+            "bottom": charts.HEIGHT - charts.BOTTOM,
+        },
+    }
+
+
+def _heading(groups: Sequence[Group]) -> dict[str, str]:
+    students = [group for group in groups if group.role != TEACHER] or list(groups)
+    models = _distinct(group.model for group in students)
+    teachers = _distinct(group.model for group in groups if group.role == TEACHER)
+    title = " and ".join(models)
+    if teachers and any(group.role not in (TEACHER, "none") for group in groups):
+        title += f", taught by {' and '.join(teachers)}"
+    recipes = [run.recipe for group in students for run in group.runs]
+    data = _distinct(Path(str(recipe["data"])).name for recipe in recipes if recipe.get("data"))
+    epochs = _distinct(str(recipe["epochs"]) for recipe in recipes if recipe.get("epochs"))
+    limits = _distinct(
+        f"{recipe['max_train']:,}" for recipe in recipes if isinstance(recipe.get("max_train"), int)
+    )
+    facts = [
+        " and ".join(data),
+        f"{' or '.join(limits)} training images" if limits else "",
+        f"{' or '.join(epochs)} epochs" if epochs else "",
+        f"{len(recipes)} run{'s' * (len(recipes) > 1)}",
+    ]
+    return {"title": title, "facts": " · ".join(fact for fact in facts if fact)}
+
+
+def _distinct(values: Any) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def _row(group: Group, groups: Sequence[Group], metric: str) -> dict[str, Any]:
+    """A line of the final table."""
+    error, rate, seconds = (group.spread(name) for name in (metric, "images_per_second", "wall_seconds"))
+    parameters = _distinct(f"{p:,.0f}" for run in group.runs if (p := run.number("parameters")) is not None)
+    change, clear = _change(group, groups, metric)
+    return {
+        "group": group,
+        "error": str(error) if error else "–",
+        "change": change,
+        "clear": clear,
+        "parameters": " / ".join(parameters) or "–",
+        "rate": f"{rate.mean:,.0f}" if rate else "–",
+        "time": _duration(seconds.mean) if seconds else "–",
+        "state": _state(group.runs),
+    }
+
+
+def _change(group: Group, groups: Sequence[Group], metric: str) -> tuple[str, bool]:
+    """The points gained or lost against the student alone, and whether they are more than chance."""
+    alone = summary.baseline(group, groups) if group.role not in (TEACHER, "none") else None
+    after, before = group.spread(metric), alone.spread(metric) if alone else None
+    if after is None or before is None:
+        return "", False
+    return f"{after.mean - before.mean:+.1f}".replace("-", "−"), summary.is_clear(before, after)
+
+
+def _state(runs: Sequence[Run]) -> str:
+    running = [run for run in runs if not run.finished]
+    if not running:
+        return str(len(runs))
+    epochs = ", ".join(
+        f"{len(run.metrics.get('epoch', []))} of {run.recipe.get('epochs', '?')}" for run in running
+    )
+    progress = f"{len(running)} in progress (epoch {epochs})"
+    return f"{len(runs) - len(running)} finished, {progress}" if len(running) < len(runs) else progress
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _charts(groups: Sequence[Group]) -> list[charts.Chart]:
+    columns = _distinct(name for group in groups for run in group.runs for name in run.metrics)
+    known = dict(_CHARTS)
+    known |= {
+        name: (f"Attention term at {name.removeprefix('train/at/')}", "weighted by β")
+        for name in columns
+        if name.startswith("train/at/")
+    }
+    drawn = [charts.line_chart(title, unit, name, groups) for name, (title, unit) in known.items()]
+    return [chart for chart in drawn if chart]
+
+
+def _plans(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """The pairs of layers that each method compared; runs of one group share them."""
+    plans = []
+    for group in groups:
+        plan = next((run.result["plan"] for run in group.runs if run.result and run.result.get("plan")), None)
+        if isinstance(plan, list) and all(isinstance(pair, dict) for pair in plan):
+            columns = _distinct(name for pair in plan for name in pair)
+            cells = [[_cell(pair.get(name, "")) for name in columns] for pair in plan]
+            plans.append({"group": group, "columns": [c.replace("_", " ") for c in columns], "rows": cells})
+    return plans
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return " × ".join(map(str, value))
+    return "–" if value is None else str(value)
+
+
+def _examples(examples: Examples) -> dict[str, Any]:
+    return {
+        "compared": examples.compared,
+        "students": list(examples.similarity),
+        "layers": _layer_names(examples),
+        "similarity": [list(row) for row in zip(*examples.similarity.values(), strict=True)],
+        "cards": [_card(examples, i) for i in range(len(examples.images))],
+        "scale": [f"rgb({r} {g} {b})" for r, g, b in overlays.colour_table()[::51].tolist()],
+    }
+
+
+def _layer_names(examples: Examples) -> list[str]:
+    """One name for each position; where student and teacher differ, both."""
+    positions = zip(*examples.layers.values(), strict=True)
+    order = [role for role in examples.layers if role != TEACHER] + [TEACHER]
+    named = (dict(zip(examples.layers, names, strict=True)) for names in positions)
+    return [" ↔ ".join(_distinct(names[role] for role in order)) for names in named]
+
+
+def _card(examples: Examples, i: int) -> dict[str, Any]:
+    """One test image with the maps of every model."""
+    pixels = overlays.as_rgb(examples.images[i])
+    label = int(examples.labels[i])
+    roles = [
+        {
+            "name": role,
+            "prediction": _class_name(examples.classes, int(examples.predictions[role][i])),
+            "right": int(examples.predictions[role][i]) == label,
+            "maps": [(name, _map_source(maps[name][i], pixels.shape[:2])) for name in examples.layers[role]],
+        }
+        for role, maps in examples.maps.items()
+    ]
+    return {
+        "label": _class_name(examples.classes, label),
+        "source": _image_source(pixels),
+        "pixelated": max(pixels.shape) <= PIXELATED,
+        "ratio": f"{pixels.shape[1]} / {pixels.shape[0]}",
+        "roles": roles,
+    }
+
+
+def _class_name(classes: Sequence[str], index: int) -> str:
+    return classes[index] if 0 <= index < len(classes) else f"class {index}"
+
+
+def _image_source(pixels: np.ndarray) -> str:
+    image = require("PIL.Image", extra="plots", user="write_report")
+    kind = "png" if max(pixels.shape) <= PIXELATED else "jpeg"
+    return _data_uri(image.fromarray(overlays.shrink(pixels, THUMBNAIL)), kind)
+
+
+def _map_source(attention_map: Any, size: tuple[int, int]) -> str:
+    """A small palette image, which the page lays over its image."""
+    image = require("PIL.Image", extra="plots", user="write_report")
+    scale = MAP_SIDE / max(size)
+    levels = overlays.map_levels(
+        attention_map, (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+    )
+    picture = image.fromarray(levels)
+    picture.putpalette(overlays.colour_table().tobytes())
+    return _data_uri(picture, "png")
+
+
+def _data_uri(image: Any, kind: str) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, optimize=True, **({"quality": 88} if kind == "jpeg" else {}))
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,237 @@
+"""Reading run folders, and putting runs that differ only by their seed into one group."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from attention_transfer._extras import require
+
+METHODS = {
+    "none": "student alone",
+    "at": "attention transfer",
+    "kd": "distillation",
+    "at+kd": "attention transfer + distillation",
+}
+TEACHER = "teacher"
+
+_AT_FIELDS = {"pairs", "beta", "form", "p", "mapping", "resize"}
+_KD_FIELDS = {"alpha", "temperature"}
+_NOT_THE_METHOD = {
+    *("seed", "output", "method", "teacher", "teacher_weights", "teacher_classes", "teacher_epochs"),
+    *("data_root", "num_workers", "precision", "accelerator", "devices", "nodes"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says about its run; `result` is None while the run is in progress."""
+
+    folder: Path
+    recipe: dict[str, Any]
+    recipe_text: str
+    metrics: dict[str, list[float]]
+    """{column: a number an epoch, NaN where the cell is empty}"""
+    result: dict[str, Any] | None
+
+    @property
+    def finished(self) -> bool:
+        return self.result is not None
+
+    @property
+    def method(self) -> str:
+        return str(self.recipe.get("method", "none"))
+
+    @property
+    def model(self) -> str:
+        return str(self.recipe.get("student", "student"))
+
+    def number(self, name: str) -> float | None:
+        """A finite number of the result, or None."""
+        value = (self.result or {}).get(name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return float(value) if is_number else None
+
+
+def read_run(folder: Path | str) -> Run:
+    """Read the recipe, the metrics and the result of a run folder.
+
+    Raises:
+        FileNotFoundError: if it is not a run folder.
+        ValueError: if one of its files is damaged; the message names the file.
+    """
+    folder = Path(folder)
+    text = _read_text(folder, "recipe.yaml")
+    recipe = _parse_recipe(text, folder / "recipe.yaml")
+    result = _parse_result(folder / "result.json") if (folder / "result.json").exists() else None
+    has_metrics = (folder / "metrics.csv").exists() or result is not None
+    metrics = _parse_metrics(_read_text(folder, "metrics.csv"), folder / "metrics.csv") if has_metrics else {}
+    return Run(folder, recipe, text, metrics, result)
+
+
+def _read_text(folder: Path, name: str) -> str:
+    if not (folder / name).is_file():
+        problem = f"which has no {name}" if folder.is_dir() else "which is not a folder"
+        raise FileNotFoundError(
+            f"read_run: expected a run folder, got {folder}, {problem}. Give a folder that `train` wrote."
+        )
+    try:
+        return (folder / name).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise _damaged(folder / name, "UTF-8 text", "other bytes") from None
+
+
+def _damaged(path: Path, expected: str, found: str) -> ValueError:
+    return ValueError(
+        f"read_run: expected {expected} in {path}, got {' '.join(found.split())}. "
+        "The file is damaged: train again, or leave this run out."
+    )
+
+
+def _parse_recipe(text: str, path: Path) -> dict[str, Any]:
+    yaml = require("yaml", extra="train", user="read_run")
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise _damaged(path, "YAML", str(error)) from None
+    if not isinstance(recipe, dict):
+        raise _damaged(path, "lines of `field: value`", f"{recipe!r:.60}")
+    return recipe
+
+
+def _parse_result(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(_read_text(path.parent, path.name))
+    except json.JSONDecodeError as error:
+        raise _damaged(path, "JSON", str(error)) from None
+    if not isinstance(result, dict):
+        raise _damaged(path, "a JSON object", f"{result!r:.60}")
+    return result
+
+
+def _parse_metrics(text: str, path: Path) -> dict[str, list[float]]:
+    reader = csv.DictReader(text.splitlines())
+    columns: dict[str, list[float]] = {name: [] for name in reader.fieldnames or []}
+    if "epoch" not in columns:
+        raise _damaged(path, "a column named epoch", f"the columns {', '.join(columns) or '(none)'}")
+    for row in reader:
+        for name, values in columns.items():
+            try:
+                values.append(float(row[name]) if row[name] else math.nan)
+            except ValueError:
+                raise _damaged(path, f"a number in line {reader.line_num}, {name}", repr(row[name])) from None
+    return columns
+
+
+class Spread(NamedTuple):
+    """Mean and sample standard deviation (None for a single value)."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread | None:
+        if not values:
+            return None
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), deviation, len(values))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" if self.deviation is None else f"{self.mean:.1f} ± {self.deviation:.1f}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ only by their seed. `style` names the colour of their curves."""
+
+    role: str
+    label: str
+    style: str
+    runs: list[Run]
+
+    def spread(self, name: str) -> Spread | None:
+        """Mean and spread of a number of the results, over the runs that have it."""
+        return Spread.of([value for run in self.runs if (value := run.number(name)) is not None])
+
+    @property
+    def model(self) -> str:
+        return self.runs[0].model
+
+
+def find_teachers(runs: Sequence[Run], teacher: Path | str | None = None) -> list[Run]:
+    """The teachers' own runs: the one named, those inside the run folders, and those the recipes point to."""
+    folders = [Path(teacher)] if teacher is not None else []
+    for run in runs:
+        folders += [folder for folder in _teacher_folders(run) if (folder / "recipe.yaml").is_file()]
+    unique = {folder.resolve(): folder for folder in reversed(folders)}
+    return [read_run(folder) for folder in reversed(unique.values())]
+
+
+def _teacher_folders(run: Run) -> list[Path]:
+    named = [run.recipe.get(field) for field in ("teacher_weights", "teacher")]
+    paths = [Path(name) for name in named if isinstance(name, str)]
+    return [run.folder / "teacher", *(path.parent if path.is_file() else path for path in paths)]
+
+
+def group_runs(runs: Sequence[Run], teachers: Sequence[Run]) -> list[Group]:
+    """The teacher first, then the student alone, then the taught students, each with its seeds together."""
+    known = {run.folder.resolve() for run in teachers}
+    taught = [run for run in runs if run.method != "none"]
+    students = [run for run in runs if run.folder.resolve() not in known and not _is_teacher(run, taught)]
+    others = [run for run in runs if run not in students and run.folder.resolve() not in known]
+    groups = _groups_of([*teachers, *others], TEACHER)
+    for method in sorted({run.method for run in students}, key=_method_order):
+        groups += _groups_of([run for run in students if run.method == method], method)
+    return groups
+
+
+def _method_order(method: str) -> int:
+    return list(METHODS).index(method) if method in METHODS else len(METHODS)
+
+
+def _is_teacher(run: Run, taught: Sequence[Run]) -> bool:
+    """A model trained from labels only, which the other runs name as their teacher."""
+    if run.method != "none":
+        return False
+    return any(run.model == other.recipe.get("teacher") != other.model for other in taught)
+
+
+def _groups_of(runs: Sequence[Run], role: str) -> list[Group]:
+    varying = _varying_settings(runs)
+    members: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = ", ".join(f"{name} {run.recipe.get(name)}" for name in varying)
+        members.setdefault(settings, []).append(run)
+    label, style = METHODS.get(role, role), _STYLES.get(role, "other")
+    return [
+        Group(
+            role,
+            f"{label} ({settings})" if settings else label,
+            style if i == 0 else f"extra{(i - 1) % 3}",
+            group,
+        )
+        for i, (settings, group) in enumerate(members.items())
+    ]
+
+
+_STYLES = {TEACHER: "teacher", "none": "alone", "at": "at", "kd": "kd", "at+kd": "both"}
+
+
+def _varying_settings(runs: Sequence[Run]) -> list[str]:
+    """The recipe's fields that make these runs different experiments, not repetitions."""
+    if not runs:
+        return []
+    ignored = set(_NOT_THE_METHOD)
+    ignored |= set() if "at" in runs[0].method else _AT_FIELDS
+    ignored |= set() if "kd" in runs[0].method else _KD_FIELDS
+    fields = [
+        name for name in dict.fromkeys(name for run in runs for name in run.recipe) if name not in ignored
+    ]
+    return [name for name in fields if len({str(run.recipe.get(name)) for run in runs}) > 1]
