@@ -1,1 +1,9 @@
+"""Data sets by name or path, batches in a reproducible order, and augmentation on the device."""
 
+from .augment import Augment as Augment
+from .batches import Batches as Batches
+from .images import Images as Images
+from .images import Splits as Splits
+from .images import StreamedImages as StreamedImages
+from .loading import load_data as load_data
+from .named import NAMES as NAMES

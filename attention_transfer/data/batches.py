@@ -1,0 +1,218 @@
+"""Batches in an order that depends on seed and epoch alone: sharded over ranks, resumable anywhere."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .images import Images, StreamedImages
+from .randomness import keyed_generator
+
+MOST_WORKERS = 8
+Batch = tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, " b"]]
+
+
+class Batches:
+    """Iterate over (images uint8 (b, c, h, w), labels (b,)), as often as wished.
+
+    In-memory images are gathered on `device`, where they are kept; streamed ones are decoded by worker
+    processes.
+
+    Each pass is one epoch, and the next pass is the next epoch, unless `set_epoch` says otherwise. A global
+    batch of `batch_size * world_size` images is dealt out to the ranks, so that the ranks together see what
+    one rank with the larger batch would see. Every rank gets equally many batches of equal size: where the
+    images do not divide by `world_size`, up to `world_size - 1` of them are used twice.
+
+    Args:
+        images: what to iterate over.
+        batch_size: images a batch, on each rank.
+        shuffle: a new order each epoch, by (seed, epoch); otherwise the given order.
+        seed: of the order, and of the crops of streamed images.
+        drop_last: leave out a last batch that is not full.
+        rank: which of the `world_size` shares is ours.
+        world_size: number of processes.
+        device: where the batches are delivered.
+        workers: processes that decode streamed images; by default one a core, at most 8. 0 decodes here.
+
+    Attributes:
+        epoch: of the batch that comes next.
+        seconds: spent waiting for batches so far; set it to 0 to measure anew.
+
+    Raises:
+        ValueError: if a size or the rank is out of range, or there would be no batch at all.
+    """
+
+    def __init__(
+        self,
+        images: Images | StreamedImages,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        workers: int | None = None,
+    ) -> None:
+        self.images = images
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.rank = rank
+        self.world_size = world_size
+        self.device = torch.device(device)
+        self.workers = _default_workers() if workers is None else workers
+        self.epoch = 0
+        self.seconds = 0.0
+        self._position = 0  # batches of this epoch already delivered
+        self._resume_at = 0  # where the next pass starts: not 0 only after load_state_dict
+        self._on_device: tuple[Tensor, Tensor] | None = None
+        self._check()
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.images), self.batch_size * self.world_size)
+        return whole if self.drop_last or not rest else whole + 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator reads the state at its first `next`: Lightning calls iter() before it sets the epoch.
+        start, self._resume_at = self._resume_at, 0
+        fetch = self._fetch_streamed if isinstance(self.images, StreamedImages) else self._fetch_in_memory
+        batches = fetch(self.rows(self.epoch)[start:])
+        for delivered in range(start + 1, len(self) + 1):
+            batch = self._timed(lambda: next(batches))
+            # Before the yield, not after: the consumer may stop at the last batch and never come back.
+            self._advance_to(delivered)
+            yield batch
+
+    @property
+    def sampler(self) -> Batches:
+        """Itself: Lightning announces epochs by `loader.sampler.set_epoch(epoch)`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next pass be this epoch. The position within the epoch is kept if it is the present one."""
+        if epoch != self.epoch:
+            self.epoch, self._position, self._resume_at = epoch, 0, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch and position of the batch that comes next."""
+        return {"epoch": self.epoch, "position": self._position, "seed": self.seed, "length": len(self)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next pass start where `state` was taken.
+
+        Raises:
+            ValueError: if the state was taken within an epoch of another seed or number of batches.
+        """
+        expected = {"seed": self.seed, "length": len(self)}
+        if state["position"] and any(state[key] != value for key, value in expected.items()):
+            raise ValueError(
+                f"Batches.load_state_dict: expected a position among {len(self)} batches "
+                f"of seed {self.seed}, got one among {state['length']} of seed {state['seed']}. "
+                "Resume with the settings of the interrupted run."
+            )
+        self.epoch = state["epoch"]
+        self._position = self._resume_at = state["position"]
+
+    def rows(self, epoch: int) -> list[Int64[Tensor, " b"]]:
+        """The positions in `images` of each batch of this rank."""
+        order = self._order(epoch)
+        if self.drop_last:
+            order = order[: len(self) * self.batch_size * self.world_size]
+        total = math.ceil(len(order) / self.world_size) * self.world_size
+        order = order.repeat(math.ceil(total / len(order)))[:total]
+        return [
+            chunk[self.rank :: self.world_size] for chunk in order.split(self.batch_size * self.world_size)
+        ]
+
+    def _order(self, epoch: int) -> Int64[Tensor, " n"]:
+        if not self.shuffle:
+            return torch.arange(len(self.images))
+        return torch.randperm(len(self.images), generator=keyed_generator(self.seed, epoch))
+
+    def _advance_to(self, delivered: int) -> None:
+        if delivered == len(self):
+            self.epoch, self._position = self.epoch + 1, 0
+        else:
+            self._position = delivered
+
+    def _timed(self, fetch: Callable[[], Batch]) -> Batch:
+        start = time.perf_counter()
+        batch = fetch()
+        self.seconds += time.perf_counter() - start
+        return batch
+
+    def _fetch_in_memory(self, rows: list[Int64[Tensor, " b"]]) -> Iterator[Batch]:
+        assert isinstance(self.images, Images)
+        if self._on_device is None:
+            self._on_device = self.images.images.to(self.device), self.images.labels.to(self.device)
+        pixels, labels = self._on_device
+        for chosen in rows:
+            index = chosen.to(self.device, non_blocking=True)
+            yield pixels.index_select(0, index), labels.index_select(0, index)
+
+    def _fetch_streamed(self, rows: list[Int64[Tensor, " b"]]) -> Iterator[Batch]:
+        assert isinstance(self.images, StreamedImages)
+        loader = DataLoader(
+            _Epoch(self.images, self.seed, self.epoch),
+            batch_sampler=[chosen.tolist() for chosen in rows],
+            num_workers=self.workers,
+            collate_fn=_as_it_is,
+            pin_memory=self.device.type == "cuda",
+        )
+        for images, labels, error in loader:
+            if error:
+                raise ValueError(error)
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def _check(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(
+                f"Batches: expected batch_size >= 1, got {self.batch_size}. Pass a positive number."
+            )
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(
+                f"Batches: expected 0 <= rank < world_size, got rank {self.rank} of {self.world_size}. "
+                "Ranks count from 0."
+            )
+        if len(self) == 0:
+            raise ValueError(
+                f"Batches: expected at least one batch, got {len(self.images)} images for batches of "
+                f"{self.batch_size} x {self.world_size}. Pass a smaller batch_size, or drop_last=False."
+            )
+
+
+class _Epoch(Dataset):
+    """One epoch of streamed images, as the workers see it: a list of rows in, a batch or an error out."""
+
+    def __init__(self, images: StreamedImages, seed: int, epoch: int) -> None:
+        self.images = images
+        self.seed = seed
+        self.epoch = epoch
+
+    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor, str]:
+        # An exception would arrive wrapped in the worker's traceback; a message arrives as it is.
+        try:
+            decoded = [self.images.decode(row, seed=self.seed, epoch=self.epoch) for row in rows]
+        except ValueError as error:
+            return torch.empty(0), torch.empty(0), str(error)
+        return torch.stack(decoded), self.images.labels[rows], ""
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _default_workers() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, cores)

@@ -1,0 +1,172 @@
+"""From encoded images (files, or rows of a table) to uint8 pixels."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from .._extras import require
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CHUNK = 256  # images a thread takes at a time
+GREY_MODES = ("1", "L", "LA", "La")
+
+
+class Encoded(Protocol):
+    """A sequence of encoded images."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> bytes | None:
+        """The encoded bytes; None where there are none."""
+
+    def name(self, row: int) -> str:
+        """What to call the image in an error."""
+
+
+class EncodedFiles:
+    """One image file a row."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, row: int) -> bytes:
+        return self.paths[row].read_bytes()
+
+    def name(self, row: int) -> str:
+        return str(self.paths[row])
+
+
+class NotGreyError(Exception):
+    """A colour image where a grey one was hoped for: decode again with three channels."""
+
+
+def read_image(encoded: Encoded, row: int, channels: int) -> Image:
+    """Decode one image to Pillow's mode L (1 channel) or RGB (3 channels).
+
+    Raises:
+        ValueError: if the image is corrupt, too large, or not of 8 bits; the message names the file or row.
+        NotGreyError: if `channels` is 1 and the image has colour.
+    """
+    image = _open(encoded, row)
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"load_data: expected 8-bit images, got mode {image.mode} in {encoded.name(row)}. "
+            "Convert it to 8 bits a channel."
+        )
+    if channels == 1 and image.mode not in GREY_MODES:
+        raise NotGreyError
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode == mode:
+        return image
+    # Pillow warns when a palette's transparency is dropped in one go
+    return (image.convert("RGBA") if "transparency" in image.info else image).convert(mode)
+
+
+def _open(encoded: Encoded, row: int) -> Image:
+    pillow = require("PIL.Image", extra="data", user="load_data")
+    data = encoded.read(row)
+    if not data:
+        raise ValueError(
+            f"load_data: expected an image, got no bytes in {encoded.name(row)}. Repair or remove it."
+        )
+    try:
+        image = pillow.open(io.BytesIO(data))
+        _check_pixels(image, encoded.name(row), pillow.MAX_IMAGE_PIXELS)
+        image.load()
+    except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
+        raise _too_many_pixels(encoded.name(row), str(error)) from None
+    except _TooManyPixelsError:
+        raise
+    except Exception as error:  # a broken file makes Pillow's decoders raise almost anything
+        raise ValueError(
+            f"load_data: cannot decode {encoded.name(row)} ({_first_line(error)}). "
+            "Images are never skipped silently: repair or remove it."
+        ) from None
+    return image
+
+
+class _TooManyPixelsError(ValueError):
+    pass
+
+
+def _check_pixels(image: Image, name: str, limit: int | None) -> None:
+    pixels = image.width * image.height
+    if limit is not None and pixels > limit:
+        raise _too_many_pixels(name, f"{pixels:,} pixels, limit {limit:,}")
+
+
+def _too_many_pixels(name: str, detail: str) -> _TooManyPixelsError:
+    return _TooManyPixelsError(
+        f"load_data: {name} is too large to decode safely ({detail}). "
+        "Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def resize_and_crop(image: Image, size: int, *, share: float = 1.0) -> Image:
+    """The central square, `share` of the shorter side, as `size` x `size` pixels (bilinear, antialiased)."""
+    if image.size == (size, size) and share == 1.0:
+        return image
+    ops = require("PIL.ImageOps", extra="data", user="load_data")
+    pillow = require("PIL.Image", extra="data", user="load_data")
+    return ops.fit(image, (size, size), method=pillow.Resampling.BILINEAR, bleed=(1 - share) / 2)
+
+
+def to_tensor(image: Image) -> UInt8[Tensor, "c h w"]:
+    """Pixels of a Pillow image of mode L or RGB, channels first."""
+    return torch.from_numpy(_pixels(image).copy())
+
+
+def _pixels(image: Image) -> np.ndarray:
+    array = np.asarray(image)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def decode(encoded: Encoded, channels: int, image_size: int | None) -> UInt8[Tensor, "n c h w"]:
+    """Decode every row into one tensor, on a few threads.
+
+    Raises:
+        ValueError: as `read_image`, or if the images have several sizes and `image_size` is None.
+        NotGreyError: if `channels` is 1 and an image has colour.
+    """
+    first = read_image(encoded, 0, channels)
+    width, height = (image_size, image_size) if image_size else first.size
+    pixels = np.empty((len(encoded), channels, height, width), dtype=np.uint8)
+
+    def fill(start: int) -> None:
+        for row in range(start, min(start + CHUNK, len(encoded))):
+            image = read_image(encoded, row, channels)
+            if image_size:
+                image = resize_and_crop(image, image_size)
+            elif image.size != (width, height):
+                raise _several_sizes(encoded.name(0), (width, height), encoded.name(row), image.size)
+            pixels[row] = _pixels(image)
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(fill, range(0, len(encoded), CHUNK)):
+            pass
+    return torch.from_numpy(pixels)
+
+
+def _several_sizes(first: str, size: tuple[int, int], other: str, other_size: tuple[int, int]) -> ValueError:
+    return ValueError(
+        f"load_data: expected images of one size, got {size[0]}x{size[1]} in {first} and "
+        f"{other_size[0]}x{other_size[1]} in {other}. Pass image_size, such as image_size={min(size)}."
+    )

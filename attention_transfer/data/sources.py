@@ -1,0 +1,82 @@
+"""What every reader of a data set hands over: encoded or decoded images with labels, split by split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from .decode import Encoded
+
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+}
+
+
+@dataclass(frozen=True)
+class RawSplit:
+    """Images as they were found: encoded, or already pixels."""
+
+    content: Encoded | UInt8[Tensor, "n c h w"]
+    labels: Int64[Tensor, " n"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set as it was found: the splits it came with, by "train", "validation", "test"."""
+
+    splits: dict[str, RawSplit]
+    classes: list[str]
+    place: str
+    flip: bool = True
+    notes: list[str] = field(default_factory=list)
+
+
+def check_source(source: Source) -> None:
+    """Refuse labels that cannot be trained on.
+
+    Raises:
+        ValueError: if there is no training split, a split is empty or unlabelled, the training images show
+            fewer than two classes, or another split has a class that training lacks.
+    """
+    if "train" not in source.splits:
+        raise ValueError(
+            f"load_data: expected a training split in {source.place}, got only {sorted(source.splits)}. "
+            "Name the training files or folder 'train'."
+        )
+    for name, split in source.splits.items():
+        _check_split(name, split.labels, len(source.classes), source.place)
+    known = set(source.splits["train"].labels.tolist())
+    if len(known) < 2:
+        raise ValueError(
+            f"load_data: expected at least two classes in {source.place}, got {len(known)} "
+            f"({', '.join(source.classes[label] for label in known)}). "
+            "A classifier needs something to tell apart."
+        )
+    for name, split in source.splits.items():
+        if strangers := set(split.labels.tolist()) - known:
+            names = ", ".join(source.classes[label] for label in sorted(strangers))
+            raise ValueError(
+                f"load_data: expected the {name} split of {source.place} to hold only classes of the "
+                f"training split, got also {names}. Add training images of them, or remove them."
+            )
+
+
+def _check_split(name: str, labels: Int64[Tensor, " n"], classes: int, place: str) -> None:
+    if len(labels) == 0:
+        raise ValueError(
+            f"load_data: expected images in the {name} split of {place}, got none. Check the path."
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"load_data: expected labels 0 to {classes - 1} in the {name} split of {place}, "
+            f"got {low} to {high}. "
+            "A label of -1 marks an unlabelled split: leave that split out."
+        )
