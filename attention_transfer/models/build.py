@@ -23,6 +23,8 @@ from .wide_resnet import WideResNet
 OWN_NAMES = ("wrn-16-1", "wrn-16-2", "wrn-28-10", "wrn-40-1", "wrn-40-2", "nin-thin", "nin-wide")
 """Names of this package for the list of near matches; any wrn-DEPTH-WIDTH with DEPTH = 6n + 4 is built."""
 
+NAME_FORMS = "wrn-DEPTH-WIDTH, nin-thin, nin-wide, timm:NAME, torchvision:NAME or package.module:factory"
+
 FACTORY_ARGUMENTS = ("num_classes", "in_channels", "pretrained")
 """What a factory of the user's own is called with, as far as its signature names it."""
 
@@ -96,11 +98,11 @@ def _find(name: str) -> tuple[Builder, str]:
     if source == "":
         return _search(name), name
     if source == "timm":
-        if not _timm_knows(_timm(), plain_name):
+        if not _timm_knows(plain_name):
             raise ValueError(_unknown(name))
         return _build_timm, plain_name
     if source == "torchvision":
-        if plain_name not in _torchvision_names(_torchvision()):
+        if plain_name not in _torchvision_names():
             raise ValueError(_unknown(name))
         return _build_torchvision, plain_name
     if not _FACTORY.fullmatch(name):
@@ -113,38 +115,39 @@ def _search(name: str) -> Builder:
     if _WRN.fullmatch(name) or name in OWN_NAMES:
         return _build_own
     with contextlib.suppress(ImportError):
-        if _timm_knows(_timm(), name):
+        if _timm_knows(name):
             return _build_timm
     with contextlib.suppress(ImportError):
-        if name in _torchvision_names(_torchvision()):
+        if name in _torchvision_names():
             return _build_torchvision
     raise ValueError(_unknown(name))
 
 
 def _unknown(name: str) -> str:
     """The message for a name nobody knows, with the near matches over all installed sources."""
-    sources: dict[str, list[str]] = {}
-    for known in OWN_NAMES:
-        sources.setdefault(known, []).append(known)
-    missing = []
-    for library, names in (("timm", lambda: _timm().list_models()), ("torchvision", _torchvision_names)):
-        try:
-            for known in names():
-                sources.setdefault(known, []).append(f"{library}:{known}")
-        except ImportError:
-            missing.append(library)
-    near = difflib.get_close_matches(name.rpartition(":")[2].lower(), list(sources), n=5)
-    full_names = [full for known in near for full in sources[known]]
-    remedy = (
-        f"Near matches: {', '.join(full_names)}."
-        if full_names
-        else (
-            "Use wrn-DEPTH-WIDTH, nin-thin, nin-wide, timm:NAME, torchvision:NAME or package.module:factory."
-        )
-    )
-    if missing:
-        remedy += f' Not installed: {", ".join(missing)}; pip install "attention-transfer[models]" adds them.'
+    known, not_installed = _known_names()
+    without_source_and_tag = name.rpartition(":")[2].partition(".")[0].lower()
+    near = difflib.get_close_matches(without_source_and_tag, list(known), n=5)
+    if near:
+        remedy = f"Near matches: {', '.join(full_name for match in near for full_name in known[match])}."
+    else:
+        remedy = f"Use {NAME_FORMS}."
+    if not_installed:
+        remedy += f' Not installed: {", ".join(not_installed)}. Run: pip install "attention-transfer[models]"'
     return f'build_model: expected the name of a model, got "{name}". {remedy}'
+
+
+def _known_names() -> tuple[dict[str, list[str]], list[str]]:
+    """Each name with its forms (resnet18: timm:resnet18, torchvision:resnet18), and the missing libraries."""
+    known = {name: [name] for name in OWN_NAMES}
+    not_installed = []
+    for library, list_names in (("timm", _timm_names), ("torchvision", _torchvision_names)):
+        try:
+            for name in list_names():
+                known.setdefault(name, []).append(f"{library}:{name}")
+        except ImportError:
+            not_installed.append(library)
+    return known, not_installed
 
 
 # This package
@@ -175,9 +178,13 @@ def _timm() -> ModuleType:
     return require("timm", extra="models", user="build_model")
 
 
-def _timm_knows(timm: ModuleType, name: str) -> bool:
+def _timm_names(*, tags: bool = False) -> list[str]:
+    return _timm().list_models(include_tags=tags)
+
+
+def _timm_knows(name: str) -> bool:
     """`name` may carry the tag of a set of weights: resnet18.a1_in1k."""
-    return name in timm.list_models(include_tags="." in name)
+    return name in _timm_names(tags="." in name)
 
 
 def _build_timm(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
@@ -220,9 +227,9 @@ def _torchvision() -> ModuleType:
     return importlib.import_module("torchvision.models")
 
 
-def _torchvision_names(models: ModuleType | None = None) -> list[str]:
+def _torchvision_names() -> list[str]:
     """The image classifiers; not the detectors and segmenters, which live in submodules."""
-    models = models or _torchvision()
+    models = _torchvision()
     return models.list_models(module=models)
 
 

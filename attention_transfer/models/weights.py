@@ -193,15 +193,10 @@ def _best_prefix(targets: Mapping[str, Tensor], stored: Mapping[str, Tensor]) ->
     for name in stored:
         prefixes.update(name[: dot.end()] for dot in re.finditer(r"\.", name))
 
-    def fit(prefix: str) -> tuple[int, int, int, int]:
-        found = [
-            (target, stored[prefix + name]) for name, target in targets.items() if prefix + name in stored
-        ]
-        same_shape = sum(target.shape == tensor.shape for target, tensor in found)
-        favour = (
-            -PREFERRED_PREFIXES.index(prefix) if prefix in PREFERRED_PREFIXES else -len(PREFERRED_PREFIXES)
-        )
-        return same_shape, len(found), favour, -len(prefix)
+    def fit(prefix: str) -> tuple[int, int, bool, bool, int]:
+        found = [name for name in targets if prefix + name in stored]
+        same_shape = sum(targets[name].shape == stored[prefix + name].shape for name in found)
+        return same_shape, len(found), prefix == "", prefix == "student.", -len(prefix)
 
     if fit("")[0] == len(targets):
         return ""
@@ -279,15 +274,16 @@ def _shorten(names: tuple[object, ...]) -> str:
 
 
 def _weights_file(path: Path) -> Path:
-    file = path / "student.safetensors" if path.is_dir() else path
-    if not file.exists():
-        what = (
-            "a run folder with student.safetensors in it" if path.is_dir() else "a weights file or run folder"
+    if path.is_dir():
+        path = path / "student.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(
+            "load_weights: expected a weights file, or a run folder with student.safetensors in it, "
+            f"got {path}, which does not exist. Check the path."
         )
-        raise FileNotFoundError(f"load_weights: expected {what}, got {path}. Check the path.")
-    if not file.is_file():
-        raise ValueError(f"load_weights: expected a weights file or run folder, got {path}. Check the path.")
-    return file
+    if not path.is_file():
+        raise ValueError(f"load_weights: expected a file, got {path}, which is not one. Check the path.")
+    return path
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -373,7 +369,7 @@ def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _write_atomically(path: Path, data: bytes) -> None:
     """Write beside `path`, then rename: at every moment `path` is the old file or the new one."""
     if path.exists() and not path.is_file():
-        raise OSError(f"it is a {'folder' if path.is_dir() else 'device'}, not a file")
+        raise OSError("there is something there that is not a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
