@@ -1,0 +1,458 @@
+"""Reading the outputs of named modules during a forward pass.
+
+Forward hooks are the right tool, with three traps that this module closes:
+
+* A compiled model does not look at hooks again: dynamo skips guards on them by default
+  (`torch._dynamo.config.skip_nnmodule_hook_guards`), so hooks added after the first compiled call never
+  fire. It does guard on whether a module carries a `forward` of its own, so an open tap *pins* the module's
+  forward in its instance dictionary. Opening and closing taps then selects another compiled graph.
+* Checkpointing runs a forward again inside the backward pass. Autograd numbers its running backward passes,
+  and the number is -1 outside of any, so a firing under another number is a recomputation and is ignored.
+* An in-place operation after the tap rewrites what was tapped. A tensor counts its in-place writes
+  (`Tensor._version`); the count is read when the tap fires and again when the model returns. Both readings
+  are traced into a compiled graph, where alone the count is still true.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+LAYOUTS = ("auto", "nchw", "nhwc", "tokens", "tokens+K")
+MAX_PREFIX = 8  # class, distillation and register tokens: DINOv2 has the most in common use, five
+
+
+# ---------------------------------------------------------------------------------------------- names
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside DDP, DataParallel, FSDP, EMA and `torch.compile` wrappers, however nested."""
+    inner = _wrapped(model)
+    return model if inner is None else unwrap(inner)
+
+
+def resolve(model: nn.Module, name: str) -> nn.Module:
+    """The module of a dotted name, whatever wrappers stand at the root or in the middle of the path.
+
+    Raises:
+        ValueError: if there is no such module; the message lists near matches.
+    """
+    module = unwrap(model)
+    for part in name.split(".") if name else ():
+        if part in ("module", "_orig_mod") and part not in module._modules:
+            continue  # a name as the wrapped model's own `named_modules()` spells it
+        child = module._modules.get(part)
+        if child is None:
+            raise ValueError(_unknown_name(model, name))
+        module = unwrap(child)
+    return module
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Like `nn.Module.named_modules`, without the wrappers and their prefixes; a shared module comes once."""
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        module = unwrap(module)
+        if module in seen:
+            return
+        seen.add(module)
+        yield name, module
+        for part, child in module.named_children():
+            yield from walk(child, f"{name}.{part}" if name else part)
+
+    return walk(model, "")
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    for attribute in ("_orig_mod", "_fsdp_wrapped_module"):  # torch.compile, FSDP
+        if attribute in model._modules:
+            return model._modules[attribute]
+    wrappers = (
+        nn.DataParallel,
+        nn.parallel.DistributedDataParallel,
+        torch.optim.swa_utils.AveragedModel,
+    )
+    return model.module if isinstance(model, wrappers) else None
+
+
+def _unknown_name(model: nn.Module, name: str) -> str:
+    known = [known for known, _ in named_modules(model) if known]
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5) or known[:4]
+    return (
+        f"resolve: expected the name of a module of {type(unwrap(model)).__name__}, got {name!r}. "
+        f"Near: {', '.join(near) or 'none, the model has no submodules'}. `model.named_modules()` lists all."
+    )
+
+
+# -------------------------------------------------------------------------------------------- layouts
+
+
+class Layout(NamedTuple):
+    """How a tensor holds a map: `kind` is nchw, nhwc or tokens; the last with a grid and a prefix."""
+
+    kind: str
+    hw: tuple[int, int]
+    prefix: int = 0
+
+    def view(self, tensor: Tensor) -> Float[Tensor, "b c h w"]:
+        """The map as a view of `tensor`."""
+        if self.kind == "nchw":
+            return tensor
+        if self.kind == "tokens":
+            tensor = tensor[:, self.prefix :].unflatten(1, self.hw)
+        return tensor.permute(0, 3, 1, 2)
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """(c, h, w) of the map in a tensor of this `shape`."""
+        return (shape[1] if self.kind == "nchw" else shape[-1], *self.hw)
+
+
+def possible_layouts(
+    shape: Sequence[int],
+    input_hw: tuple[int, int] | None,
+    *,
+    layout: str = "auto",
+    has_layer_norm: bool = False,
+) -> list[Layout]:
+    """Every way to read a tensor of this shape as a map; `Taps` documents the rule.
+
+    Returns:
+        No entry where it cannot be a map, several where the shape leaves a doubt; the likelier come first.
+    """
+    if len(shape) == 3 and layout.startswith(("auto", "tokens")):
+        prefix = int(layout.removeprefix("tokens+")) if "+" in layout else None
+        return _token_layouts(shape[1], input_hw, prefix)
+    if len(shape) != 4 or layout.startswith("tokens"):
+        return []
+    nchw, nhwc = Layout("nchw", (shape[2], shape[3])), Layout("nhwc", (shape[1], shape[2]))
+    if layout != "auto":
+        return [nchw if layout == "nchw" else nhwc]
+    misfits = {choice: _misfit(choice.hw, input_hw) for choice in (nchw, nhwc)}
+    best = min(misfits.values())
+    fitting = [choice for choice, misfit in misfits.items() if misfit == best] if best <= 1 else [nchw, nhwc]
+    return fitting if has_layer_norm else fitting[:1]
+
+
+def _misfit(hw: tuple[int, int], input_hw: tuple[int, int] | None) -> float:
+    """By how many pixels a map is off the aspect ratio of the input."""
+    if input_hw is None:
+        return float("inf")
+    (h, w), (height, width) = hw, input_hw
+    return abs(h * width - w * height) / max(height, width)
+
+
+def _token_layouts(n: int, input_hw: tuple[int, int] | None, prefix: int | None) -> list[Layout]:
+    if input_hw is None:
+        return []
+    height, width = input_hw
+    patches = range(1, min(height, width) // 2 + 1)
+    exact = [p for p in patches if height % p == 0 and width % p == 0]
+    for sizes in (exact, patches):  # some patch embeddings cut off the rest of the image
+        grids = dict.fromkeys((height // p, width // p) for p in sizes)
+        found = [Layout("tokens", (h, w), n - h * w) for h, w in grids if 0 <= n - h * w <= MAX_PREFIX]
+        found = [layout for layout in found if prefix is None or layout.prefix == prefix]
+        if found:
+            return found
+    return []
+
+
+def has_layer_norm(model: nn.Module) -> bool:
+    """Whether the model has a LayerNorm, as all common models with NHWC maps have."""
+    return any(isinstance(module, nn.LayerNorm) for module in model.modules())
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The tensor a tap takes from a module's output; `Taps` documents the rule."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        if isinstance(output.get("last_hidden_state"), Tensor):
+            return output["last_hidden_state"]
+        tensors = [value for value in output.values() if isinstance(value, Tensor)]
+        maps = [tensor for tensor in tensors if tensor.dim() in (3, 4)]
+        return (maps or tensors or [None])[0]
+    if isinstance(output, tuple | list):
+        return next((tensor for item in output if (tensor := first_tensor(item)) is not None), None)
+    return None
+
+
+def input_hw(args: tuple, kwargs: dict) -> tuple[int, int] | None:
+    """(H, W) of the first image batch (b, c, H, W) among a model's arguments."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() == 4:
+            return value.shape[2], value.shape[3]
+    return None
+
+
+def version(tensor: Tensor) -> int:
+    """How often the tensor was written in place; 0 for inference tensors, which do not count."""
+    if not torch.compiler.is_compiling() and tensor.is_inference():  # dynamo cannot trace the question
+        return 0
+    return tensor._version
+
+
+# ----------------------------------------------------------------------------------------------- taps
+
+
+class _Firing(NamedTuple):
+    """One call of a tapped module."""
+
+    key: str
+    output: Tensor | None
+    kind: str  # the type's name, for the message when there is no tensor in it
+    version: int
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """A name as the user gave it, taken apart: the module's dotted path and the number of the call."""
+
+    name: str
+    path: str
+    call: int | None
+    layout: str
+
+
+class Taps:
+    """Outputs of named modules, as maps (b, c, h, w) that are still part of the autograd graph.
+
+    >>> with Taps(model, ["layer1", "layer2"]) as taps:
+    ...     logits = model(images)
+    ...     features = taps.pop()   # {"layer1": (b, c, h, w), "layer2": ...}
+
+    Names are dotted, as in `model.named_modules()`; prefixes of DDP and `torch.compile` may be given or left
+    out. `"relu#2"` is the third call of `relu` in one forward pass, needed where a module is called several
+    times. Only the latest forward pass is remembered, so nothing piles up when nobody pops.
+
+    **What is taken** from a module that does not return a tensor: from a tuple or list its first tensor; from
+    a dict (and a Hugging Face ModelOutput) `last_hidden_state`, else the first 3-D or 4-D tensor.
+
+    **How the layout is told** (`layout="auto"`), given (H, W), the size of the first 4-D input of the model:
+    1. Four axes: `nchw` if the last two axes have the aspect ratio of (H, W) to within one pixel, `nhwc` if
+       the middle two have; the better fit wins. If both fit alike (c = h = w), or neither does: `nchw` for a
+       model without LayerNorm, otherwise an error that asks for `layout=`.
+    2. Three axes: tokens (b, n, c). n = h * w + prefix with h = H / patch, w = W / patch for one whole patch
+       size, and 0 to 8 prefix tokens (class, registers) in front, which are dropped. Patch sizes that divide
+       the image come before those that cut it off. Two possible grids: an error that asks for `tokens+K`.
+
+    **torch.compile**: taps may be open during the first call or be opened later, may stay open or be opened
+    around each step; the model is compiled once with and once without its taps. Values, gradients and the
+    in-place check hold in compiled code. Double backward through compiled code is not possible in PyTorch.
+
+    **Checkpointing**: recomputations during backward are ignored. Reentrant checkpointing hands out tensors
+    with `requires_grad == False`, through which no gradient can flow: use `use_reentrant=False`.
+
+    Args:
+        model: any module. A DataParallel over several devices is refused: it runs copies of the model.
+        names: dotted names, each optionally with `#k`.
+        layout: "auto", "nchw", "nhwc", "tokens" or "tokens+K" (K prefix tokens), or a dict from name to these.
+
+    Raises:
+        ValueError: unknown or repeated name, unknown layout; the message lists near matches.
+        TypeError: `names` is one string.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], *, layout: str | Mapping[str, str] = "auto"
+    ) -> None:
+        if isinstance(names, str):
+            raise TypeError(f"Taps: expected a list of names, got the string {names!r}. Pass [{names!r}].")
+        if len(set(names)) != len(names):
+            raise ValueError(f"Taps: expected each name once, got {list(names)}. Remove the repeated one.")
+        self._taps = [_parse(name, layout) for name in names]
+        _check_layouts(layout, names)
+        _refuse_replicas(model)
+        self._root = unwrap(model)
+        self._modules = {tap.path: resolve(model, tap.path) for tap in self._taps}
+        self._has_layer_norm = has_layer_norm(self._root)
+        self._open = False
+        self._undo: list[Callable[[], None]] = []
+        self._forget()
+
+    def __enter__(self) -> Taps:
+        """Add the hooks.
+
+        Raises:
+            RuntimeError: if these taps are open already.
+        """
+        if self._open:
+            raise RuntimeError(
+                "Taps: expected to be closed on entering, got taps that are open. Make a second Taps."
+            )
+        self._open = True
+        for path, module in self._modules.items():
+            self._undo.append(module.register_forward_hook(self._record(path)).remove)
+            self._pin_forward(module)
+        before = self._root.register_forward_pre_hook(self._begin, with_kwargs=True)
+        after = self._root.register_forward_hook(self._end)
+        self._undo += [before.remove, after.remove]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Remove the hooks and drop the tensors, also after an exception."""
+        while self._undo:
+            self._undo.pop()()
+        self._forget()
+        self._open = False
+
+    def pop(self) -> dict[str, Float[Tensor, "b c h w"]]:
+        """The maps of the latest forward pass, by name in the order given, and forget them.
+
+        Raises:
+            RuntimeError: outside of the `with` block.
+            ValueError: a tap that did not fire, fired several times, holds no map, may be read in two ways,
+                or was overwritten in place after it fired.
+        """
+        if not self._open:
+            raise RuntimeError(
+                "Taps.pop: expected to be called inside `with Taps(...) as taps:`, got closed taps. "
+                "Call the model and pop() inside the block."
+            )
+        fired, ends, hw = self._fired, self._end_versions, self._input_hw
+        self._forget()
+        ends = ends if len(ends) == len(fired) else [0] * len(fired)
+        final = {id(firing): end for firing, end in zip(fired, ends, strict=True)}
+        maps = {}
+        for tap in self._taps:
+            firing = self._select(tap, [firing for firing in fired if firing.key == tap.path])
+            tensor = _intact(tap.name, firing, final[id(firing)])
+            maps[tap.name] = self._layout(tap, tensor, hw).view(tensor)
+        return maps
+
+    # Hooks: also traced by torch.compile, so they are plain appends and assignments to fresh lists.
+
+    def _forget(self) -> None:
+        self._fired: list[_Firing] = []
+        self._end_versions: list[int] = []
+        self._input_hw: tuple[int, int] | None = None
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not _recomputing():
+            self._forget()
+            self._input_hw = input_hw(args, kwargs)
+
+    def _record(self, key: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            if _recomputing():
+                return
+            tensor = first_tensor(output)
+            count = 0 if tensor is None else version(tensor)
+            self._fired.append(_Firing(key, tensor, type(output).__name__, count))
+
+        return hook
+
+    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not _recomputing():
+            self._end_versions = [0 if f.output is None else version(f.output) for f in self._fired]
+
+    def _pin_forward(self, module: nn.Module) -> None:
+        """Give the module a `forward` of its own, so that compiled code sees that taps are open."""
+        if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
+            return
+        vars(module)["forward"] = module.forward
+        self._undo.append(lambda: vars(module).pop("forward", None))
+
+    # Reading
+
+    def _select(self, tap: _Tap, calls: list[_Firing]) -> _Firing:
+        if not calls:
+            raise ValueError(
+                f"Taps.pop: expected {tap.name!r} to run once, got no call of it since the last pop(). Call "
+                "the model inside the `with` block, once before each pop(); tap a module whose forward is run "
+                "(its branch may be off, or its weights used without calling it); a compiled model that was "
+                "first called before the taps were open may need torch._dynamo.reset()."
+            )
+        if tap.call is None and len(calls) > 1:
+            raise ValueError(
+                f"Taps.pop: expected {tap.name!r} to run once in a forward pass, got {len(calls)} calls. "
+                f'Name one: "{tap.path}#0" to "{tap.path}#{len(calls) - 1}".'
+            )
+        index = tap.call or 0
+        if index >= len(calls):
+            raise ValueError(
+                f"Taps.pop: expected call {index} of {tap.path!r}, got {len(calls)} calls in the forward. "
+                f'The last is "{tap.path}#{len(calls) - 1}".'
+            )
+        return calls[index]
+
+    def _layout(self, tap: _Tap, tensor: Tensor, hw: tuple[int, int] | None) -> Layout:
+        shape = tuple(tensor.shape)
+        found = possible_layouts(shape, hw, layout=tap.layout, has_layer_norm=self._has_layer_norm)
+        if len(found) == 1:
+            return found[0]
+        seen = f"got shape {shape} with {_describe_input(hw)}"
+        if not found:
+            raise ValueError(
+                f"Taps.pop: expected {tap.name!r} to return a map (b, c, h, w), (b, h, w, c) or tokens "
+                f"(b, n, c) as layout={tap.layout!r} says, {seen}. Tap a layer before pooling and flattening, "
+                "call the whole model, or pass another layout=."
+            )
+        options = " or ".join(_option(layout) for layout in found)
+        raise ValueError(
+            f"Taps.pop: expected one way to read {tap.name!r}, {seen}, which may be {options}. "
+            f"Pass layout={{{tap.name!r}: {_option(found[0])!r}}} or the other."
+        )
+
+
+def _recomputing() -> bool:
+    """Whether a backward pass is running in this thread: then a forward is a checkpoint's recomputation."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _intact(name: str, firing: _Firing, end_version: int) -> Tensor:
+    if firing.output is None:
+        raise ValueError(
+            f"Taps.pop: expected {name!r} to return a tensor, or a tuple or dict with one, got "
+            f"{firing.kind}. Tap another module."
+        )
+    if max(end_version, version(firing.output)) > firing.version:
+        raise ValueError(
+            f"Taps.pop: expected the output of {name!r} unchanged, got one that was overwritten in place "
+            "after the tap, such as by ReLU(inplace=True). Tap that ReLU itself, or build the model with "
+            "inplace=False."
+        )
+    return firing.output
+
+
+def _parse(name: str, layout: str | Mapping[str, str]) -> _Tap:
+    path, hash_, call = name.partition("#")
+    if hash_ and not call.isdecimal():
+        raise ValueError(f'Taps: expected "name#k" with a whole number k from 0, got {name!r}.')
+    chosen = layout if isinstance(layout, str) else layout.get(name, "auto")
+    return _Tap(name, path, int(call) if hash_ else None, chosen)
+
+
+def _check_layouts(layout: str | Mapping[str, str], names: Sequence[str]) -> None:
+    layouts = {"": layout} if isinstance(layout, str) else dict(layout)
+    for name, value in layouts.items():
+        if not (value in LAYOUTS[:-1] or (value.startswith("tokens+") and value[7:].isdecimal())):
+            raise ValueError(f"Taps: expected layout to be one of {', '.join(LAYOUTS)}, got {value!r}.")
+        if name and name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0) or ["nothing"]
+            raise ValueError(
+                f"Taps: expected layout= for tapped names, got one for {name!r}. Near: {near[0]}."
+            )
+
+
+def _refuse_replicas(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise ValueError(
+                f"Taps: expected a model that runs once a step, got DataParallel over "
+                f"{len(module.device_ids)} devices, which runs copies. Use DistributedDataParallel."
+            )
+
+
+def _describe_input(hw: tuple[int, int] | None) -> str:
+    return f"a {hw[0]}x{hw[1]} input" if hw else "no image input seen by the model"
+
+
+def _option(layout: Layout) -> str:
+    return f"tokens+{layout.prefix}" if layout.kind == "tokens" else layout.kind
