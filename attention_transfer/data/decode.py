@@ -78,19 +78,18 @@ def read_image(encoded: Encoded, row: int, channels: int) -> Image:
 
 def _open(encoded: Encoded, row: int) -> Image:
     pillow = require("PIL.Image", extra="data", user="load_data")
-    data = encoded.read(row)
-    if not data:
-        raise ValueError(
-            f"load_data: expected an image, got no bytes in {encoded.name(row)}. Repair or remove it."
-        )
+    data = io.BytesIO(_read_bytes(encoded, row))
     try:
-        image = pillow.open(io.BytesIO(data))
-        _check_pixels(image, encoded.name(row), pillow.MAX_IMAGE_PIXELS)
+        image = pillow.open(data)
+        limit, pixels = pillow.MAX_IMAGE_PIXELS, image.width * image.height
+        if limit is not None and pixels > limit:  # Pillow itself only warns up to twice the limit
+            raise pillow.DecompressionBombError(f"{pixels:,} pixels, limit {limit:,}")
         image.load()
     except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
-        raise _too_many_pixels(encoded.name(row), str(error)) from None
-    except _TooManyPixelsError:
-        raise
+        raise ValueError(
+            f"load_data: {encoded.name(row)} is too large to decode safely ({_first_line(error)}). "
+            "Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
+        ) from None
     except Exception as error:  # a broken file makes Pillow's decoders raise almost anything
         raise ValueError(
             f"load_data: cannot decode {encoded.name(row)} ({_first_line(error)}). "
@@ -99,21 +98,19 @@ def _open(encoded: Encoded, row: int) -> Image:
     return image
 
 
-class _TooManyPixelsError(ValueError):
-    pass
-
-
-def _check_pixels(image: Image, name: str, limit: int | None) -> None:
-    pixels = image.width * image.height
-    if limit is not None and pixels > limit:
-        raise _too_many_pixels(name, f"{pixels:,} pixels, limit {limit:,}")
-
-
-def _too_many_pixels(name: str, detail: str) -> _TooManyPixelsError:
-    return _TooManyPixelsError(
-        f"load_data: {name} is too large to decode safely ({detail}). "
-        "Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
-    )
+def _read_bytes(encoded: Encoded, row: int) -> bytes:
+    try:
+        data = encoded.read(row)
+    except OSError as error:
+        raise ValueError(
+            f"load_data: cannot read {encoded.name(row)} ({error.strerror}). "
+            "Check the file and its permissions."
+        ) from None
+    if not data:
+        raise ValueError(
+            f"load_data: expected an image, got no bytes in {encoded.name(row)}. Repair or remove it."
+        )
+    return data
 
 
 def _first_line(error: Exception) -> str:

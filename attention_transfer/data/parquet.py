@@ -61,13 +61,27 @@ def read_parquet(
         ValueError: if a file is corrupt, a column is unknown or cannot be told, or labels are not integers.
     """
     splits: dict[str, RawSplit] = {}
-    names: list[str] | None = None
+    names: dict[Path, list[str]] = {}
     for split, members in _group_by_split(files, place).items():
         tables = [_read_file(file, image_column, label_column) for file in members]
         content = EncodedColumns(members, [images for images, _, _ in tables])
         splits[split] = RawSplit(content, torch.cat([labels for _, labels, _ in tables]))
-        names = names or tables[0][2]
-    return Source(splits, names or _numbered(splits), str(place))
+        names |= {file: classes for file, (_, _, classes) in zip(members, tables, strict=True) if classes}
+    return Source(splits, _agreed(names) or _numbered(splits), str(place))
+
+
+def _agreed(names: dict[Path, list[str]]) -> list[str]:
+    """The class names, which every file that has some must give in the same order."""
+    if not names:
+        return []
+    first, expected = next(iter(names.items()))
+    for file, classes in names.items():
+        if classes != expected:
+            raise ValueError(
+                f"load_data: expected the classes of {first} ({', '.join(expected[:10])}) in {file} too, "
+                f"got {', '.join(classes[:10])}. Number the classes of all files alike."
+            )
+    return expected
 
 
 def _numbered(splits: dict[str, RawSplit]) -> list[str]:
