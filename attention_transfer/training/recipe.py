@@ -54,12 +54,12 @@ class Recipe:
     """The parquet column of the images, where it cannot be told from the file."""
     label_column: str | None = None
     """The parquet column of the labels, where it cannot be told from the file."""
-    pad: int = 4
-    """Augmentation: reflect-pad by this many pixels and crop back at random; 0 for none."""
-    flip: bool = True
-    """Augmentation: mirror every second image at random. Turn it off for digits and letters."""
-    num_workers: int = 4
-    """Processes that decode images which do not fit in memory."""
+    pad: int | None = None
+    """Augmentation: reflect-pad by so many pixels and crop back at random. As suits the data if not given."""
+    flip: bool | None = None
+    """Augmentation: mirror every second image at random. As suits the data if not given: not for digits."""
+    num_workers: int | None = None
+    """Processes that decode images which do not fit in memory. One a core, at most 8, if not given."""
 
     method: Method = "at"
     """What the student learns from besides labels: attention maps (at), distillation (kd), both, or none."""

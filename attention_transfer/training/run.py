@@ -10,12 +10,17 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attention_transfer.training.recipe import Recipe
 
-if TYPE_CHECKING:
-    from torch import nn
+
+class Interrupted(Exception):  # noqa: N818 (it is no error)
+    """Training was stopped by a signal; its state is saved, and `resume` goes on from there."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"training was stopped by signal {signal_number}; its state is saved")
+        self.exit_status = 128 + signal_number
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,19 @@ class Run:
         return self.folder / "tensorboard"
 
     @property
+    def exists(self) -> bool:
+        """Whether the folder is a run folder."""
+        return self.recipe_file.is_file()
+
+    @property
     def finished(self) -> bool:
         """Whether the run came to its end: result.json is the last thing that is written."""
         return self.result_file.is_file()
+
+    @property
+    def holds_work(self) -> bool:
+        """Whether anything has been trained here, be it the teacher's first epoch."""
+        return self.finished or any(self.folder.rglob("*.ckpt"))
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -68,7 +83,7 @@ class Run:
         Raises:
             FileNotFoundError: if the folder is not a run folder.
         """
-        if not self.recipe_file.is_file():
+        if not self.exists:
             raise FileNotFoundError(
                 f"Run: expected a run folder with a recipe.yaml, got {self.folder}. Pass a run's --output."
             )
@@ -89,54 +104,40 @@ class Run:
         return json.loads(self.result_file.read_text(encoding="utf-8"))
 
     @property
-    def teacher(self) -> Run | None:
-        """The run that the teacher comes from: trained first inside this run, or named by the recipe."""
-        own = Run(self.folder / "teacher")
-        if own.recipe_file.is_file():
-            return own
-        named = Run(Path(self.recipe.teacher or ""))
-        return named if self.recipe.teacher and named.recipe_file.is_file() else None
-
-    def build_student(self) -> nn.Module:
-        """The student in eval mode, with the weights that the run ended with.
-
-        Raises:
-            ValueError: if the run has not finished.
-        """
-        from attention_transfer.models import build_model
-
-        model = build_model(
-            self.recipe.student,
-            num_classes=len(self.result["classes"]),
-            in_channels=self.result["in_channels"],
-            weights=str(self.student_weights),
-        )
-        return model.eval()
+    def teacher(self) -> Run:
+        """Where a teacher that is trained first has its own run folder."""
+        return Run(self.folder / "teacher")
 
     def create(self, recipe: Recipe, *, overwrite: bool = False) -> None:
-        """Make the folder and write the recipe into it.
+        """Make the folder, in place of a run that may be overwritten, and write the recipe into it.
 
         Raises:
-            FileExistsError: if the folder is there and is neither empty nor to be overwritten.
+            FileExistsError: as `check_free`.
             OSError: if it cannot be written.
         """
-        if self.folder.is_dir() and any(self.folder.iterdir()):
-            self._clear(overwrite)
+        self.check_free(overwrite=overwrite)
+        if self.exists:
+            shutil.rmtree(self.folder)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_atomically(self.recipe_file, recipe.to_yaml())
 
-    def _clear(self, overwrite: bool) -> None:
-        """Delete an earlier run, and only what is known to be one."""
-        if not self.recipe_file.is_file():
+    def check_free(self, *, overwrite: bool = False) -> None:
+        """Make sure that no work is lost if a run is created here.
+
+        Raises:
+            FileExistsError: if the folder holds a run that is not to be overwritten, or other files.
+        """
+        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return
+        if not self.exists:
             raise FileExistsError(
-                f"train: {self.folder} exists and is no run folder: it is left alone. Pass another --output."
+                f"train: {self.folder} exists and is no run folder, so it stays. Pass another --output."
             )
-        if not overwrite:
+        if self.holds_work and not overwrite:
             raise FileExistsError(
                 f"train: the run folder {self.folder} exists. Go on with it: --resume {self.folder}; "
                 "or start it over: --overwrite; or pass another --output."
             )
-        shutil.rmtree(self.folder)
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json, which marks the run as finished."""

@@ -1,0 +1,162 @@
+"""The parts of a run, made from its recipe: images, student, teacher, distiller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attention_transfer.data import Augment, Splits, load_data
+from attention_transfer.distiller import Distiller, InputTransform
+from attention_transfer.losses import AttentionTransfer, KnowledgeDistillation, Term
+from attention_transfer.models import build_model, load_weights
+from attention_transfer.pairs import Pair
+from attention_transfer.training.card import ModelCard
+from attention_transfer.training.recipe import Recipe, parse_pairs
+from attention_transfer.training.run import Run
+
+
+def load_splits(recipe: Recipe) -> Splits:
+    """The recipe's images: training, validation, test."""
+    return load_data(
+        recipe.data,
+        root=recipe.data_root,
+        validation=recipe.validation,
+        seed=recipe.seed,
+        max_train=recipe.max_train,
+        image_size=recipe.image_size,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+    )
+
+
+def build_student(recipe: Recipe, splits: Splits) -> nn.Module:
+    """The student with its initial weights, which depend on the seed alone."""
+    torch.manual_seed(recipe.seed)
+    return _build(recipe.student, recipe.student_weights, splits, splits.num_classes)
+
+
+def _build(name: str, weights: str | None, splits: Splits, classes: int) -> nn.Module:
+    model = build_model(
+        name,
+        num_classes=classes,
+        in_channels=splits.in_channels,
+        pretrained=weights == "pretrained",
+    )
+    if weights not in (None, "pretrained"):
+        print(load_weights(model, weights), flush=True)
+    return model
+
+
+def build_augment(recipe: Recipe, splits: Splits) -> Augment:
+    """The recipe's augmentation; what it leaves open is as suits the data."""
+    pad = splits.pad if recipe.pad is None else recipe.pad
+    flip = splits.flip if recipe.flip is None else recipe.flip
+    return Augment(splits.mean, splits.std, pad=pad, flip=flip)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher with its weights, and how the student's input becomes its own."""
+
+    model: nn.Module
+    classes: int
+    transform: InputTransform | None
+
+
+def build_teacher(recipe: Recipe, splits: Splits, train_first: Callable[[], Run]) -> Teacher | None:
+    """The teacher that the recipe names: from a run folder, from weights, or trained now; None for none.
+
+    Raises:
+        ValueError: if the method compares answers and the teacher has other classes than the data.
+    """
+    if recipe.method == "none" or recipe.teacher is None:
+        return None
+    named = Run(Path(recipe.teacher))
+    if named.exists:
+        teacher = _teacher_of_run(named, splits)
+    elif recipe.teacher_weights is None:
+        teacher = _teacher_of_run(train_first(), splits)
+    else:
+        teacher = _teacher_of_weights(recipe, splits)
+    if "kd" in recipe.method and teacher.classes != splits.num_classes:
+        raise ValueError(
+            f'train: method "{recipe.method}" compares answers: expected a teacher of {splits.num_classes} '
+            f"classes, as the data, got {teacher.classes}. Attention maps need no equal classes: --method at."
+        )
+    return teacher
+
+
+def _teacher_of_run(run: Run, splits: Splits) -> Teacher:
+    """The student of a finished run, which becomes a teacher."""
+    _ = run.result
+    card = ModelCard.read(run.folder)
+    if card is None:
+        raise ValueError(
+            f"train: {run.student_weights} does not say what it holds. Pass --teacher-weights with it."
+        )
+    return _teacher_of_card(card, run.folder, splits)
+
+
+def _teacher_of_card(card: ModelCard, weights: str | Path, splits: Splits) -> Teacher:
+    return Teacher(card.build(weights), len(card.classes), _input_transform(splits, card.mean, card.std))
+
+
+def _teacher_of_weights(recipe: Recipe, splits: Splits) -> Teacher:
+    """A teacher from a file, normalised as the data unless it says otherwise."""
+    name, weights = recipe.teacher or "", recipe.teacher_weights
+    card = None if weights in (None, "pretrained") else ModelCard.read(weights)
+    if card is not None and card.model == name:
+        return _teacher_of_card(card, weights, splits)
+    classes = recipe.teacher_classes or splits.num_classes
+    model = _build(name, weights, splits, classes)
+    own = getattr(model, "pretrained_cfg", None) or {}
+    if weights != "pretrained" or len(own.get("mean", ())) != splits.in_channels:
+        return Teacher(model, classes, None)
+    size = tuple(own["input_size"][1:]) if own.get("fixed_input_size") else None
+    return Teacher(model, classes, _input_transform(splits, own["mean"], own["std"], size))
+
+
+def _input_transform(
+    splits: Splits, mean: Sequence[float], std: Sequence[float], size: tuple[int, int] | None = None
+) -> InputTransform | None:
+    """From the data's normalisation and size to the teacher's; None where nothing is to be done."""
+    alike = np.allclose([splits.mean, splits.std], [mean, std], atol=1e-6)
+    if alike and size in (None, splits.shape[1:]):
+        return None
+    return InputTransform((splits.mean, splits.std), (mean, std), size=size)
+
+
+def build_distiller(
+    recipe: Recipe, student: nn.Module, teacher: Teacher | None, example: Tensor
+) -> Distiller:
+    """Student, teacher and the terms of the recipe's method."""
+    if teacher is None:
+        return Distiller(student, None, terms=())
+    pairs = parse_pairs(recipe.pairs)
+    return Distiller(
+        student,
+        teacher.model,
+        pairs="auto" if pairs is None else [Pair(*pair) for pair in pairs],
+        terms=build_terms(recipe),
+        example_input=example,
+        teacher_transform=teacher.transform,
+    )
+
+
+def build_terms(recipe: Recipe) -> list[Term]:
+    """The loss terms of the recipe's method, besides the cross-entropy."""
+    terms: list[Term] = []
+    if "at" in recipe.method:
+        terms.append(
+            AttentionTransfer(
+                recipe.beta, p=recipe.p, mapping=recipe.mapping, form=recipe.form, resize=recipe.resize
+            )
+        )
+    if "kd" in recipe.method:
+        terms.append(KnowledgeDistillation(recipe.alpha, recipe.temperature))
+    return terms

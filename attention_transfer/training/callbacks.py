@@ -1,0 +1,139 @@
+"""What happens around the training step: rows of metrics, checkpoints, the progress bar, Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+
+from attention_transfer.training.module import DistillationModule
+from attention_transfer.training.run import Interrupted, Run
+
+STOP_CHECK_EVERY = 10  # steps between which several processes agree whether to stop
+
+
+class EpochLog(Callback):
+    """Writes each epoch into metrics.csv and TensorBoard, and says it in a line."""
+
+    def __init__(self, run: Run, say: Callable[[str], None]) -> None:
+        self.run, self.say = run, say
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, DistillationModule)
+        row = pl_module.epoch_row()
+        for logger in trainer.loggers:
+            logger.log_metrics({k: v for k, v in row.items() if k not in ("epoch", "step")}, step=row["step"])
+        if trainer.is_global_zero:
+            self.run.write_metrics(row)
+            self.say(describe_epoch(row, trainer.max_epochs))
+
+
+def describe_epoch(row: dict[str, float], epochs: int | None) -> str:
+    """A row of metrics.csv as one readable line."""
+    terms = [f"{name[6:]} {value:.3f}" for name, value in row.items() if name.startswith("train/")]
+    errors = [f"validation error {row['val/error']:.1f} %"] if "val/error" in row else []
+    head = f"epoch {row['epoch']:.0f}/{epochs}"
+    terms = [term if not term.startswith("error") else f"error {row['train/error']:.1f} %" for term in terms]
+    return "  ".join([head, *terms, *errors, f"{row['images_per_second']:.0f} images/s"])
+
+
+class Checkpoints(Checkpoint):
+    """Saves last.ckpt after every epoch, and best.ckpt after each with the least validation error so far.
+
+    Lightning's own ModelCheckpoint forgets the best score when the run folder has moved.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.best_error, self.best_epoch = float("inf"), 0
+        self._before, self._started = 0.0, time.perf_counter()
+
+    @property
+    def wall_seconds(self) -> float:
+        """How long the run has taken, with what came before an interruption."""
+        return self._before + time.perf_counter() - self._started
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, DistillationModule)
+        error = pl_module.validation_totals.means(trainer.strategy.reduce).get("error")
+        if error is None or error < self.best_error:
+            self.best_error = float("inf") if error is None else error
+            self.best_epoch = trainer.current_epoch + 1
+            trainer.save_checkpoint(self.run.best_checkpoint)
+        trainer.save_checkpoint(self.run.last_checkpoint)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_error": self.best_error, "best_epoch": self.best_epoch, "seconds": self.wall_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_error, self.best_epoch = state_dict["best_error"], state_dict["best_epoch"]
+        self._before = state_dict["seconds"]
+
+
+class StopOnSignal(Callback):
+    """On Ctrl-C or SIGTERM: finishes the step, saves last.ckpt, and raises `Interrupted`.
+
+    The step is finished first because an optimizer that is stopped half-way leaves weights that no
+    uninterrupted run ever had. A second Ctrl-C stops at once; the last checkpoint on disk stays good.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.received: int | None = None
+        self._former: dict[int, Any] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former[number] = signal.signal(number, self._note)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._should_stop(trainer, batch_idx):
+            trainer.save_checkpoint(self.run.last_checkpoint)
+            raise Interrupted(self.received or signal.SIGINT)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _should_stop(self, trainer: Trainer, batch_idx: int) -> bool:
+        if trainer.world_size == 1:
+            return self.received is not None
+        if batch_idx % STOP_CHECK_EVERY:
+            return False
+        return trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            self._restore()
+            signal.raise_signal(number)
+        self.received = number
+
+    def _restore(self) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former = {}
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar with the epoch's mean loss terms and images/s; it gives way to EpochLog's lines."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=10, leave=False)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        assert isinstance(pl_module, DistillationModule)
+        means = pl_module.training_totals.means()
+        return {name: f"{mean:.3f}" for name, mean in means.items()} | {
+            "images/s": f"{pl_module.clock.images_per_second:.0f}"
+        }

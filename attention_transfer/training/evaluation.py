@@ -1,0 +1,65 @@
+"""How often a model is wrong on a set of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's answers on some images. Errors are in percent."""
+
+    predictions: Int[Tensor, " n"]
+    labels: Int[Tensor, " n"]
+    error: float
+    top5_error: float
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: nn.Module,
+    batches: Iterable[tuple[UInt8[Tensor, "b c h w"], Int[Tensor, " b"]]],
+    normalise: Callable[[Tensor], Tensor],
+    *,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Run a model in eval mode and float32 over batches of uint8 images; the model stays on `device`.
+
+    Raises:
+        ValueError: if there are no images, or the labels name classes that the model does not have.
+    """
+    model.eval().to(device)
+    predictions, labels, hits = [], [], []
+    for images, targets in batches:
+        logits = model(normalise(images.to(device))).float().cpu()
+        _check_classes(logits, targets)
+        predictions.append(logits.argmax(1))
+        labels.append(targets.cpu())
+        hits.append(_in_top5(logits, targets.cpu()))
+    if not labels:
+        raise ValueError("evaluate_model: expected at least one image, got none. Pass data with test images.")
+    predicted, truth = torch.cat(predictions), torch.cat(labels)
+    return Evaluation(predicted, truth, _percent(predicted != truth), _percent(~torch.cat(hits)))
+
+
+def _check_classes(logits: Float[Tensor, "b k"], labels: Int[Tensor, " b"]) -> None:
+    if int(labels.max()) >= logits.shape[1]:
+        raise ValueError(
+            f"evaluate_model: expected labels below {logits.shape[1]}, the model's number of classes, "
+            f"got {int(labels.max())}. Pass the data that the model was trained on."
+        )
+
+
+def _in_top5(logits: Float[Tensor, "b k"], labels: Int[Tensor, " b"]) -> Tensor:
+    """Whether the true class is among the five largest logits."""
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    return (best == labels[:, None]).any(1)
+
+
+def _percent(wrong: Tensor) -> float:
+    return 100 * wrong.double().mean().item()

@@ -1,0 +1,282 @@
+"""Training runs from beginning to end: the one way in for `train`, `demo` and your own scripts."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from attention_transfer._extras import require
+from attention_transfer.data import Batches, Splits
+from attention_transfer.models import fingerprint, save_weights
+from attention_transfer.training.build import (
+    build_augment,
+    build_distiller,
+    build_student,
+    build_teacher,
+    load_splits,
+)
+from attention_transfer.training.card import ModelCard
+from attention_transfer.training.evaluation import evaluate_model
+from attention_transfer.training.recipe import Recipe
+from attention_transfer.training.run import Run
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from attention_transfer.training.callbacks import Checkpoints
+    from attention_transfer.training.module import DistillationModule
+
+EVALUATION_BATCH = 250
+
+Say = Callable[[str], None]
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+def train(recipe: Recipe, *, overwrite: bool = False, say: Say | None = None) -> Run:
+    """Train a student as the recipe says, in a new run folder; a teacher that is to be trained comes first.
+
+    Args:
+        recipe: every setting of the run.
+        overwrite: delete an earlier run in the same folder.
+        say: takes each line of progress; by default they are printed, below a progress bar on a terminal.
+
+    Raises:
+        FileExistsError: if the run folder is there already.
+        ValueError: if the settings do not fit each other, the models or the data.
+        OSError: if data or weights cannot be read, or the run folder cannot be written.
+        Interrupted: after Ctrl-C, when the state is saved.
+    """
+    require("lightning", extra="train", user="train")
+    recipe = recipe.resolved()
+    run = Run(recipe.folder)
+    if _is_first_process():
+        run.check_free(overwrite=overwrite)
+    splits = load_splits(recipe)
+    student = build_student(recipe, splits)
+    if _is_first_process():
+        run.create(recipe, overwrite=overwrite)
+    return _fit(run, recipe, splits, student, say)
+
+
+def resume(folder: str | Path, *, say: Say | None = None) -> Run:
+    """Go on with an interrupted run, exactly where it stopped; a finished run is returned as it is.
+
+    Raises:
+        FileNotFoundError: if the folder is not a run folder.
+        ValueError, OSError, Interrupted: as `train`.
+    """
+    require("lightning", extra="train", user="resume")
+    run = Run(Path(folder).absolute())
+    recipe = replace(run.recipe, output=str(run.folder))
+    if run.finished:
+        return run
+    splits = load_splits(recipe)
+    return _fit(run, recipe, splits, build_student(recipe, splits), say)
+
+
+def _fit(run: Run, recipe: Recipe, splits: Splits, student: nn.Module, say: Say | None) -> Run:
+    """Train a built student in a run folder that is there, from its last checkpoint if it has one."""
+    from attention_transfer.training.callbacks import Checkpoints
+    from attention_transfer.training.module import DistillationModule
+
+    tell = say or _print
+    teacher = build_teacher(recipe, splits, lambda: _train_teacher(run, recipe, splits, say))
+    distiller = build_distiller(recipe, student, teacher, torch.zeros(2, *splits.shape))
+    checkpoints = Checkpoints(run)
+    with quiet():
+        trainer = build_trainer(run, recipe, checkpoints, say)
+        loaders = _Loaders(recipe, splits, trainer)
+        if loaders.train.drop_last:
+            tell("note: the last batch would hold one image; every epoch leaves it out")
+        module = DistillationModule(
+            recipe,
+            distiller,
+            build_augment(recipe, splits),
+            len(loaders.train),
+            teacher=fingerprint(teacher.model) if teacher else None,
+            say=tell,
+        )
+        last = run.last_checkpoint if run.last_checkpoint.is_file() else None
+        trainer.fit(module, loaders.train, loaders.validation, ckpt_path=last, weights_only=True)
+    if trainer.is_global_zero:
+        _finish(run, recipe, splits, module, checkpoints)
+    trainer.strategy.barrier()
+    return run
+
+
+def _train_teacher(run: Run, recipe: Recipe, splits: Splits, say: Say | None) -> Run:
+    """Train the teacher inside the run folder, or go on with it, or take it as it is there."""
+    if run.teacher.finished:
+        return run.teacher
+    teacher_recipe = recipe.for_teacher()
+    if _is_first_process():
+        (say or _print)(f"First the teacher: {recipe.teacher}, {teacher_recipe.epochs} epochs")
+        if not run.teacher.holds_work:
+            run.teacher.create(teacher_recipe)
+    _fit(run.teacher, teacher_recipe, splits, build_student(teacher_recipe, splits), say)
+    if _is_first_process():
+        (say or _print)(f"Now the student: {recipe.student}, {recipe.epochs} epochs")
+    return run.teacher
+
+
+class _Loaders:
+    """The batches of this process."""
+
+    def __init__(self, recipe: Recipe, splits: Splits, trainer: Trainer) -> None:
+        common = {
+            "rank": trainer.global_rank,
+            "world_size": trainer.world_size,
+            "device": trainer.strategy.root_device,
+            "workers": recipe.num_workers,
+        }
+        self.train = Batches(
+            splits.train,
+            recipe.batch_size,
+            shuffle=True,
+            seed=recipe.seed,
+            drop_last=_last_batch_is_one(
+                len(splits.train), recipe.batch_size * trainer.world_size, trainer.world_size
+            ),
+            **common,
+        )
+        self.validation = None
+        if splits.validation is not None:
+            self.validation = _InOrder(Batches(splits.validation, recipe.batch_size, shuffle=False, **common))
+
+
+class _InOrder:
+    """Batches without their `sampler`, which Lightning would search for a shuffle."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.batches)
+
+
+def _last_batch_is_one(images: int, batch: int, processes: int) -> bool:
+    """One image alone has no batch statistics: a last batch of one for each process is left out."""
+    return images > batch and 1 <= images % batch <= processes
+
+
+def build_trainer(run: Run, recipe: Recipe, checkpoints: Checkpoints, say: Say | None) -> Trainer:
+    """Lightning's trainer for a recipe, without its chatter."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from attention_transfer.training.callbacks import EpochLog, ProgressBar, StopOnSignal
+
+    progress = [ProgressBar()] if say is None and sys.stderr.isatty() else []
+    return Trainer(
+        accelerator=recipe.accelerator,
+        devices=recipe.devices or "auto",
+        num_nodes=recipe.nodes,
+        precision=choose_precision(recipe),
+        max_epochs=recipe.epochs,
+        gradient_clip_val=recipe.gradient_clip,
+        callbacks=[EpochLog(run, say or _print), checkpoints, StopOnSignal(run), *progress],
+        logger=TensorBoardLogger(run.folder, name="tensorboard", version=""),
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_progress_bar=bool(progress),
+        default_root_dir=run.folder,
+    )
+
+
+def choose_precision(recipe: Recipe) -> Any:
+    """The recipe's precision; for "auto", bf16-mixed on a GPU that has it, and 32-true elsewhere."""
+    if recipe.precision != "auto":
+        return recipe.precision
+    on_gpu = recipe.accelerator in ("auto", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+
+
+def _finish(
+    run: Run,
+    recipe: Recipe,
+    splits: Splits,
+    module: DistillationModule,
+    checkpoints: Checkpoints,
+) -> None:
+    """Write the student's weights, measure it on the test images, and write result.json."""
+    student = module.student
+    if recipe.keep == "best":
+        best = torch.load(run.best_checkpoint, map_location="cpu", weights_only=True)
+        student.load_state_dict(best["state_dict"])
+    card = _card(recipe, splits)
+    save_weights(student, run.student_weights, card.as_metadata())
+    normalise = card.augment().to(module.device).normalise
+    test = evaluate_model(student, test_batches(splits), normalise, device=module.device)
+    rows = run.read_metrics()
+    run.write_result(
+        {
+            "test_error": test.error,
+            "test_top5_error": test.top5_error,
+            "validation_error": float(rows[-1]["val/error"]) if "val/error" in rows[-1] else None,
+            "best_epoch": checkpoints.best_epoch,
+            "parameters": sum(p.numel() for p in student.parameters()),
+            "seed": recipe.seed,
+            "images_per_second": sum(float(row["images_per_second"]) for row in rows) / len(rows),
+            "wall_seconds": checkpoints.wall_seconds,
+            "method": recipe.method,
+            "teacher_fingerprint": module.teacher_fingerprint,
+            "plan": module.distiller.plan().as_dicts(),
+        }
+    )
+
+
+def _card(recipe: Recipe, splits: Splits) -> ModelCard:
+    return ModelCard(
+        model=recipe.student,
+        classes=list(splits.classes),
+        in_channels=splits.in_channels,
+        image_size=list(splits.shape[1:]),
+        mean=list(splits.mean),
+        std=list(splits.std),
+    )
+
+
+def test_batches(splits: Splits) -> Batches:
+    """The test images, in order."""
+    return Batches(splits.test, EVALUATION_BATCH, shuffle=False)
+
+
+def _is_first_process() -> bool:
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return rank_zero_only.rank == 0
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning without its tips and its advice on data loaders; its errors stay."""
+    from lightning.fabric.utilities.warnings import PossibleUserWarning
+
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=PossibleUserWarning)
+        warnings.filterwarnings("ignore", module=r"lightning\.")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

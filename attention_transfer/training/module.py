@@ -1,0 +1,238 @@
+"""The training step: a Lightning module around the distiller, exactly repeatable from any batch on."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+
+from attention_transfer.distiller import Distiller
+from attention_transfer.training.recipe import Recipe
+
+FINITE_CHECK_EVERY = 50  # steps; looking at a loss makes the host wait for the device
+
+
+class DistillationModule(LightningModule):
+    """Trains `distiller.student` on batches of uint8 images, which it augments on the device.
+
+    Every random number of a step follows from (seed, epoch, batch, process): a resumed run draws what the
+    uninterrupted run would have drawn. The state dict is the student's alone.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        distiller: Distiller,
+        augment: nn.Module,
+        steps_per_epoch: int,
+        *,
+        teacher: str | None,
+        say: Callable[[str], None],
+    ) -> None:
+        """`teacher` is the fingerprint of the teacher's weights, which checkpoints carry in their place."""
+        super().__init__()
+        self.say = say
+        self.recipe, self.distiller, self.augment = recipe, distiller, augment
+        self.steps_per_epoch, self.teacher_fingerprint = steps_per_epoch, teacher
+        self.training_totals, self.validation_totals = Totals(), Totals()
+        self.clock = Clock()
+        self.learning_rate = recipe.lr
+
+    @property
+    def student(self) -> nn.Module:
+        """The model that is trained."""
+        return self.distiller.student
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.student.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return self.student.load_state_dict(state_dict, *args, **kwargs)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        recipe = self.recipe
+        optimizer = torch.optim.SGD(
+            self.student.parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            weight_decay=recipe.weight_decay,
+        )
+        scheduler = build_schedule(optimizer, recipe, self.steps_per_epoch)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_epoch_start(self) -> None:
+        self.training_totals.clear()
+        self.clock = Clock()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.clock.data_has_come()
+        torch.manual_seed(step_seed(self.recipe.seed, self.current_epoch, batch_idx, self.global_rank))
+
+    def training_step(
+        self, batch: tuple[UInt8[Tensor, "b c h w"], Int[Tensor, " b"]], batch_idx: int
+    ) -> Float[Tensor, ""]:
+        images, labels = batch
+        self.learning_rate = self.optimizers().param_groups[0]["lr"]
+        inputs = self.augment(images)
+        if self.global_step == 0:
+            self._preflight(inputs, labels)
+        out = self.distiller(inputs, labels)
+        if batch_idx % FINITE_CHECK_EVERY == 0:
+            self._check_finite(out.loss.item())
+        wrong = (out.logits.detach().argmax(1) != labels).float().mean()
+        self.training_totals.add({"loss": out.loss, **out.terms, "error": 100 * wrong}, len(labels))
+        return out.loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.clock.step_has_ended(len(batch[1]))
+
+    def on_validation_epoch_start(self) -> None:
+        self.validation_totals.clear()
+
+    def validation_step(
+        self, batch: tuple[UInt8[Tensor, "b c h w"], Int[Tensor, " b"]], batch_idx: int
+    ) -> None:
+        images, labels = batch
+        logits = self.student(self.augment.normalise(images)).float()
+        wrong = (logits.argmax(1) != labels).float().mean()
+        self.validation_totals.add(
+            {"loss": F.cross_entropy(logits, labels), "error": 100 * wrong}, len(labels)
+        )
+
+    def epoch_row(self) -> dict[str, float]:
+        """The epoch that has just ended, as a row of metrics.csv; the same on every process.
+
+        Raises:
+            FloatingPointError: if the loss is no longer finite.
+        """
+        training = self.training_totals.means(self.trainer.strategy.reduce)
+        validation = self.validation_totals.means(self.trainer.strategy.reduce)
+        self._check_finite(training["loss"])
+        return {
+            "epoch": self.current_epoch + 1,
+            "step": self.global_step,
+            "lr": self.learning_rate,
+            **{f"train/{name}": value for name, value in training.items()},
+            **{f"val/{name}": value for name, value in validation.items()},
+            "images_per_second": self.clock.images_per_second * self.trainer.world_size,
+            "seconds": self.clock.seconds,
+            "data_share": self.clock.data_share,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["teacher_fingerprint"] = self.teacher_fingerprint
+        checkpoint["training_totals"] = self.training_totals.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the epoch's sums.
+
+        Raises:
+            ValueError: if the checkpoint was made with another teacher.
+        """
+        before = checkpoint.get("teacher_fingerprint")
+        if before != self.teacher_fingerprint:
+            raise ValueError(
+                f"train: expected the teacher that had fingerprint {before}, got {self.teacher_fingerprint}. "
+                "Put the teacher's former weights back, or start over with --overwrite."
+            )
+        self.training_totals.load_state_dict(checkpoint["training_totals"])
+
+    def _preflight(self, inputs: Tensor, labels: Tensor) -> None:
+        plan = self.distiller.preflight(inputs, labels).plan
+        if self.trainer.is_global_zero and self.recipe.method != "none":
+            self.say(str(plan))
+
+    def _check_finite(self, loss: float) -> None:
+        if loss - loss != 0:
+            raise FloatingPointError(
+                f"train: expected a finite loss, got {loss} in epoch {self.current_epoch + 1}; checkpoints/ "
+                "holds an earlier state. Lower --lr, or pass --gradient-clip 1 or --precision 32-true."
+            )
+
+
+class Totals:
+    """Means over an epoch's images, summed on the device so that no step waits for a number."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def clear(self) -> None:
+        self.sums, self.count = {}, 0
+
+    def add(self, means: Mapping[str, Tensor], count: int) -> None:
+        """Add a batch's means, which are weighted by its number of images."""
+        for name, mean in means.items():
+            weighted = mean.detach().float() * count
+            self.sums[name] = self.sums[name] + weighted if name in self.sums else weighted
+        self.count += count
+
+    def means(self, reduce: Any = None) -> dict[str, float]:
+        """The means by name; `reduce` sums a tensor over processes."""
+        if not self.count:
+            return {}
+        stacked = torch.stack([*self.sums.values(), next(iter(self.sums.values())).new_tensor(self.count)])
+        stacked = stacked if reduce is None else reduce(stacked, reduce_op="sum")
+        *sums, count = stacked.tolist()
+        return {name: total / count for name, total in zip(self.sums, sums, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sums, self.count = dict(state["sums"]), state["count"]
+
+
+class Clock:
+    """What an epoch's wall time went into; validation does not count."""
+
+    def __init__(self) -> None:
+        self.images, self.seconds, self.waiting = 0, 0.0, 0.0
+        self._mark = time.perf_counter()
+
+    def data_has_come(self) -> None:
+        self.waiting += self._lap()
+
+    def step_has_ended(self, images: int) -> None:
+        self._lap()
+        self.images += images
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        lap, self._mark = now - self._mark, now
+        self.seconds += lap
+        return lap
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds else 0.0
+
+    @property
+    def data_share(self) -> float:
+        """Share of the time, from 0 to 1, that steps waited for images."""
+        return self.waiting / self.seconds if self.seconds else 0.0
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> LRScheduler:
+    """The learning rate's course over the run, moved at every step."""
+    if recipe.schedule == "one-cycle":
+        return OneCycleLR(
+            optimizer, recipe.lr, total_steps=recipe.epochs * steps_per_epoch, cycle_momentum=False
+        )
+    drops = [round(share * recipe.epochs) * steps_per_epoch for share in recipe.milestones]
+    return LambdaLR(optimizer, lambda step: recipe.factor ** sum(step >= drop for drop in drops))
+
+
+def step_seed(*position: int) -> int:
+    """A 63-bit seed from (seed, epoch, batch, process): neighbours get unrelated seeds."""
+    digest = hashlib.blake2b(repr(position).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
