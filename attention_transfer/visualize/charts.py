@@ -127,7 +127,7 @@ def dot_plot(title: str, unit: str, name: str, groups: Sequence[Group]) -> DotPl
     step = max(44.0, (HEIGHT - TOP - BOTTOM) / len(found))
     rows = [
         DotRow(
-            group.label,
+            group.title,
             group.style,
             TOP + step * i + 30,
             [(x(value), f"{value:.2f}") for value in values],

@@ -97,8 +97,13 @@ def collect_examples(
     predictions: dict[str, Tensor] = {}
     for role, (model, layers) in models.items():
         prepare = normalise[role] if isinstance(normalise, Mapping) else normalise
-        maps[role], logits = _watch(model, layers, images, batch_size, prepare)
-        predictions[role] = logits.argmax(1)[chosen]
+        maps[role], predicted = _watch(model, layers, images, batch_size, prepare)
+        if predicted is None:
+            raise ValueError(
+                f"collect_examples: expected logits (b, k) from the {role}, got something else. "
+                "Give a classifier."
+            )
+        predictions[role] = predicted[chosen]
     layers_of = {role: list(layers) for role, (_, layers) in models.items()}
     return Examples(
         images=images[chosen].cpu(),
@@ -150,23 +155,32 @@ def _watch(
     images: Tensor,
     batch_size: int,
     prepare: Normalise | None = None,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Maps and logits of a model on all images, a batch at a time."""
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Maps of a model on all images, a batch at a time, and the predicted classes if it is a classifier."""
     from attention_transfer.functional import attention_map
     from attention_transfer.taps import Taps
 
     names = list(dict.fromkeys(layers))
     parameter = next(model.parameters(), None)
     maps: dict[str, list[Tensor]] = {name: [] for name in names}
-    logits = []
+    predicted: list[Tensor | None] = []
     with _evaluating(model), Taps(model, names) as taps:
         for batch in images.split(batch_size):
             inputs = prepare(batch) if prepare else batch
             outputs = model(inputs if parameter is None else inputs.to(parameter))
-            logits.append(outputs.float().cpu() if isinstance(outputs, Tensor) else torch.empty(0))
+            predicted.append(_predictions(outputs))
             for name, features in taps.pop().items():
                 maps[name].append(attention_map(features).float().cpu())
-    return {name: torch.cat(batches) for name, batches in maps.items()}, torch.cat(logits)
+    known = [classes for classes in predicted if classes is not None]
+    joined = {name: torch.cat(batches) for name, batches in maps.items()}
+    return joined, torch.cat(known) if len(known) == len(predicted) else None
+
+
+def _predictions(output: object) -> Tensor | None:
+    """The classes in a model's output: logits (b, k), an object with `.logits`, or a tuple led by them."""
+    logits = getattr(output, "logits", output)
+    logits = logits[0] if isinstance(logits, tuple | list) and logits else logits
+    return logits.argmax(1).cpu() if isinstance(logits, Tensor) and logits.ndim == 2 else None
 
 
 @contextmanager

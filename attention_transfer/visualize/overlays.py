@@ -173,7 +173,7 @@ class _Grid:
         for count in groups:
             lefts += [x + i * (width + GAP) for i in range(count)]
             x = lefts[-1] + width + GROUP_GAP
-        step = height + GAP + LINE * captioned
+        step = height + GAP + (LINE + GAP) * captioned
         tops = [MARGIN + 2 * LINE + row * step for row in range(len(tiles))]
         return cls(lefts, tops, (height, width), (tops[-1] + step - GAP + MARGIN, x - GROUP_GAP + MARGIN))
 

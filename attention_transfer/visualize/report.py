@@ -130,12 +130,12 @@ def _row(group: Group, groups: Sequence[Group], metric: str) -> dict[str, Any]:
     """A line of the final table."""
     error, rate, seconds = (group.spread(name) for name in (metric, "images_per_second", "wall_seconds"))
     parameters = _distinct(f"{p:,.0f}" for run in group.runs if (p := run.number("parameters")) is not None)
-    change, clear = _change(group, groups, metric)
+    change, is_clear = _change(group, groups, metric)
     return {
         "group": group,
         "error": str(error) if error else "–",
         "change": change,
-        "clear": clear,
+        "is_clear": is_clear,
         "parameters": " / ".join(parameters) or "–",
         "rate": f"{rate.mean:,.0f}" if rate else "–",
         "time": _duration(seconds.mean) if seconds else "–",
@@ -198,6 +198,8 @@ def _plans(groups: Sequence[Group]) -> list[dict[str, Any]]:
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_cell(part)}" for name, part in value.items()) or "–"
     if isinstance(value, list):
         return " × ".join(map(str, value))
     return "–" if value is None else str(value)

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from attention_transfer._extras import require
 
@@ -55,8 +55,9 @@ class Run:
     def number(self, name: str) -> float | None:
         """A finite number of the result, or None."""
         value = (self.result or {}).get(name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return float(value) if is_number else None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return None
+        return float(value)
 
 
 def read_run(folder: Path | str) -> Run:
@@ -129,7 +130,8 @@ def _parse_metrics(text: str, path: Path) -> dict[str, list[float]]:
     return columns
 
 
-class Spread(NamedTuple):
+@dataclass(frozen=True)
+class Spread:
     """Mean and sample standard deviation (None for a single value)."""
 
     mean: float
@@ -159,6 +161,10 @@ class Group:
     def spread(self, name: str) -> Spread | None:
         """Mean and spread of a number of the results, over the runs that have it."""
         return Spread.of([value for run in self.runs if (value := run.number(name)) is not None])
+
+    @property
+    def title(self) -> str:
+        return self.label[:1].upper() + self.label[1:]
 
     @property
     def model(self) -> str:

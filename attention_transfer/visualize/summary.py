@@ -29,33 +29,64 @@ def summarise(groups: Sequence[Group]) -> str:
     if not finished:
         return "No run has finished yet; the curves show the epochs so far."
     taught = [group for group in finished if group.role != "none"]
-    clauses = [clause for group in taught if (clause := _compare(group, finished, metric))]
-    if clauses:
-        return _sentence("; ".join(clauses))
+    compared = [(group, alone) for group in taught if (alone := baseline(group, finished))]
+    if len(compared) == 1:
+        return _sentence(_compare_one(*compared[0], metric))
+    if compared:
+        return _sentence(_compare_many(compared, metric))
     missing = "taught student" if not taught else "student alone with the same model and data"
-    reached = "; ".join(f"{g.label} reached {_value(g, metric)} {METRICS[metric]}" for g in finished)
+    reached = "; ".join(
+        f"{group.label} reached {group.spread(metric)} % {METRICS[metric]}" for group in finished
+    )
     return _sentence(f"{reached}; there is no finished run of a {missing} to compare with")
 
 
-def _compare(taught: Group, groups: Sequence[Group], metric: str) -> str | None:
-    alone = baseline(taught, groups)
-    after = taught.spread(metric)
-    before = alone.spread(metric) if alone else None
-    if alone is None or after is None or before is None:
-        return None
+def _compare_one(taught: Group, alone: Group, metric: str) -> str:
+    after, before, name = _required(taught, metric), _required(alone, metric), METRICS[metric]
     points = after.mean - before.mean
-    change = f"{abs(points):.1f} points {'lower' if points < 0 else 'higher'}"
-    numbers = f"{_value(taught, metric)} against {_value(alone, metric)} for the {alone.label}"
-    if before.deviation is None or after.deviation is None:
+    numbers = f"{after} % against {before} % for the {alone.label}{_seeds(after, before)}"
+    if 1 in (after.count, before.count):
         return (
-            f"with {taught.label} the {METRICS[metric]} ended {change} ({numbers}), "
-            "which a single seed cannot tell from chance"
+            f"with {taught.label} the {name} ended {_points(points)}, {numbers}, "
+            "which a single run cannot tell from chance"
         )
     if not is_clear(before, after):
-        return f"{taught.label} made no clear difference to the {METRICS[metric]}: {numbers}, {change}"
+        return f"{taught.label} made no clear difference to the {name}: {numbers}, {_points(points)}"
     if points > 0:
-        return f"{taught.label} did not help: the {METRICS[metric]} came out {change}, {numbers}"
-    return f"{taught.label} lowered the {METRICS[metric]} by {-points:.1f} points: {numbers}"
+        return f"{taught.label} did not help: the {name} came out {_points(points)}, {numbers}"
+    return f"{taught.label} lowered the {name} by {-points:.1f} points: {numbers}"
+
+
+def _compare_many(compared: Sequence[tuple[Group, Group]], metric: str) -> str:
+    """A clause for each method, after the student alone that they are compared with."""
+    parts = []
+    for alone in {id(alone): alone for _, alone in compared}.values():
+        before = _required(alone, metric)
+        clauses = [_clause(group, before, metric) for group, other in compared if other is alone]
+        runs = f"{before.count} seeds" if before.count > 1 else "one seed"
+        opening = f"against the {alone.label} with {before} % {METRICS[metric]} ({runs})"
+        parts.append(f"{opening}, " + ", ".join(clauses[:-1]) + " and " * (len(clauses) > 1) + clauses[-1])
+    return "; ".join(parts)
+
+
+def _clause(taught: Group, before: Spread, metric: str) -> str:
+    after = _required(taught, metric)
+    points = after.mean - before.mean
+    if 1 in (after.count, before.count):
+        return f"{taught.label} ended {_points(points)} (a single run, which could be chance)"
+    if not is_clear(before, after):
+        return f"{taught.label} made no clear difference ({_points(points)})"
+    return f"{taught.label} {'did not help' if points > 0 else 'helped'} ({_points(points)})"
+
+
+def _points(points: float) -> str:
+    return f"{abs(points):.1f} points {'lower' if points < 0 else 'higher'}"
+
+
+def _required(group: Group, metric: str) -> Spread:
+    spread = group.spread(metric)
+    assert spread is not None  # only groups with finished runs are compared
+    return spread
 
 
 def baseline(taught: Group, groups: Sequence[Group]) -> Group | None:
@@ -78,7 +109,7 @@ def is_clear(before: Spread, after: Spread) -> bool:
     """Whether the 95 % interval of the difference of the means (Welch) leaves out zero."""
     if before.deviation is None or after.deviation is None:
         return False
-    errors = [spread.deviation**2 / spread.count for spread in (before, after)]
+    errors = [before.deviation**2 / before.count, after.deviation**2 / after.count]
     if sum(errors) == 0:
         return before.mean != after.mean
     freedom = sum(errors) ** 2 / sum(
@@ -88,10 +119,10 @@ def is_clear(before: Spread, after: Spread) -> bool:
     return abs(after.mean - before.mean) > quantile * math.sqrt(sum(errors))
 
 
-def _value(group: Group, metric: str) -> str:
-    spread = group.spread(metric)
-    seeds = f" over {spread.count} seeds" if spread and spread.count > 1 else ""
-    return f"{spread} %{seeds}"
+def _seeds(after: Spread, before: Spread) -> str:
+    if after.count == before.count:
+        return f" ({after.count} seeds each)" if after.count > 1 else ""
+    return f" ({after.count} and {before.count} runs)"
 
 
 def _sentence(text: str) -> str:
