@@ -32,7 +32,7 @@ MAX_PREFIX = 8  # class, distillation and register tokens: DINOv2 has the most i
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside DDP, DataParallel, FSDP, EMA and `torch.compile` wrappers, however nested."""
+    """The user's own module inside wrappers of DDP, DataParallel, FSDP, EMA and `torch.compile`."""
     inner = _wrapped(model)
     return model if inner is None else unwrap(inner)
 
@@ -177,7 +177,7 @@ def first_tensor(output: Any) -> Tensor | None:
             return output["last_hidden_state"]
         tensors = [value for value in output.values() if isinstance(value, Tensor)]
         maps = [tensor for tensor in tensors if tensor.dim() in (3, 4)]
-        return (maps or tensors or [None])[0]
+        return next(iter(maps or tensors), None)
     if isinstance(output, tuple | list):
         return next((tensor for item in output if (tensor := first_tensor(item)) is not None), None)
     return None
@@ -252,7 +252,7 @@ class Taps:
     Args:
         model: any module. A DataParallel over several devices is refused: it runs copies of the model.
         names: dotted names, each optionally with `#k`.
-        layout: "auto", "nchw", "nhwc", "tokens" or "tokens+K" (K prefix tokens), or a dict from name to these.
+        layout: "auto", "nchw", "nhwc", "tokens" or "tokens+K" (K prefix tokens), or a dict of name to it.
 
     Raises:
         ValueError: unknown or repeated name, unknown layout; the message lists near matches.
@@ -364,8 +364,8 @@ class Taps:
     def _select(self, tap: _Tap, calls: list[_Firing]) -> _Firing:
         if not calls:
             raise ValueError(
-                f"Taps.pop: expected {tap.name!r} to run once, got no call of it since the last pop(). Call "
-                "the model inside the `with` block, once before each pop(); tap a module whose forward is run "
+                f"Taps.pop: expected {tap.name!r} to run once, got no call since the last pop(). Call "
+                "the model inside the `with` block, once before each pop(); tap a module that is called "
                 "(its branch may be off, or its weights used without calling it); a compiled model that was "
                 "first called before the taps were open may need torch._dynamo.reset()."
             )
@@ -391,7 +391,7 @@ class Taps:
         if not found:
             raise ValueError(
                 f"Taps.pop: expected {tap.name!r} to return a map (b, c, h, w), (b, h, w, c) or tokens "
-                f"(b, n, c) as layout={tap.layout!r} says, {seen}. Tap a layer before pooling and flattening, "
+                f"(b, n, c) as layout={tap.layout!r} says, {seen}. Tap a layer before pooling, "
                 "call the whole model, or pass another layout=."
             )
         options = " or ".join(_option(layout) for layout in found)

@@ -1,0 +1,424 @@
+"""Which layer of the student learns from which layer of the teacher: stage ends, paired by resolution.
+
+A network is traced once, as a tree of module calls. From the tree come *units*: the coarsest modules that
+stay within one resolution, or enter the next one as a residual block does. A stage is the units of equal
+resolution, and its end is the last unit that does the stage's work, as `stage_ends` documents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from attention_transfer import taps
+
+MAX_DEPTH_PAIRS = 4  # for two networks of one resolution each, such as two ViTs
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A student layer and the teacher layer whose attention map it learns.
+
+    Attributes:
+        student: dotted name of a module of the student, as `Taps` takes it.
+        teacher: dotted name of a module of the teacher.
+        weight: factor of this pair within the attention-transfer term.
+
+    Raises:
+        ValueError: if the weight is negative or not finite.
+        TypeError: if a name is not a string.
+    """
+
+    student: str
+    teacher: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in (self.student, self.teacher):
+            if not isinstance(name, str):
+                raise TypeError(f"Pair: expected the names of two modules, got {name!r}. Pass dotted names.")
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"Pair: expected a weight >= 0, got {self.weight}. Leave it out for 1.")
+
+    def __str__(self) -> str:
+        weight = "" if self.weight == 1 else f" (weight {self.weight:g})"
+        return f"{self.student} <- {self.teacher}{weight}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The end of one stage of a network.
+
+    Attributes:
+        name: dotted name of the module to tap, as `Taps` takes it.
+        shape: (c, h, w) of its map for the example input.
+        stride: input pixels per map pixel, along each side (geometric mean of the two).
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    stride: float
+
+    @property
+    def level(self) -> int:
+        """Number of halvings since the input; stages of equal level are paired."""
+        return _level(self.stride)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'x'.join(map(str, self.shape))}, stride {self.stride:.3g}"
+
+
+def suggest_pairs(
+    student: nn.Module,
+    teacher: nn.Module,
+    example_input: Float[Tensor, "b c h w"],
+    teacher_input: Float[Tensor, "b c h w"] | None = None,
+) -> list[Pair]:
+    """Pair the stage ends of two networks by relative resolution, in order of execution.
+
+    Resolutions are compared as halvings of the network's own input, rounded: a ViT with patches of 14 pairs
+    with a stage of stride 16. Two networks of one resolution each (two ViTs) are paired by relative depth, at
+    up to four evenly spaced blocks that include the last. The models and the random state are left as found.
+
+    Args:
+        student: any module.
+        teacher: any module.
+        example_input: images that both networks accept; only shape, dtype and the first two images matter.
+        teacher_input: images for the teacher where it expects another size.
+
+    Raises:
+        ValueError: if a network cannot run on the input, has no stages, or no resolution is common to both.
+    """
+    ours = _survey(student, example_input, user="suggest_pairs", role="student")
+    images = example_input if teacher_input is None else teacher_input
+    theirs = _survey(teacher, images, user="suggest_pairs", role="teacher")
+    if ours.blocks and theirs.blocks:
+        return _pairs_by_depth(ours.blocks, theirs.blocks)
+    at_level = {stage.level: stage for stage in theirs.stages}
+    pairs = [Pair(stage.name, at_level[stage.level].name) for stage in ours.stages if stage.level in at_level]
+    if not pairs:
+        raise ValueError(
+            "suggest_pairs: expected stages of equal relative resolution, got strides "
+            f"{_strides(ours.stages)} in the student and {_strides(theirs.stages)} in the teacher. Name the "
+            'layers, pairs=[Pair("student.layer", "teacher.layer")], or pass a larger example input.'
+        )
+    return pairs
+
+
+def stage_ends(model: nn.Module, example_input: Float[Tensor, "b c h w"]) -> list[Stage]:
+    """The last module at each spatial resolution, in order of execution.
+
+    What counts as the last, when several modules end at a resolution:
+    1. A block (a module with two or more weight layers) comes before single layers: the residual stage, not
+       the norm and ReLU after it; the dense block, not the transition; the last inverted residual block, not
+       the 1x1 head. A block that begins in one resolution and ends in the next belongs to the next.
+    2. Without blocks (VGG, AlexNet) it is the last weight layer with the norm and activation behind it.
+    3. Pooling makes no stage of its own, nor does a map of 1x1 pixel. The stem, which is a single strided
+       layer or goes straight into pooling, makes none when blocks follow.
+    4. A network of a single resolution (ViT, Mixer) ends with the last of its repeated blocks.
+    5. The name is the outermost module with that output ("layer1", not "layer1.1.relu"), short of one that
+       spans other stages ("features"). An output that is overwritten in place later is never chosen: the
+       in-place module itself is, or else the end before it.
+
+    Raises:
+        ValueError: if the model cannot run on the input, or returns no maps at all.
+    """
+    return _survey(model, example_input, user="stage_ends", role="model").stages
+
+
+@dataclass(frozen=True)
+class _Survey:
+    stages: list[Stage]
+    blocks: list[Stage]  # the repeated blocks, for a network of a single resolution only
+
+
+def _survey(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Survey:
+    if not isinstance(images, Tensor) or images.dim() != 4 or not len(images):
+        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"{user}: expected images (b, c, h, w), got {got}. Pass a batch, e.g. x[:2].")
+    trace = _trace(model, images, user=user, role=role)
+    ends = _ends(trace)
+    blocks = _repeated_blocks(trace) if len(ends) == 1 else []
+    stages = [trace.stage(call) for call in blocks[-1:] or _outermost(ends, trace.root)]
+    if not stages:
+        raise ValueError(
+            f"{user}: expected the {role} to have maps larger than 1x1, got none for a "
+            f"{images.shape[-2]}x{images.shape[-1]} input. Pass a larger example input, or name the layers."
+        )
+    return _Survey(stages, [trace.stage(block) for block in blocks])
+
+
+def _pairs_by_depth(ours: Sequence[Stage], theirs: Sequence[Stage]) -> list[Pair]:
+    count = min(MAX_DEPTH_PAIRS, len(ours), len(theirs))
+
+    def spread(blocks: Sequence[Stage]) -> list[str]:
+        return [blocks[round((i + 1) * len(blocks) / count) - 1].name for i in range(count)]
+
+    return [Pair(mine, other) for mine, other in zip(spread(ours), spread(theirs), strict=True)]
+
+
+def _strides(stages: Sequence[Stage]) -> str:
+    return ", ".join(f"{stage.stride:.3g}" for stage in stages)
+
+
+def _level(stride: float) -> int:
+    return round(math.log2(stride))
+
+
+# ---------------------------------------------------------------------------------------------- trace
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of a module, with the calls made inside it."""
+
+    name: str
+    number: int  # of this module's calls, from 0
+    module: nn.Module
+    parent: _Call | None
+    input_level: int | None
+    children: list[_Call] = field(default_factory=list)
+    tensor: Tensor | None = None
+    version: int = 0
+    shape: tuple[int, int, int] | None = None  # (c, h, w), None for anything but a map larger than 1x1
+    stride: float = math.nan
+    level: int | None = None
+
+    def walk(self) -> Iterator[_Call]:
+        """This call and all inside it, in the order in which they ended."""
+        for child in self.children:
+            yield from child.walk()
+        yield self
+
+    def weighted(self) -> list[_Call]:
+        """The layers with a weight matrix or kernel that return maps."""
+        return [call for call in self.walk() if call.level is not None and _is_weight_layer(call)]
+
+    @property
+    def is_block(self) -> bool:
+        return len(self.weighted()) >= 2
+
+    @property
+    def intact(self) -> bool:
+        """Whether nobody has written into the output since."""
+        return self.tensor is not None and taps.version(self.tensor) == self.version
+
+    def same_output(self, other: _Call) -> bool:
+        return self.tensor is not None and self.tensor is other.tensor and self.version == other.version
+
+
+def _is_weight_layer(call: _Call) -> bool:
+    own = call.module.parameters(recurse=False)
+    return not call.children and any(parameter.dim() >= 2 for parameter in own)
+
+
+@dataclass(frozen=True)
+class _Trace:
+    root: _Call
+    calls: Counter[str]
+
+    def stage(self, call: _Call) -> Stage:
+        assert call.shape is not None
+        name = call.name if self.calls[call.name] == 1 else f"{call.name}#{call.number}"
+        return Stage(name, call.shape, call.stride)
+
+
+def _trace(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Trace:
+    """Run the model once, without a trace of the run in it."""
+    model = taps.unwrap(model)
+    images = _two_images(images, model)
+    recorder = _Recorder(tuple(images.shape), taps.has_layer_norm(model))
+    with _untouched(model), torch.no_grad(), contextlib.ExitStack() as stack:
+        for name, module in taps.named_modules(model):
+            before = module.register_forward_pre_hook(recorder.enter(name), with_kwargs=True)
+            after = module.register_forward_hook(recorder.leave)
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        try:
+            model(images)
+        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+            raise ValueError(
+                f"{user}: expected a {role} that runs on images of shape {tuple(images.shape)}, got "
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
+                "Pass example_input= (teacher_input=) of the size and channels it was built for."
+            ) from error
+    assert recorder.root is not None
+    return _Trace(recorder.root, recorder.calls)
+
+
+class _Recorder:
+    """Hooks that build the tree of calls."""
+
+    def __init__(self, input_shape: tuple[int, ...], has_layer_norm: bool) -> None:
+        self.root: _Call | None = None
+        self.calls: Counter[str] = Counter()
+        self._open: list[_Call] = []
+        self._batch = input_shape[0]
+        self._hw = (input_shape[2], input_shape[3])
+        self._has_layer_norm = has_layer_norm
+
+    def enter(self, name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            parent = self._open[-1] if self._open else None
+            level = self._measure(taps.first_tensor((*args, *kwargs.values())))[2]
+            call = _Call(name, self.calls[name], module, parent, level)
+            self.calls[name] += 1
+            if parent is None:
+                self.root = call
+            else:
+                parent.children.append(call)
+            self._open.append(call)
+
+        return hook
+
+    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        call = self._open.pop()
+        call.tensor = taps.first_tensor(output)
+        call.version = 0 if call.tensor is None else taps.version(call.tensor)
+        call.shape, call.stride, call.level = self._measure(call.tensor)
+
+    def _measure(self, tensor: Tensor | None) -> tuple[tuple[int, int, int] | None, float, int | None]:
+        """Shape, stride and level of a map; a batch of windows or of heads is none."""
+        if tensor is None or tensor.dim() not in (3, 4) or len(tensor) != self._batch:
+            return None, math.nan, None
+        shape = tuple(tensor.shape)
+        layouts = taps.possible_layouts(shape, self._hw, has_layer_norm=self._has_layer_norm)
+        if not layouts or math.prod(layouts[0].hw) <= 1:
+            return None, math.nan, None
+        stride = math.sqrt(math.prod(self._hw) / math.prod(layouts[0].hw))
+        return layouts[0].shape(shape), stride, _level(stride)
+
+
+def _two_images(images: Tensor, model: nn.Module) -> Tensor:
+    """Two images, which tell a batch from one split into windows, on the device of the model's weights."""
+    images = images[:2] if len(images) > 1 else torch.cat([images, images])
+    weights = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    return images.to(weights[0].device, weights[0].dtype) if weights else images
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no compilation within; flags, buffers and random state as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=sorted(devices)))
+        if "torch._dynamo" in sys.modules:  # nothing is compiled where it was not imported, and it is slow to
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for module in modes:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    with torch.no_grad():
+                        buffer.copy_(before)
+
+
+# --------------------------------------------------------------------------------------------- choice
+
+
+def _ends(trace: _Trace) -> list[_Call]:
+    """The stage ends in order of execution, by the rules of `stage_ends`."""
+    units = _units(trace.root)
+    by_level = defaultdict(list)
+    for unit in units:
+        if unit.level is not None:
+            by_level[unit.level].append(unit)
+    ends = {}
+    for level, here in by_level.items():
+        safe = (_safe(call, trace.root) for call in _candidates(level, here, units))
+        end = next((call for call in safe if call is not None), None)
+        if end is not None:
+            ends[level] = end
+    if not ends:
+        return []
+    first, *later = ends.items()
+    if any(end.is_block for _, end in later) and _is_stem(first[0], by_level[first[0]], units):
+        return [end for _, end in later]
+    return list(ends.values())
+
+
+def _units(call: _Call) -> list[_Call]:
+    """The coarsest calls inside `call` that belong to one stage each."""
+    if call.parent is not None and (not call.children or _within_one_stage(call)):
+        return [call]
+    inner = [unit for child in call.children for unit in _units(child)]
+    adds_work = not isinstance(call.module, nn.Sequential) and not any(map(call.same_output, call.children))
+    return [*inner, call] if call.parent is not None and adds_work else inner
+
+
+def _within_one_stage(call: _Call) -> bool:
+    levels = {layer.level for layer in call.weighted()}
+    if isinstance(call.module, nn.Sequential):
+        return levels <= {call.level}
+    return call.level is not None and (not levels or call.level in levels <= {call.level, call.input_level})
+
+
+def _candidates(level: int, here: list[_Call], units: list[_Call]) -> list[_Call]:
+    """Possible ends of the stage, the best first."""
+    working = [unit for unit in here if any(layer.level == level for layer in unit.weighted())]
+    blocks = [unit for unit in working if unit.is_block]
+    if blocks or not working:
+        return blocks[::-1]
+    tail = [working[-1]]  # a single layer, then its norm and activation
+    for unit in units[units.index(tail[0]) + 1 :]:
+        if unit.level != level:
+            break
+        if not unit.same_output(tail[-1]):  # dropout is the identity here, but not in training
+            tail.append(unit)
+    return [*tail[::-1], *working[-2::-1]]
+
+
+def _safe(call: _Call, root: _Call) -> _Call | None:
+    """The call itself, or the one that later wrote into its output and left it so; None if there is none."""
+    if call.intact:
+        return call
+    return next((other for other in root.walk() if other.tensor is call.tensor and other.intact), None)
+
+
+def _is_stem(level: int, here: list[_Call], units: list[_Call]) -> bool:
+    """A first stage that has left full resolution with one weight layer, or goes straight into pooling."""
+    if level < 1:
+        return False
+    layers = [layer for unit in here for layer in unit.weighted() if layer.level == level]
+    after = next((unit for unit in units[units.index(here[-1]) + 1 :] if unit.level is not None), None)
+    pooled = after is not None and (not after.weighted() or after.input_level != level)
+    return len(layers) == 1 or pooled
+
+
+def _repeated_blocks(trace: _Trace) -> list[_Call]:
+    """The longest run of blocks of one class called by one module; empty for a single block."""
+    runs = defaultdict(list)
+    for call in trace.root.walk():
+        if call.level is not None and call.intact and call.is_block:
+            runs[call.parent, type(call.module)].append(call)
+    longest = max(runs.values(), key=len, default=[])
+    return longest if len(longest) >= 2 else []
+
+
+def _outermost(ends: list[_Call], root: _Call) -> list[_Call]:
+    """Each end under its outermost name that does not span another end."""
+
+    def ancestors(call: _Call) -> list[_Call]:
+        return [call.parent, *ancestors(call.parent)] if call.parent is not None else []
+
+    spanning = Counter(ancestor for end in ends for ancestor in ancestors(end))
+    named = []
+    for end in ends:
+        outer = [up for up in ancestors(end) if up is not root and spanning[up] == 1 and up.same_output(end)]
+        named.append(outer[-1] if outer else end)
+    return named
