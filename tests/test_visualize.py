@@ -163,7 +163,7 @@ def test_overlay_peaks_where_the_map_does(shape):
 def test_overlay_of_a_zero_map_or_with_alpha_zero():
     image = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     assert np.array_equal(overlay(image, np.zeros((2, 2))), np.rint(0.4 * image + 0.6 * np.array([0, 0, 3])))
-    assert np.array_equal(overlay(image, np.ones((2, 2)), alpha=0), image)
+    assert np.array_equal(overlay(image, np.ones((2, 2)), alpha=0.0), image)
 
 
 @pytest.mark.parametrize(

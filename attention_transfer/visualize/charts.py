@@ -12,6 +12,7 @@ from attention_transfer.visualize.runs import Group, Run
 WIDTH, HEIGHT = 420, 260
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 36
 
+Number = int | float
 Point = tuple[float, float]
 
 
@@ -19,12 +20,12 @@ Point = tuple[float, float]
 class Axis:
     """A linear axis: values to pixels of the drawing."""
 
-    low: float
-    high: float
-    start: float
-    end: float
+    low: Number
+    high: Number
+    start: Number
+    end: Number
 
-    def __call__(self, value: float) -> float:
+    def __call__(self, value: Number) -> float:
         share = (value - self.low) / (self.high - self.low)
         return round(self.start + share * (self.end - self.start), 2)
 
@@ -199,7 +200,7 @@ def _round_step(step: float) -> float:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * (1 - 1e-9))
 
 
-def _widened(low: float, high: float) -> tuple[float, float]:
+def _widened(low: Number, high: Number) -> tuple[Number, Number]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 

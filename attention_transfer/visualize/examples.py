@@ -47,7 +47,7 @@ def attention_maps(
 
 
 def cosine_similarity(
-    student: Float[Tensor, "b h_s w_s"], teacher: Float[Tensor, "b h_t w_t"]
+    student: Float[Tensor, "b h_s w_s"], teacher: Float[Tensor, "_b h_t w_t"]
 ) -> Float[Tensor, "b"]:
     """The cosine between two maps of each image; a zero map has 0 with anything.
 
