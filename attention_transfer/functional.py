@@ -98,8 +98,12 @@ def attention_transfer_loss(
     """
     students, teachers = _as_pairs(student, teacher)
     factors = [1.0] * len(students) if weights is None else list(weights)
-    _check_loss_options(beta, form, resize, factors, len(students))
-    _check_energy_options("attention_transfer_loss", p, mapping)
+    check_loss_options("attention_transfer_loss", beta, p, mapping, form, resize)
+    if len(factors) != len(students):
+        raise ValueError(
+            f"attention_transfer_loss: expected a weight for each of {len(students)} pairs, "
+            f"got {len(factors)}."
+        )
     terms = [
         factor * _DISTANCES[form](_unit(q_s) - _unit(q_t))
         for factor, a_s, a_t in zip(factors, students, teachers, strict=True)
@@ -316,15 +320,16 @@ def _check_energy_options(function: str, p: float, mapping: str) -> None:
     _check_choice(function, "mapping", mapping, Mapping)
 
 
-def _check_loss_options(beta: float, form: str, resize: str | None, weights: list[float], pairs: int) -> None:
-    function = "attention_transfer_loss"
+def check_loss_options(
+    function: str, beta: float, p: float, mapping: str, form: str, resize: str | None
+) -> None:
+    """Raise ValueError, in the name of `function`, unless the options are those of the loss."""
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"{function}: expected a finite beta >= 0, got {beta}.")
+    _check_energy_options(function, p, mapping)
     _check_choice(function, "form", form, Form)
     if resize is not None:
         _check_choice(function, "resize", resize, Side)
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"{function}: expected a finite beta >= 0, got {beta}.")
-    if len(weights) != pairs:
-        raise ValueError(f"{function}: expected a weight for each of {pairs} pairs, got {len(weights)}.")
 
 
 def _check_choice(function: str, option: str, value: str, choices: object) -> None:

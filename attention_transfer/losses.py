@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .functional import Activations, Form, Mapping, Side, attention_transfer_loss, distillation_loss
+from .functional import (
+    Activations,
+    Form,
+    Mapping,
+    Side,
+    attention_transfer_loss,
+    check_loss_options,
+    distillation_loss,
+)
 from .pairs import Pair
 
 
@@ -24,10 +32,24 @@ class Observation:
     labels: Int[Tensor, " b"]
 
 
+def names_at_pairs(term: str, pairs: Sequence[Pair]) -> list[str]:
+    """What a term's contributions are called: "at/layer3", with the teacher's layer where need be."""
+    students = [pair.student for pair in pairs]
+    return [
+        f"{term}/{pair.student}"
+        if students.count(pair.student) == 1
+        else f"{term}/{pair.student}<-{pair.teacher}"
+        for pair in pairs
+    ]
+
+
 class Term(nn.Module):
     """An addend of the distillation loss. A term of your own: subclass, and say what it contributes."""
 
+    name: str
+    weight: float
     needs_features = False
+    resize: Side | None = None  # whose maps it resizes where sizes differ
     cross_entropy_weight = 1.0  # the factor that this term puts on the cross-entropy
 
     def contributions(self, seen: Observation) -> dict[str, Float[Tensor, ""]]:
@@ -41,6 +63,7 @@ class AttentionTransfer(Term):
     Args:
         beta: weight of the term; about 1 for form "paper", 1000 for "code".
         p, mapping, form, resize: as in `attention_transfer_loss`.
+        name: what its contributions are called: "at/<student layer>".
     """
 
     needs_features = True
@@ -53,9 +76,16 @@ class AttentionTransfer(Term):
         mapping: Mapping = "sum",
         form: Form = "paper",
         resize: Side | None = None,
+        name: str = "at",
     ) -> None:
         super().__init__()
+        check_loss_options("AttentionTransfer", beta, p, mapping, form, resize)
         self.beta, self.p, self.mapping, self.form, self.resize = beta, p, mapping, form, resize
+        self.name = name
+
+    @property
+    def weight(self) -> float:
+        return self.beta
 
     def forward(
         self, student: Activations, teacher: Activations, weights: Sequence[float] | None = None
@@ -73,12 +103,15 @@ class AttentionTransfer(Term):
         )
 
     def contributions(self, seen: Observation) -> dict[str, Float[Tensor, ""]]:
-        return {
-            f"at/{pair.student}": self(student, teacher, [pair.weight])
-            for pair, student, teacher in zip(
-                seen.pairs, seen.student_features, seen.teacher_features, strict=True
-            )
-        }
+        features = zip(seen.pairs, seen.student_features, seen.teacher_features, strict=True)
+        values = [self._of_pair(pair, student, teacher) for pair, student, teacher in features]
+        return dict(zip(names_at_pairs(self.name, seen.pairs), values, strict=True))
+
+    def _of_pair(self, pair: Pair, student: Tensor, teacher: Tensor) -> Float[Tensor, ""]:
+        try:
+            return self(student, teacher, [pair.weight])
+        except ValueError as error:
+            raise ValueError(f"{error} (At the pair {pair.student} <- {pair.teacher}.)") from None
 
     def extra_repr(self) -> str:
         options = ("beta", "p", "mapping", "form", "resize")
@@ -96,6 +129,8 @@ class KnowledgeDistillation(Term):
         ValueError: if alpha or temperature is out of range.
     """
 
+    name = "kd"
+
     def __init__(self, alpha: float = 0.9, temperature: float = 4.0) -> None:
         super().__init__()
         if not 0 <= alpha <= 1:
@@ -104,6 +139,10 @@ class KnowledgeDistillation(Term):
             raise ValueError(f"KnowledgeDistillation: expected temperature > 0, got {temperature}.")
         self.alpha, self.temperature = alpha, temperature
         self.cross_entropy_weight = 1 - alpha
+
+    @property
+    def weight(self) -> float:
+        return self.alpha
 
     def forward(
         self, student_logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"]
@@ -114,7 +153,7 @@ class KnowledgeDistillation(Term):
     def contributions(self, seen: Observation) -> dict[str, Float[Tensor, ""]]:
         if seen.teacher_logits is None:
             raise ValueError("KnowledgeDistillation: expected a teacher, got none.")
-        return {"kd": self(seen.student_logits, seen.teacher_logits)}
+        return {self.name: self(seen.student_logits, seen.teacher_logits)}
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, temperature={self.temperature}"

@@ -1,0 +1,282 @@
+"""The check of a first real batch, for the ways in which distillation fails without a word."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .functional import attention_map
+from .losses import Observation
+from .pairs import Pair
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from .distiller import Distiller
+
+DOMINANT_SHARE = 0.95  # of the gradient at a pair: beyond it the terms leave the labels no say there
+WORSE_THAN_CHANCE = 1.2  # times log(k), the cross-entropy of a guess
+
+
+class PreflightWarning(UserWarning):
+    """Training can go on, but probably not as meant."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a preflight found: the plan, with each term's share of the gradient, and the warnings."""
+
+    plan: Plan
+    warnings: Sequence[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "\n".join([str(self.plan), *(f"warning: {warning}" for warning in self.warnings)])
+
+
+def check(distiller: Distiller, x: Tensor, y: Int[Tensor, " b"]) -> Preflight:
+    """See `Distiller.preflight`."""
+    _check_student(distiller.student)
+    _check_teacher(distiller.teacher)
+    with torch.enable_grad(), without_trace(distiller.student), _statistics_kept(distiller.teacher):
+        seen = distiller.observe(x, y)
+        _check_labels(seen)
+        _check_finite(seen, x)
+        _check_features(seen)
+        addends = distiller.addends(seen)
+        gradients = {name: _gradients(addend, seen) for name, addend in addends.items()}
+    plan = _with_shares(distiller.plan_of(seen), gradients)
+    _check_terms(addends, gradients, at_pairs={name for row in plan.rows for name in row.weights})
+    found = [*_warn_of_teacher(seen), *_warn_of_maps(seen), *_warn_of_shares(plan)]
+    for message in found:
+        warnings.warn(f"preflight: {message}", PreflightWarning, stacklevel=4)
+    return Preflight(plan, found)
+
+
+@contextmanager
+def without_trace(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
+    """Run the model in the block, and leave its buffers, training flags and all random states.
+
+    It runs eager: a compiled graph would hide the gradients at the layers inside of it.
+    """
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if training is not None:
+            model.train(training)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            for module, mode in modes:
+                module.training = mode
+
+
+# --- faults -------------------------------------------------------------------------------------------------
+
+
+def _check_student(student: nn.Module) -> None:
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError(
+            "preflight: expected a student with trainable parameters, got none that requires a gradient. "
+            "Call student.requires_grad_(True), or freeze only part of it."
+        )
+
+
+def _check_teacher(teacher: nn.Module | None) -> None:
+    if teacher is None:
+        return
+    trainable = [name for name, parameter in teacher.named_parameters() if parameter.requires_grad]
+    if trainable:
+        raise ValueError(
+            f"preflight: expected a frozen teacher, got {_list(trainable)} with requires_grad=True. "
+            "Call teacher.requires_grad_(False); only the student learns."
+        )
+    training = [name or "the teacher itself" for name, module in teacher.named_modules() if module.training]
+    if training:
+        raise ValueError(
+            f"preflight: expected a teacher in evaluation mode, got {_list(training)} in training mode, "
+            "where dropout is on and BatchNorm statistics move even under no_grad. Call teacher.eval()."
+        )
+
+
+@contextmanager
+def _statistics_kept(teacher: nn.Module | None) -> Iterator[None]:
+    before = [] if teacher is None else [buffer.clone() for buffer in teacher.buffers()]
+    yield
+    if teacher is None:
+        return
+    changed = [
+        name
+        for (name, buffer), old in zip(teacher.named_buffers(), before, strict=True)
+        if not torch.equal(buffer, old)
+    ]
+    if changed:
+        raise ValueError(
+            f"preflight: expected a teacher that a forward pass leaves as it is, got changed buffers "
+            f"{_list(changed)}. Give it layers that heed eval(), or it drifts while the student learns."
+        )
+
+
+def _check_labels(seen: Observation) -> None:
+    classes = seen.student_logits.shape[1]
+    lowest, highest = int(seen.labels.min()), int(seen.labels.max())
+    if lowest < 0 or highest >= classes:
+        raise ValueError(
+            f"preflight: expected labels from 0 to {classes - 1}, as the student has {classes} outputs, got "
+            f"{lowest} to {highest}. Build the student with num_classes={highest + 1} or mend the labels."
+        )
+
+
+def _check_finite(seen: Observation, x: Tensor) -> None:
+    tensors = {"the images": x}
+    for pair, student, teacher in zip(seen.pairs, seen.student_features, seen.teacher_features, strict=True):
+        tensors |= {
+            f"the student's activation at {pair.student}": student,
+            f"the teacher's activation at {pair.teacher}": teacher,
+        }
+    tensors["the student's logits"] = seen.student_logits
+    if seen.teacher_logits is not None:
+        tensors["the teacher's logits"] = seen.teacher_logits
+    for what, tensor in tensors.items():
+        if bad := int((~tensor.isfinite()).sum()):
+            raise ValueError(
+                f"preflight: expected finite numbers, got {bad} NaN or infinite entries in {what}. "
+                "Look at the input's normalisation, the weights, and the range of the precision in use."
+            )
+
+
+def _check_features(seen: Observation) -> None:
+    for pair, student in zip(seen.pairs, seen.student_features, strict=True):
+        if not student.requires_grad:
+            raise ValueError(
+                f"preflight: expected an activation with a gradient at the student's {pair.student}, got one "
+                f"without: the term would be dead. {_why_no_gradient(pair)}"
+            )
+        if student.shape[2:].numel() == 1:
+            raise ValueError(
+                f"preflight: expected a map at the student's {pair.student}, got a single position, whose "
+                "map is 1 whatever the activation: the term is dead. Tap a layer before the pooling."
+            )
+
+
+def _why_no_gradient(pair: Pair) -> str:
+    return (
+        f"Either everything up to {pair.student} is frozen or runs under no_grad, or it is checkpointed with "
+        "use_reentrant=True: pass use_reentrant=False, or tap a layer that learns."
+    )
+
+
+Gradients = Sequence[Tensor | None]
+
+
+def _gradients(addend: Float[Tensor, ""], seen: Observation) -> Gradients:
+    """d(addend)/d(activation) at each pair of the student."""
+    sources = [_source(features) for features in seen.student_features]
+    if not sources or not addend.requires_grad:
+        return [None] * len(sources)
+    return torch.autograd.grad(addend, sources, retain_graph=True, allow_unused=True)
+
+
+def _source(features: Tensor) -> Tensor:
+    """The tensor that the network goes on with, of which a tap may have given a permuted view."""
+    return features if features._base is None else features._base
+
+
+def _check_terms(addends: dict[str, Tensor], gradients: dict[str, Gradients], at_pairs: set[str]) -> None:
+    """Every term is finite and reaches the student; those that work on layer pairs, through their layer."""
+    for name, addend in addends.items():
+        reached = [gradient for gradient in gradients[name] if gradient is not None]
+        if not (addend.isfinite() and all(gradient.isfinite().all() for gradient in reached)):
+            raise ValueError(
+                f"preflight: expected finite terms and gradients, got NaN or infinity from {name} (value "
+                f"{addend.item():.3g}). Use a wider precision (bfloat16 or float32) or scale the loss."
+            )
+        if not addend.requires_grad or (name in at_pairs and not any(map(_alive, reached))):
+            raise ValueError(
+                f"preflight: expected every term to move the student, got no gradient from {name} (value "
+                f"{addend.item():.3g}): the term is dead. {_why_dead(addend)}"
+            )
+
+
+def _alive(gradient: Tensor) -> bool:
+    return bool(gradient.count_nonzero())
+
+
+def _why_dead(addend: Tensor) -> str:
+    if addend == 0:
+        return (
+            "Its weight is zero, or student and teacher already agree: is the student a copy of the teacher?"
+        )
+    return "The student's activation there is zero everywhere, or is cut off from its parameters."
+
+
+# --- warnings -----------------------------------------------------------------------------------------------
+
+
+def _warn_of_teacher(seen: Observation) -> Iterator[str]:
+    logits = seen.teacher_logits
+    if logits is None or logits.shape[1] != seen.student_logits.shape[1] or logits.shape[1] < 2:
+        return
+    loss, chance = F.cross_entropy(logits, seen.labels).item(), math.log(logits.shape[1])
+    if loss > WORSE_THAN_CHANCE * chance:
+        yield (
+            f"the teacher does worse than chance on this batch (cross-entropy {loss:.2f}, a guess has "
+            f"{chance:.2f}). Is it trained, and does it expect another input normalisation, size or order of "
+            "classes? See Distiller(teacher_transform=...)."
+        )
+
+
+def _warn_of_maps(seen: Observation) -> Iterator[str]:
+    sides = {
+        "student": zip(seen.student_features, (pair.student for pair in seen.pairs), strict=True),
+        "teacher": zip(seen.teacher_features, (pair.teacher for pair in seen.pairs), strict=True),
+    }
+    for side, features in sides.items():
+        for activation, name in features:
+            blank = (attention_map(activation.detach()).flatten(1).amax(1) == 0).float().mean().item()
+            if blank:
+                yield f"the {side}'s activation at {name} is zero everywhere on {blank:.0%} of the images."
+
+
+def _warn_of_shares(plan: Plan) -> Iterator[str]:
+    at_pairs = {name for row in plan.rows for name in row.weights}
+    for row in plan.rows:
+        share = sum(share for name, share in row.shares.items() if name in at_pairs)
+        if share > DOMINANT_SHARE:
+            yield (
+                f"{', '.join(sorted(at_pairs & row.shares.keys()))} make up {share:.0%} of the gradient at "
+                f"{row.pair.student}: labels have little say there. A smaller beta is likely to teach more."
+            )
+
+
+def _with_shares(plan: Plan, gradients: dict[str, Gradients]) -> Plan:
+    """Each term's norm of the gradient at a pair's student activation, over the sum of these norms."""
+    rows = []
+    for index, row in enumerate(plan.rows):
+        norms = {name: _norm(at_pairs[index]) for name, at_pairs in gradients.items()}
+        total = sum(norms.values())
+        shares = {name: norm / total for name, norm in norms.items() if norm} if total else {}
+        rows.append(replace(row, shares=shares))
+    return replace(plan, rows=rows)
+
+
+def _norm(gradient: Tensor | None) -> float:
+    return 0.0 if gradient is None else torch.linalg.vector_norm(gradient, dtype=torch.float32).item()
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
