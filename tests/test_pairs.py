@@ -1,0 +1,339 @@
+"""suggest_pairs and stage_ends: an expert's choice, table by table, and no trace left behind."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from attention_transfer.models.nin import NetworkInNetwork
+from attention_transfer.models.wide_resnet import WideResNet
+from attention_transfer.pairs import Pair, Stage, stage_ends, suggest_pairs
+from attention_transfer.taps import Taps
+
+
+class NoInitialisation(TorchFunctionMode):
+    """Leaves weights as they lie in memory: drawing 100 million numbers takes longer than the test."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_):
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
+def build(name: str) -> nn.Module:
+    library, _, model = name.partition(":")
+    module = pytest.importorskip(library)
+    with NoInitialisation():
+        if library == "timm":
+            return module.create_model(model)
+        kwargs = (
+            {"init_weights": False} if model == "googlenet" else {}
+        )  # else it draws with SciPy, and warns
+        return module.models.get_model(model, weights=None, **kwargs)
+
+
+def images(size: int = 64) -> torch.Tensor:
+    return torch.randn(1, 3, size, size)
+
+
+def names(model: nn.Module, size: int = 64) -> str:
+    return " ".join(stage.name for stage in stage_ends(model, images(size)))
+
+
+EXPERT = {
+    "torchvision:resnet18": "layer1 layer2 layer3 layer4",
+    "torchvision:resnet50": "layer1 layer2 layer3 layer4",
+    "timm:resnet18": "layer1 layer2 layer3 layer4",
+    "timm:resnet26d": "layer1 layer2 layer3 layer4",  # a stem of three convolutions
+    "timm:resnest14d": "layer1 layer2 layer3 layer4",  # blocks that pool after a full-size convolution
+    "timm:regnety_002": "s1 s2 s3 s4",
+    "torchvision:vgg11": "features.1 features.4 features.9 features.14 features.19",
+    "torchvision:vgg16_bn": "features.5 features.12 features.22 features.32 features.42",
+    "torchvision:mobilenet_v2": "features.1 features.3 features.6 features.13 features.17",
+    "timm:mobilenetv2_050": "blocks.0 blocks.1 blocks.2 blocks.4 blocks.6",
+    "torchvision:mobilenet_v3_small": "features.1 features.3 features.8 features.11",
+    "timm:mobilenetv3_large_075": "blocks.0 blocks.1 blocks.2 blocks.4 blocks.5",
+    "torchvision:efficientnet_b0": "features.1 features.2 features.3 features.5 features.7",
+    "timm:efficientnet_b0": "blocks.0 blocks.1 blocks.2 blocks.4 blocks.6",
+    "torchvision:convnext_tiny": "features.1 features.3 features.5 features.7",
+    "timm:convnext_atto": "stages.0 stages.1 stages.2 stages.3",
+    "torchvision:densenet121": (
+        "features.denseblock1 features.denseblock2 features.denseblock3 features.denseblock4"
+    ),
+    "timm:densenet121": "features.denseblock1 features.denseblock2 features.denseblock3 features.denseblock4",
+    "torchvision:swin_t": "features.1 features.3 features.5 features.7",
+    "torchvision:googlenet": "conv3 inception3b inception4e inception5b",
+    "torchvision:shufflenet_v2_x0_5": "stage2 stage3 stage4",
+}
+EXPERT_AT_224 = {
+    "timm:swin_tiny_patch4_window7_224": "layers.0 layers.1 layers.2 layers.3",
+    "timm:vit_tiny_patch16_224": "blocks.11",
+    "timm:deit_tiny_distilled_patch16_224": "blocks.11",
+    "torchvision:vit_b_32": "encoder.layers.encoder_layer_11",
+    "torchvision:alexnet": "features.1 features.4 features.11",
+}
+
+
+@pytest.mark.parametrize("model", EXPERT)
+def test_expert_choice(model: str) -> None:
+    assert names(build(model)) == EXPERT[model]
+
+
+@pytest.mark.parametrize("model", EXPERT_AT_224)
+def test_expert_choice_at_224(model: str) -> None:
+    assert names(build(model), 224) == EXPERT_AT_224[model]
+
+
+@pytest.mark.parametrize("model", [WideResNet(10, 1), WideResNet(16, 2), NetworkInNetwork()])
+def test_the_papers_own_networks(model: nn.Module) -> None:
+    assert names(model, 32) == "group0 group1 group2"
+
+
+PAIRED = {
+    ("torchvision:resnet18", "torchvision:resnet34", 64): [(f"layer{i}",) * 2 for i in (1, 2, 3, 4)],
+    ("torchvision:mobilenet_v2", "timm:resnet18", 64): [
+        ("features.3", "layer1"),
+        ("features.6", "layer2"),
+        ("features.13", "layer3"),
+        ("features.17", "layer4"),
+    ],
+    ("timm:convnext_atto", "torchvision:swin_t", 64): [
+        (f"stages.{i}", f"features.{2 * i + 1}") for i in range(4)
+    ],
+    ("timm:resnet18", "timm:vit_tiny_patch16_224", 224): [("layer3", "blocks.11")],
+    ("timm:vit_tiny_patch16_224", "torchvision:vit_b_32", 224): [
+        (f"blocks.{i}", f"encoder.layers.encoder_layer_{i}") for i in (2, 5, 8, 11)
+    ],
+}
+
+
+@pytest.mark.parametrize("student, teacher, size", PAIRED)
+def test_pairs_across_models(student: str, teacher: str, size: int) -> None:
+    pairs = suggest_pairs(build(student), build(teacher), images(size))
+    assert [(pair.student, pair.teacher) for pair in pairs] == PAIRED[student, teacher, size]
+
+
+def test_the_teachers_input_may_have_another_size() -> None:
+    pairs = suggest_pairs(WideResNet(16, 1), WideResNet(16, 2), images(32), images(64))
+    assert pairs == [Pair(f"group{i}", f"group{i}") for i in range(3)]
+
+
+def test_every_suggestion_can_be_tapped() -> None:
+    model = build("torchvision:vgg11")
+    stages = stage_ends(model, images())
+    with Taps(model, [stage.name for stage in stages]) as taps:
+        model(images())
+        shapes = [tuple(features.shape[1:]) for features in taps.pop().values()]
+    assert shapes == [stage.shape for stage in stages]
+
+
+def test_stages_know_their_shape_and_stride() -> None:
+    assert stage_ends(WideResNet(10, 1), images(32)) == [
+        Stage("group0", (16, 32, 32), 1.0),
+        Stage("group1", (32, 16, 16), 2.0),
+        Stage("group2", (64, 8, 8), 4.0),
+    ]
+    assert str(Stage("features.4", (192, 27, 27), 224 / 27)) == "features.4: 192x27x27, stride 8.3"
+
+
+# ------------------------------------------------------------------------------------- home-made models
+
+
+def conv(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, 3, stride, padding=1)
+
+
+def test_a_stage_that_ends_with_its_pool_is_tapped_before_it() -> None:
+    def stage(c_in: int, c_out: int) -> nn.Sequential:
+        return nn.Sequential(conv(c_in, c_out), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+
+    model = nn.Sequential(stage(3, 8), stage(8, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    assert names(model, 16) == "0.1 1.1"
+
+
+def test_dropout_and_identity_are_not_chosen() -> None:
+    model = nn.Sequential(conv(3, 8), nn.ReLU(), nn.Dropout(), nn.Identity(), conv(8, 8, stride=2), nn.ReLU())
+    assert names(model, 16) == "1 5"
+
+
+class SharedReLU(nn.Module):
+    """One ReLU called three times, and no submodule that is a stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = conv(3, 8), conv(8, 8), conv(8, 16, stride=2)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.second(self.relu(self.first(x))))
+        return self.relu(self.third(x)).mean((2, 3))
+
+
+def test_a_module_called_several_times_is_named_with_its_call() -> None:
+    assert names(SharedReLU(), 16) == "relu#1 relu#2"
+
+
+class InPlaceBlock(nn.Module):
+    """Begins with an in-place ReLU, so it overwrites the output of the block before."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int = 1) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+        self.conv0, self.conv1 = conv(c_in, c_out, stride), conv(c_out, c_out)
+        self.skip = nn.Conv2d(c_in, c_out, 1, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(x)
+        return self.conv1(F.relu(self.conv0(x))) + self.skip(x)
+
+
+def test_an_output_overwritten_in_place_is_replaced_by_the_in_place_module() -> None:
+    model = nn.Sequential(conv(3, 8), InPlaceBlock(8, 8), InPlaceBlock(8, 16, 2), InPlaceBlock(16, 16))
+    model.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    chosen = names(model, 16).split()
+    assert chosen == ["2.relu", "3"]  # "1" is overwritten by "2.relu", and "2" by "3.relu"
+    with Taps(model, chosen) as taps:
+        model(images(16))
+        taps.pop()
+
+
+class HiddenInPlace(nn.Module):
+    """The end of the first stage is overwritten by a function that no module stands for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = InPlaceBlock(3, 8), InPlaceBlock(8, 8), conv(8, 8, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x * 1)).relu_()).mean((2, 3))
+
+
+def test_without_such_a_module_the_end_before_it_is_chosen() -> None:
+    assert names(HiddenInPlace(), 16) == "b.relu c"
+
+
+class Backbone(nn.Module):
+    """Named stages one level down, with a functional pool between, and a dict of outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([InPlaceBlock(c, 8) for c in (3, 8, 8)])
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        for stage in self.stages:
+            x = F.max_pool2d(stage(x.clone()), 2)
+        return {"logits": x.mean((2, 3))}
+
+
+def test_stages_in_a_module_list_inside_a_wrapper() -> None:
+    model = nn.ModuleDict({"unused": nn.Linear(1, 1), "backbone": Backbone()})
+    model.forward = lambda x: model["backbone"](x)["logits"]
+    assert names(model, 16) == "backbone.stages.0 backbone.stages.1 backbone.stages.2"
+
+
+def test_a_compiled_submodule_does_not_compile_and_keeps_its_plain_name() -> None:
+    model = build("timm:resnet18")
+    model.layer2 = torch.compile(model.layer2, backend=_refuse)
+    assert names(torch.compile(model, backend=_refuse)) == "layer1 layer2 layer3 layer4"
+
+
+def _refuse(*_: object) -> None:
+    raise AssertionError("compiled")
+
+
+# ---------------------------------------------------------------------------------------------- no trace
+
+
+class Nosy(nn.Module):
+    """Counts calls in a buffer, whatever its mode, and draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.Dropout(), conv(8, 8, stride=2))
+        self.register_buffer("calls", torch.zeros(()))
+        self.body[1].eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.body(x + torch.rand_like(x))
+
+
+def test_models_are_left_as_found() -> None:
+    model = Nosy().train()
+    model.body[1].eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    batch = images(16)
+    random_state = torch.get_rng_state()
+    stage_ends(model, batch)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert modes == [module.training for module in model.modules()]
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_models_are_left_as_found_after_a_failure() -> None:
+    model = Nosy().train()
+    with pytest.raises(ValueError, match="runs on images of shape"):
+        stage_ends(model, torch.randn(1, 5, 16, 16))
+    assert model.calls == 0
+    assert model.body[0].training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_half_precision_models_take_the_example_in_their_own_type() -> None:
+    assert names(WideResNet(10, 1).to(torch.bfloat16), 32) == "group0 group1 group2"
+
+
+def test_resnet50_at_224_takes_seconds() -> None:
+    model, batch = build("torchvision:resnet50"), images(224)
+    start = time.perf_counter()
+    stage_ends(model, batch)
+    assert time.perf_counter() - start < 10
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_pair_refuses_a_weight(weight: float) -> None:
+    with pytest.raises(ValueError, match=r"Pair: expected a weight >= 0, got"):
+        Pair("layer1", "layer1", weight)
+
+
+def test_pair_refuses_a_module_for_a_name() -> None:
+    with pytest.raises(TypeError, match=r"Pair: expected the names of two modules, got ReLU"):
+        Pair(nn.ReLU(), "layer1")
+
+
+def test_pairs_print_readably() -> None:
+    assert str(Pair("layer1", "stages.0")) == "layer1 <- stages.0"
+    assert str(Pair("a", "b", 0.5)) == "a <- b (weight 0.5)"
+
+
+def test_no_common_resolution() -> None:
+    whole = nn.Sequential(conv(3, 8), nn.ReLU())
+    eighth = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.ReLU())
+    with pytest.raises(
+        ValueError, match=r"suggest_pairs: .* strides 1 in the student and 8 in the teacher\. Name"
+    ):
+        suggest_pairs(whole, eighth, images(32))
+
+
+def test_no_maps_at_all() -> None:
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
+    with pytest.raises(ValueError, match=r"stage_ends: expected the model to have maps .* 8x8 input\. Pass"):
+        stage_ends(flat, images(8))
+
+
+def test_bad_example_input() -> None:
+    with pytest.raises(ValueError, match=r"stage_ends: expected images \(b, c, h, w\), got \(3, 8, 8\)"):
+        stage_ends(nn.Sequential(conv(3, 8)), torch.randn(3, 8, 8))
+    with pytest.raises(ValueError, match=r"expected a student that runs on images of shape \(2, 3, 1, 1\)"):
+        suggest_pairs(nn.Conv2d(3, 8, 3), WideResNet(10, 1), images(1))
