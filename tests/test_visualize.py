@@ -193,7 +193,7 @@ def test_save_maps_shows_each_pixel_of_a_small_image(tmp_path, side):
 
     images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
     maps = {
-        "teacher": {"a": torch.rand(2, 4, 4), "$b$": torch.rand(2, 2, 2)},
+        "teacher": {"a": torch.rand(2, 4, 4), "$b_$": torch.rand(2, 2, 2)},
         "student": {"a": torch.rand(2, 4, 4)},
     }
     path = save_maps(tmp_path / "new" / "maps.png", images, maps, captions=["x.png", "a very long name" * 9])
@@ -537,7 +537,7 @@ def test_report_is_one_accessible_page_without_network(tmp_path):
         "1 min 15 s",
         "30.2 ± 0.4",
         "8 × 4 × 4",
-        "at 0.25",
+        "at 25.0 %",
     ):
         assert words in page.text
     assert "Attention term at layer1" in page.text and "0.875" in page.text

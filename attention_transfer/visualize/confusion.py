@@ -25,7 +25,7 @@ class ClassError(NamedTuple):
 
 
 def per_class_errors(
-    predictions: Int[Tensor, "n"], labels: Int[Tensor, "_n"], classes: Sequence[str]
+    predictions: Int[Tensor, " n"], labels: Int[Tensor, " _n"], classes: Sequence[str]
 ) -> list[ClassError]:
     """The error of each class in percent, NaN for a class without images.
 
@@ -42,7 +42,7 @@ def per_class_errors(
 
 
 def confusion_matrix(
-    predictions: Int[Tensor, "n"], labels: Int[Tensor, "_n"], classes: Sequence[str], path: Path | str
+    predictions: Int[Tensor, " n"], labels: Int[Tensor, " _n"], classes: Sequence[str], path: Path | str
 ) -> Path:
     """Write a PNG: a row a true class, a column a predicted one, in percent of the true class.
 

@@ -21,12 +21,12 @@ class Examples:
     """Test images with what each model sees in them; `layers` of all roles correspond by position."""
 
     images: UInt8[Tensor, "n c h w"]
-    labels: Int[Tensor, "n"]
+    labels: Int[Tensor, " n"]
     classes: list[str]
     layers: dict[str, list[str]]
     maps: dict[str, dict[str, Tensor]]
     """{role: {layer: (n, h, w)}}"""
-    predictions: dict[str, Int[Tensor, "n"]]
+    predictions: dict[str, Int[Tensor, " n"]]
     similarity: dict[str, list[float]]
     """{student's role: mean cosine similarity to the teacher, one number a layer}"""
     compared: int
@@ -48,7 +48,7 @@ def attention_maps(
 
 def cosine_similarity(
     student: Float[Tensor, "b h_s w_s"], teacher: Float[Tensor, "_b h_t w_t"]
-) -> Float[Tensor, "b"]:
+) -> Float[Tensor, " b"]:
     """The cosine between two maps of each image; a zero map has 0 with anything.
 
     A student's map of another size is resized to the teacher's: bilinearly to grow, by area to shrink.
@@ -69,7 +69,7 @@ def cosine_similarity(
 def collect_examples(
     models: Mapping[str, tuple[nn.Module, Sequence[str]]],
     images: UInt8[Tensor, "b c h w"],
-    labels: Int[Tensor, "b"],
+    labels: Int[Tensor, " b"],
     normalise: Normalise | Mapping[str, Normalise],
     classes: Sequence[str],
     *,

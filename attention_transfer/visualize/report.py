@@ -25,6 +25,11 @@ _CHARTS = {
     "train/ce": ("Cross-entropy term", "nats"),
     "train/kd": ("Distillation term", "nats"),
 }
+_PLAN_NAMES = {
+    "student_shape": "student’s shape",
+    "teacher_shape": "teacher’s shape",
+    "shares": "share of the gradient at the first batch",
+}
 
 
 def write_report(
@@ -191,15 +196,21 @@ def _plans(groups: Sequence[Group]) -> list[dict[str, Any]]:
         if isinstance(plan, list) and all(isinstance(pair, dict) for pair in plan):
             columns = _distinct(name for pair in plan for name in pair)
             cells = [[_cell(pair.get(name, "")) for name in columns] for pair in plan]
-            plans.append({"group": group, "columns": [c.replace("_", " ") for c in columns], "rows": cells})
+            plans.append(
+                {"group": group, "columns": [_PLAN_NAMES.get(name, name) for name in columns], "rows": cells}
+            )
     return plans
+
+
+def _percent(share: object) -> str:
+    return f"{share:.1%}".replace("%", " %") if isinstance(share, float) else str(share)
 
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_cell(part)}" for name, part in value.items()) or "–"
+        return ", ".join(f"{name} {_percent(part)}" for name, part in value.items()) or "–"
     if isinstance(value, list):
         return " × ".join(map(str, value))
     return "–" if value is None else str(value)
