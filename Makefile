@@ -1,0 +1,33 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help demo test test-slow check clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | column -t -s '|'
+
+demo: $(READY) ## Train a teacher and a student on digits, with and without attention transfer (minutes)
+	$(BIN)/attention-transfer demo
+
+test: $(READY) ## Run the tests, and the core ones again with every array shape checked
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --shapes tests/test_functional.py tests/test_losses.py tests/test_distiller.py tests/test_visualize.py
+
+test-slow: $(READY) ## Run the slow tier too
+	$(BIN)/python -m pytest --slow
+
+check: $(READY) ## Lint, check the format and the types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## Remove the virtual environment and caches
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up .venv: PyTorch and the rest, several GB, a few minutes the first time"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@

@@ -1,0 +1,68 @@
+"""The rooms import downwards only, and importing the package loads torch and nothing heavier."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import attention_transfer
+
+PACKAGE = Path(attention_transfer.__file__).parent
+
+# Each room with the rooms that it may know; every room may know itself and `_extras`.
+ALLOWED = {
+    "kernels": set(),
+    "functional": {"kernels"},
+    "taps": set(),
+    "pairs": {"taps"},
+    "losses": {"functional", "pairs"},
+    "plan": {"pairs"},
+    "preflight": {"functional", "losses", "pairs", "plan", "taps", "distiller"},
+    "distiller": {"losses", "pairs", "plan", "preflight", "taps"},
+    "models": set(),
+    "data": set(),
+    "visualize": {"functional", "taps"},
+    "training": {"data", "distiller", "functional", "losses", "models", "pairs", "plan"},
+}
+COMPOSERS = {"cli", "__main__", "__init__"}
+HEAVY = ["torchvision", "timm", "lightning", "matplotlib", "jinja2", "pyarrow", "PIL", "jsonargparse", "rich"]
+
+
+def rooms_imported_by(file: Path) -> set[str]:
+    package = ["attention_transfer", *file.relative_to(PACKAGE).parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    inside = {name.split(".")[1] for name in found if name.startswith("attention_transfer.")}
+    return {name for name in inside if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()}
+
+
+def test_rooms_import_downwards_only() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room in COMPOSERS or room.startswith("_"):
+            continue
+        upwards = rooms_imported_by(file) - ALLOWED[room] - {room, "_extras", "_untouched"}
+        assert not upwards, f"{file.relative_to(PACKAGE)} imports {sorted(upwards)}"
+
+
+def test_import_loads_nothing_heavy() -> None:
+    code = f"import sys, attention_transfer; print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_those_of_the_design() -> None:
+    names = {
+        "AttentionTransfer", "Distiller", "InputTransform", "KnowledgeDistillation", "Pair", "Taps",
+        "attention_map", "attention_transfer_loss", "build_model", "convert_beta", "distillation_loss",
+        "load_weights", "save_weights", "suggest_pairs",
+    }  # fmt: skip
+    assert names <= set(vars(attention_transfer))
