@@ -100,6 +100,7 @@ def test_mnist_5k_is_the_default_of_the_demo():
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (3_600, 400, 1_000)
     assert splits.shape == (1, 28, 28)
     assert splits.test.labels.bincount().tolist() == [100] * 10
+    assert int(splits.test.images.long().sum()) == 26_140_077  # the same test images for ever
     assert splits.flip is False
     assert splits.notes == ("no test split: 1,000 images (20%) were cut off, the same for every seed",)
     assert int(splits.train.images.max()) == 255
@@ -171,7 +172,7 @@ def test_cifar_as_torchvision_keeps_it(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", sums["data_batch_1"]]])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": sums["batches.meta"]})
-    splits = load_data("cifar10", root=tmp_path, download=False, validation=0)
+    splits = load_data("cifar10", root=tmp_path, download=False, validation=0.0)
     assert splits.shape == (3, 32, 32)
     assert torch.equal(labels_in_pixels(splits.train), splits.train.labels)
     assert splits.classes[3] == "class3"
@@ -242,7 +243,7 @@ def test_folder_with_splits(tmp_path):
     splits = load_data(tmp_path)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (40, 6, 10)
     assert splits.notes == ()
-    assert load_data(tmp_path, validation=0).validation is None
+    assert load_data(tmp_path, validation=0.0).validation is None
 
 
 def test_folder_with_train_and_val_reports_on_val(tmp_path):
@@ -555,7 +556,7 @@ def test_seeds_move_validation_but_neither_test_nor_normalisation():
     assert (one.mean, one.std) == (other.mean, other.std)
     assert not torch.equal(one.validation.images, other.validation.images)
     assert torch.equal(one.validation.images, load_data("mnist-5k", seed=1).validation.images)
-    small = load_data("mnist-5k", seed=1, max_train=200, validation=0)
+    small = load_data("mnist-5k", seed=1, max_train=200, validation=0.0)
     assert (small.mean, small.std) == (one.mean, one.std)
     assert torch.equal(small.test.images, one.test.images)
 

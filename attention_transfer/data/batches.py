@@ -17,7 +17,7 @@ from .images import Images, StreamedImages
 from .randomness import keyed_generator
 
 MOST_WORKERS = 8
-Batch = tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, " b"]]
+Batch = tuple[UInt8[Tensor, "_ c h w"], Int64[Tensor, " _"]]
 
 
 class Batches:
@@ -124,7 +124,7 @@ class Batches:
         self.epoch = state["epoch"]
         self._position = self._resume_at = state["position"]
 
-    def rows(self, epoch: int) -> list[Int64[Tensor, " b"]]:
+    def rows(self, epoch: int) -> list[Int64[Tensor, " _"]]:
         """The positions in `images` of each batch of this rank."""
         order = self._order(epoch)
         if self.drop_last:
@@ -152,7 +152,7 @@ class Batches:
         self.seconds += time.perf_counter() - start
         return batch
 
-    def _fetch_in_memory(self, rows: list[Int64[Tensor, " b"]]) -> Iterator[Batch]:
+    def _fetch_in_memory(self, rows: list[Int64[Tensor, " _"]]) -> Iterator[Batch]:
         assert isinstance(self.images, Images)
         if self._on_device is None:
             self._on_device = self.images.images.to(self.device), self.images.labels.to(self.device)
@@ -161,7 +161,7 @@ class Batches:
             index = chosen.to(self.device, non_blocking=True)
             yield pixels.index_select(0, index), labels.index_select(0, index)
 
-    def _fetch_streamed(self, rows: list[Int64[Tensor, " b"]]) -> Iterator[Batch]:
+    def _fetch_streamed(self, rows: list[Int64[Tensor, " _"]]) -> Iterator[Batch]:
         assert isinstance(self.images, StreamedImages)
         loader = DataLoader(
             _Epoch(self.images, self.seed, self.epoch),

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ CHUNK = 256  # images a thread takes at a time
 GREY_MODES = ("1", "L", "LA", "La")
 
 
+@runtime_checkable
 class Encoded(Protocol):
     """A sequence of encoded images."""
 

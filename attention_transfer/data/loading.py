@@ -247,7 +247,7 @@ def channel_statistics(images: ImageSet) -> tuple[tuple[float, ...], tuple[float
     level.
     """
     pixels = images.images if isinstance(images, Images) else _sample(images)
-    counts = sum(_histogram(part) for part in pixels.split(CHUNK))
+    counts = torch.stack([_histogram(part) for part in pixels.split(CHUNK)]).sum(0)
     share = counts / counts.sum(1, keepdim=True)
     level = torch.arange(256, dtype=torch.float64) / 255
     mean = share @ level

