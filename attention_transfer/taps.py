@@ -18,7 +18,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -154,9 +156,9 @@ def _token_layouts(n: int, input_hw: tuple[int, int] | None, prefix: int | None)
     height, width = input_hw
     patches = range(1, min(height, width) // 2 + 1)
     exact = [p for p in patches if height % p == 0 and width % p == 0]
-    for sizes in (exact, patches):  # some patch embeddings cut off the rest of the image
+    for sizes, most in ((exact, MAX_PREFIX), (patches, 1)):  # some embeddings cut off the rest of the image
         grids = dict.fromkeys((height // p, width // p) for p in sizes)
-        found = [Layout("tokens", (h, w), n - h * w) for h, w in grids if 0 <= n - h * w <= MAX_PREFIX]
+        found = [Layout("tokens", (h, w), n - h * w) for h, w in grids if 0 <= n - h * w <= most]
         found = [layout for layout in found if prefix is None or layout.prefix == prefix]
         if found:
             return found
@@ -201,6 +203,9 @@ def version(tensor: Tensor) -> int:
 # ----------------------------------------------------------------------------------------------- taps
 
 
+_WATCHING: WeakKeyDictionary[nn.Module, CodeType] = WeakKeyDictionary()
+
+
 class _Firing(NamedTuple):
     """One call of a tapped module."""
 
@@ -239,15 +244,16 @@ class Taps:
        the middle two have; the better fit wins. If both fit alike (c = h = w), or neither does: `nchw` for a
        model without LayerNorm, otherwise an error that asks for `layout=`.
     2. Three axes: tokens (b, n, c). n = h * w + prefix with h = H / patch, w = W / patch for one whole patch
-       size, and 0 to 8 prefix tokens (class, registers) in front, which are dropped. Patch sizes that divide
-       the image come before those that cut it off. Two possible grids: an error that asks for `tokens+K`.
+       size, and 0 to 8 prefix tokens (class, registers) in front, which are dropped. If no patch size that
+       divides the image fits, one that cuts it off may, with a prefix of 0 or 1. Two possible grids: an
+       error that asks for `tokens+K`.
 
     **torch.compile**: taps may be open during the first call or be opened later, may stay open or be opened
     around each step; the model is compiled once with and once without its taps. Values, gradients and the
     in-place check hold in compiled code. Double backward through compiled code is not possible in PyTorch.
 
-    **Checkpointing**: recomputations during backward are ignored. Reentrant checkpointing hands out tensors
-    with `requires_grad == False`, through which no gradient can flow: use `use_reentrant=False`.
+    **Checkpointing**: recomputations during backward are ignored. Inside a reentrant checkpoint the outputs
+    have `requires_grad == False`, and no gradient can flow through them: use `use_reentrant=False`.
 
     Args:
         model: any module. A DataParallel over several devices is refused: it runs copies of the model.
@@ -289,10 +295,8 @@ class Taps:
         self._open = True
         for path, module in self._modules.items():
             self._undo.append(module.register_forward_hook(self._record(path)).remove)
-            self._pin_forward(module)
-        before = self._root.register_forward_pre_hook(self._begin, with_kwargs=True)
-        after = self._root.register_forward_hook(self._end)
-        self._undo += [before.remove, after.remove]
+            self._set_forward(module, module.forward)
+        self._set_forward(self._root, self._watched(self._root.forward))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -333,10 +337,21 @@ class Taps:
         self._end_versions: list[int] = []
         self._input_hw: tuple[int, int] | None = None
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not _recomputing():
+    def _watched(self, forward: Callable) -> Callable:
+        """The model's forward with a look before and after; hooks of the model itself are not compiled in."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if _recomputing():
+                return forward(*args, **kwargs)
             self._forget()
             self._input_hw = input_hw(args, kwargs)
+            output = forward(*args, **kwargs)
+            self._end_versions = [0 if f.output is None else version(f.output) for f in self._fired]
+            return output
+
+        # The limit on recompilations counts by code object, so each model needs one of its own.
+        watched.__code__ = _WATCHING.setdefault(self._root, watched.__code__.replace())
+        return watched
 
     def _record(self, key: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
@@ -348,16 +363,15 @@ class Taps:
 
         return hook
 
-    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not _recomputing():
-            self._end_versions = [0 if f.output is None else version(f.output) for f in self._fired]
-
-    def _pin_forward(self, module: nn.Module) -> None:
+    def _set_forward(self, module: nn.Module, forward: Callable) -> None:
         """Give the module a `forward` of its own, so that compiled code sees that taps are open."""
-        if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
-            return
-        vars(module)["forward"] = module.forward
-        self._undo.append(lambda: vars(module).pop("forward", None))
+        attributes = vars(module)
+        before = attributes.get("forward")
+        attributes["forward"] = forward
+        if before is None:
+            self._undo.append(lambda: attributes.pop("forward", None))
+        else:
+            self._undo.append(lambda: attributes.update(forward=before))
 
     # Reading
 

@@ -1,0 +1,521 @@
+"""Taps: names, layouts, hazards. Each hazard test fails without its guard."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from attention_transfer.taps import Taps, resolve, unwrap
+
+
+class Net(nn.Module):
+    """Two stages, a shared ReLU and a branch that is never run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.relu = nn.ReLU()
+        self.layer1 = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.layer2 = nn.Sequential(nn.Conv2d(4, 8, 3, 2, padding=1), nn.ReLU(inplace=True))
+        self.unused = nn.Conv2d(3, 4, 3)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer2(self.layer1(self.relu(self.stem(x))))
+        return self.fc(self.relu(x).mean((2, 3)))
+
+
+@pytest.fixture
+def net() -> Net:
+    return Net()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 8, 8)
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+# ------------------------------------------------------------------------------------ the plain service
+
+
+def test_outputs_in_the_order_of_the_names_and_in_the_graph(net: Net, x: Tensor) -> None:
+    with Taps(net, ["layer2", "layer1.0"]) as taps:
+        net(x)
+        maps = taps.pop()
+    assert [(name, tuple(features.shape)) for name, features in maps.items()] == [
+        ("layer2", (2, 8, 4, 4)),
+        ("layer1.0", (2, 4, 8, 8)),
+    ]
+    torch.testing.assert_close(maps["layer1.0"], net.layer1[0](net.relu(net.stem(x))))
+    maps["layer2"].square().sum().backward()
+    assert net.stem.weight.grad.abs().sum() > 0
+    assert net.fc.weight.grad is None
+
+
+def test_pop_forgets(net: Net, x: Tensor) -> None:
+    with Taps(net, ["layer1"]) as taps:
+        net(x)
+        taps.pop()
+        with pytest.raises(ValueError, match="got no call since the last"):
+            taps.pop()
+
+
+def test_only_the_latest_forward_is_remembered(net: Net, x: Tensor) -> None:
+    with Taps(net, ["layer1"]) as taps:
+        net(x)
+        net(x[:1])
+        assert len(taps.pop()["layer1"]) == 1
+
+
+def test_no_copies_are_made(net: Net, x: Tensor) -> None:
+    model = Returns((x, x))
+    with Taps(model, ["inner"]) as taps:
+        model(x)
+        assert taps.pop()["inner"] is x
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(net: Net, x: Tensor, dtype: torch.dtype) -> None:
+    with Taps(net.to(dtype), ["layer1"]) as taps:
+        net(x.to(dtype))
+        assert taps.pop()["layer1"].dtype == dtype
+
+
+def test_inference_mode(net: Net, x: Tensor) -> None:
+    with torch.inference_mode(), Taps(net, ["layer1", "layer2"]) as taps:
+        net(x)
+        assert taps.pop()["layer1"].is_inference()
+
+
+# --------------------------------------------------------------------------------- what is left behind
+
+
+def test_hooks_are_gone_afterwards(net: Net, x: Tensor) -> None:
+    with Taps(net, ["layer1"]) as taps:
+        assert hooks(net) == 1
+        net(x)
+    assert hooks(net) == 0
+    assert not any("forward" in vars(module) for module in net.modules())
+    assert taps._fired == []
+
+
+def test_hooks_are_gone_after_an_exception_in_the_forward(net: Net) -> None:
+    with pytest.raises(RuntimeError, match="channels"):
+        with Taps(net, ["stem"]) as taps:
+            net(torch.randn(2, 3, 8, 8))
+            net(torch.randn(2, 7, 8, 8))
+    assert hooks(net) == 0
+    assert not any("forward" in vars(module) for module in net.modules())
+    assert taps._fired == []
+
+
+def test_taps_may_be_opened_again(net: Net, x: Tensor) -> None:
+    taps = Taps(net, ["layer1"])
+    for _ in range(2):
+        with taps:
+            net(x)
+            assert list(taps.pop()) == ["layer1"]
+
+
+def test_opening_twice(net: Net) -> None:
+    with Taps(net, ["layer1"]) as taps:
+        with pytest.raises(RuntimeError, match=r"Taps: expected to be closed .* Make a second Taps"):
+            taps.__enter__()
+
+
+def test_pop_when_closed(net: Net, x: Tensor) -> None:
+    taps = Taps(net, ["layer1"])
+    with pytest.raises(RuntimeError, match=r"Taps\.pop: expected to be called inside `with"):
+        taps.pop()
+
+
+def test_two_taps_at_once(net: Net, x: Tensor) -> None:
+    with Taps(net, ["layer1"]) as outer, Taps(net, ["layer1", "layer2"]) as inner:
+        net(x)
+        assert outer.pop()["layer1"] is inner.pop()["layer1"]
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+def test_unknown_name_lists_near_matches(net: Net) -> None:
+    with pytest.raises(
+        ValueError, match=r"resolve: expected .* module of Net, got 'layer3'\. Near: layer\d, layer"
+    ):
+        Taps(net, ["layer3"])
+
+
+@pytest.mark.parametrize(
+    "names, error, message",
+    [
+        ("layer1", TypeError, r"Taps: expected a list of names, got the string 'layer1'\. Pass \['layer1'\]"),
+        (["stem", "stem"], ValueError, "Taps: expected each name once"),
+        (["relu#x"], ValueError, r'Taps: expected "name#k" with a whole number k'),
+    ],
+)
+def test_bad_names(net: Net, names: list[str], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Taps(net, names)
+
+
+def test_names_through_wrappers_at_the_root_and_inside(net: Net, x: Tensor) -> None:
+    inner = net.layer1
+    net.layer1 = torch.compile(nn.DataParallel(inner), backend="eager")
+    wrapped = torch.compile(nn.DataParallel(torch.optim.swa_utils.AveragedModel(net)), backend="eager")
+    averaged = unwrap(wrapped)
+    for name in ("layer1.0", "module.layer1.0", "_orig_mod.module.layer1._orig_mod.module.0"):
+        assert resolve(wrapped, name) is resolve(averaged, "layer1.0")
+    assert resolve(wrapped, "layer1") is unwrap(averaged.layer1)
+    assert isinstance(resolve(wrapped, "layer1"), nn.Sequential)
+    assert resolve(net, "") is net
+
+
+def test_a_users_own_module_called_module_is_not_a_wrapper() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Conv2d(3, 3, 1)
+
+    model = Residual()
+    assert unwrap(model) is model
+    assert resolve(model, "module") is model.module
+
+
+def test_ddp(net: Net, x: Tensor, tmp_path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+        with Taps(wrapped, ["layer1"]) as taps:
+            loss = wrapped(x).sum() + taps.pop()["layer1"].square().mean()
+        loss.backward()
+    finally:
+        dist.destroy_process_group()
+    assert net.stem.weight.grad is not None
+
+
+def test_data_parallel_over_several_devices_is_refused(net: Net) -> None:
+    wrapped = nn.DataParallel(net)
+    wrapped.device_ids = [0, 1]
+    with pytest.raises(ValueError, match=r"Taps: .* DataParallel over 2 devices.*DistributedDataParallel"):
+        Taps(wrapped, ["layer1"])
+
+
+# ------------------------------------------------------------------------------------ outputs and layouts
+
+
+class Returns(nn.Module):
+    """A model whose module `inner` returns what it is given."""
+
+    def __init__(self, value: object, *extra: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.forward = lambda: value
+        self.extra = nn.ModuleList(extra)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inner()
+        return x
+
+
+def read(value: object, *extra: nn.Module, hw: tuple[int, int] = (32, 32), layout: object = "auto") -> Tensor:
+    model = Returns(value, *extra)
+    with Taps(model, ["inner"], layout=layout) as taps:
+        model(torch.zeros(2, 3, *hw))
+        return taps.pop()["inner"]
+
+
+FEATURES = torch.arange(2 * 6 * 8 * 8.0).reshape(2, 6, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        FEATURES,
+        (FEATURES, torch.zeros(1)),
+        [None, FEATURES],
+        ((FEATURES,), None),
+        {"loss": torch.zeros(()), "features": FEATURES, "more": torch.zeros(2, 1, 4, 4)},
+        OrderedDict(features=torch.zeros(2, 1, 4, 4), last_hidden_state=FEATURES),
+    ],
+    ids=["tensor", "tuple", "list", "nested", "dict", "model-output"],
+)
+def test_the_tensor_taken_from_an_output(value: object) -> None:
+    assert torch.equal(read(value), FEATURES)
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (4, 8), (7, 5)])
+def test_nchw_nhwc_and_tokens_are_told_apart(height: int, width: int) -> None:
+    hw = (4 * height, 4 * width)
+    features = torch.randn(2, 24, height, width)
+    tokens = features.flatten(2).mT
+    classed = torch.cat([torch.zeros(2, 1, 24), tokens], dim=1)
+    for value in (features, features.permute(0, 2, 3, 1), tokens, classed):
+        assert torch.equal(read(value, nn.LayerNorm(24), hw=hw), features)
+
+
+def test_patches_that_do_not_divide_the_image() -> None:
+    assert read(torch.randn(2, 27 * 27, 6), hw=(384, 384)).shape == (2, 6, 27, 27)
+
+
+def test_register_tokens() -> None:
+    assert read(torch.randn(2, 5 + 16 * 16, 6), hw=(224, 224)).shape == (2, 6, 16, 16)
+
+
+def test_cubes_are_nchw_without_layer_norm_and_doubtful_with_it() -> None:
+    cube = torch.randn(2, 8, 8, 8)
+    assert torch.equal(read(cube), cube)
+    with pytest.raises(
+        ValueError, match=r"one way to read 'inner', .* nchw or nhwc\. Pass layout=\{'inner': 'nchw'"
+    ):
+        read(cube, nn.LayerNorm(8))
+    assert torch.equal(read(cube, nn.LayerNorm(8), layout="nhwc"), cube.permute(0, 3, 1, 2))
+    assert torch.equal(read(cube, nn.LayerNorm(8), layout={"inner": "nchw"}), cube)
+
+
+def test_a_doubtful_number_of_prefix_tokens() -> None:
+    tokens = torch.randn(2, 9, 6)  # 3x3, or 2x2 and five registers
+    with pytest.raises(ValueError, match=r"may be tokens\+0 or tokens\+5\. Pass layout="):
+        read(tokens, hw=(12, 12))
+    assert torch.equal(read(tokens, hw=(12, 12), layout="tokens+5"), tokens[:, 5:].mT.unflatten(2, (2, 2)))
+
+
+def test_what_is_no_map() -> None:
+    for value in (torch.randn(2, 7), torch.randn(2, 31, 6), torch.randn(2, 3, 4, 8, 8)):
+        with pytest.raises(ValueError, match=r"expected 'inner' to return a map .* a 32x32 input\. Tap a"):
+            read(value)
+    with pytest.raises(ValueError, match=r"expected 'inner' to return a tensor, .*got str\. Tap another"):
+        read("text")
+    with pytest.raises(ValueError, match=r"as layout='tokens' says"):
+        read(FEATURES, layout="tokens")
+
+
+def test_tokens_need_the_size_of_the_image() -> None:
+    model = Returns(torch.randn(2, 16, 6))
+    with Taps(model, ["inner"]) as taps:
+        model.inner()
+        with pytest.raises(ValueError, match="no image input seen by the model"):
+            taps.pop()
+
+
+def test_an_image_given_by_keyword(x: Tensor) -> None:
+    model = Returns(torch.randn(2, 16, 6))
+    with Taps(model, ["inner"]) as taps:
+        model(x=x)
+        assert taps.pop()["inner"].shape == (2, 6, 4, 4)
+
+
+@pytest.mark.parametrize("layout", ["nwhc", "tokens+x", {"inner": "hwc"}])
+def test_unknown_layout(layout: object) -> None:
+    with pytest.raises(ValueError, match=r"Taps: expected layout to be one of auto, nchw, nhwc, tokens"):
+        read(FEATURES, layout=layout)
+
+
+def test_layout_for_a_name_that_is_not_tapped(net: Net) -> None:
+    with pytest.raises(ValueError, match=r"got one for 'layer2'\. Near: layer1"):
+        Taps(net, ["layer1"], layout={"layer2": "nchw"})
+
+
+# ---------------------------------------------------------------------------------------------- hazards
+
+
+def test_a_tap_that_never_fires(net: Net, x: Tensor) -> None:
+    with Taps(net, ["layer1", "unused"]) as taps:
+        net(x)
+        with pytest.raises(ValueError, match=r"expected 'unused' to run once, got no call .*torch\._dynamo"):
+            taps.pop()
+
+
+def test_a_module_called_several_times(net: Net, x: Tensor) -> None:
+    with Taps(net, ["relu"]) as taps:
+        net(x)
+        with pytest.raises(ValueError, match=r'got 2 calls\. Name one: "relu#0" to "relu#1"'):
+            taps.pop()
+    with Taps(net, ["relu#1", "relu#0"]) as taps:
+        net(x)
+        assert [tuple(features.shape) for features in taps.pop().values()] == [(2, 8, 4, 4), (2, 4, 8, 8)]
+        net(x)
+    with Taps(net, ["relu#2"]) as taps:
+        net(x)
+        with pytest.raises(ValueError, match=r"expected call 2 of 'relu', got 2 .*\"relu#1\""):
+            taps.pop()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_output_overwritten_in_place(net: Net, x: Tensor, grad: bool) -> None:
+    with torch.set_grad_enabled(grad):
+        with Taps(net, ["layer2.0"]) as taps:
+            net(x)
+            with pytest.raises(
+                ValueError, match=r"'layer2.0' unchanged, .* in place .* Tap that ReLU itself"
+            ):
+                taps.pop()
+        with Taps(net, ["layer2.1"]) as taps:
+            net(x)
+            assert taps.pop()["layer2.1"].min() >= 0
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        self.stage = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+        self.head = nn.Conv2d(4, 2, 1)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.stage, x, use_reentrant=self.reentrant))
+
+
+def test_recomputation_in_the_backward_of_a_checkpoint_is_ignored(x: Tensor) -> None:
+    model = Checkpointed(reentrant=False)
+    with Taps(model, ["stage"]) as taps, set_checkpoint_early_stop(False):
+        model(x).sum().backward()
+        features = taps.pop()["stage"]
+        assert features.requires_grad
+        model(x).sum().backward()
+        taps.pop()
+        with pytest.raises(ValueError, match="no call since"):
+            taps.pop()
+    plain = model.head(model.stage(x))
+    torch.testing.assert_close(model.head(features), plain)
+
+
+def test_reentrant_checkpointing_hands_out_a_tensor_without_grad(x: Tensor) -> None:
+    model = Checkpointed(reentrant=True)
+    with Taps(model, ["stage.0"]) as taps:
+        model(x.requires_grad_()).sum().backward()
+        assert not taps.pop()["stage.0"].requires_grad
+
+
+# ---------------------------------------------------------------------------------------- torch.compile
+
+
+def loss_and_maps(model: nn.Module, taps: Taps, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    logits = model(x)
+    maps = taps.pop()
+    return logits.sum() + sum(features.square().mean() for features in maps.values()), maps
+
+
+def check_step(compiled: nn.Module, taps: Taps, names: list[str], x: Tensor) -> None:
+    """Values and gradients of one tapped step equal those of an uncompiled twin."""
+    twin = Net()
+    twin.load_state_dict(unwrap(compiled).state_dict())
+    with Taps(twin, names) as plain:
+        expected, expected_maps = loss_and_maps(twin, plain, x)
+    loss, maps = loss_and_maps(compiled, taps, x)
+    torch.testing.assert_close(maps, expected_maps)
+    compiled.zero_grad()
+    loss.backward()
+    expected.backward()
+    for ours, theirs in zip(unwrap(compiled).parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.fixture(params=["eager", "aot_eager"])
+def compiled(net: Net, request: pytest.FixtureRequest):
+    torch._dynamo.reset()
+    yield torch.compile(net, backend=request.param, fullgraph=True)
+    torch._dynamo.reset()
+
+
+def test_compiled_taps_kept_open(compiled: nn.Module) -> None:
+    names = ["layer1", "layer2"]
+    with Taps(compiled, names) as taps:
+        for _ in range(3):
+            check_step(compiled, taps, names, torch.randn(2, 3, 8, 8))
+
+
+def test_compiled_taps_opened_around_each_step(compiled: nn.Module, x: Tensor) -> None:
+    torch._dynamo.utils.counters.clear()
+    for step in range(3):
+        with Taps(compiled, ["layer1", "layer2"]) as taps:
+            check_step(compiled, taps, ["layer1", "layer2"], torch.randn(2, 3, 8, 8))
+        compiled(x + step)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # with taps, without
+
+
+def test_compiled_taps_opened_after_calls_without_them(compiled: nn.Module, x: Tensor) -> None:
+    for _ in range(3):
+        compiled(x)
+    for names in (["layer1"], ["layer2", "layer1"], ["layer1.0"]):
+        with Taps(compiled, names) as taps:
+            check_step(compiled, taps, names, torch.randn(2, 3, 8, 8))
+
+
+def test_compiled_in_place_overwriting(compiled: nn.Module, x: Tensor) -> None:
+    with Taps(compiled, ["layer2.0"]) as taps:
+        compiled(x)
+        with pytest.raises(ValueError, match="in place"):
+            taps.pop()
+
+
+class Deep(nn.Module):
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+def test_compiled_models_do_not_use_up_each_others_recompilations(x: Tensor) -> None:
+    torch._dynamo.reset()
+    for depth in range(1, 10):  # the limit is eight
+        compiled = torch.compile(Deep(depth), backend="eager")
+        with Taps(compiled, ["layers.0"]) as taps:
+            compiled(x)
+            taps.pop()
+    torch._dynamo.reset()
+
+
+def test_compiled_shared_module(compiled: nn.Module, x: Tensor) -> None:
+    with Taps(compiled, ["relu#1"]) as taps:
+        check_step(compiled, taps, ["relu#1"], x)
+
+
+def test_compiled_in_place_of_the_call_and_inside_the_model(net: Net, x: Tensor) -> None:
+    torch._dynamo.reset()
+    net.layer1.compile(backend="aot_eager")
+    net.layer2 = torch.compile(net.layer2, backend="aot_eager")
+    net(x)
+    with Taps(net, ["layer1", "layer2"]) as taps:
+        net(x)
+        assert [tuple(f.shape) for f in taps.pop().values()] == [(2, 4, 8, 8), (2, 8, 4, 4)]
+    torch._dynamo.reset()
+
+
+def test_a_compiled_graph_that_ignores_taps_is_an_error_and_never_stale(net: Net, x: Tensor) -> None:
+    """What a compiled call without the pinned forward would do: run, and fire no hook."""
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="eager")
+    compiled(x)
+    with Taps(compiled, ["layer1"]) as taps:
+        for pinned in (net, net.layer1):
+            vars(pinned).pop("forward")
+        compiled(x)
+        with pytest.raises(ValueError, match=r"no call .*may need torch\._dynamo\.reset\(\)"):
+            taps.pop()
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_inductor(net: Net, x: Tensor) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(net)
+    compiled(x)
+    for _ in range(2):
+        with Taps(compiled, ["layer1", "layer2"]) as taps:
+            check_step(compiled, taps, ["layer1", "layer2"], x)
+    torch._dynamo.reset()
