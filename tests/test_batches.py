@@ -283,7 +283,7 @@ def test_a_vanished_image_is_one_line_even_from_a_worker(streamed):
 def test_grey_and_transparent_images_stream_as_rgb(tmp_path):
     for name, mode in (("grey", "L"), ("clear", "RGBA")):
         Image.new(mode, (20, 20)).save(tmp_path / f"{name}.png")
-    Image.new("P", (20, 20)).save(tmp_path / "palette.png", transparency=b"\x00\x80")
+    Image.new("P", (20, 20)).save(tmp_path / "palette.png", transparency=b"\x80")
     files = EncodedFiles(sorted(tmp_path.glob("*.png")))
     images = StreamedImages(files, torch.arange(3), torch.zeros(3, dtype=torch.int64), image_size=8)
     assert images.decode(0).shape == images.decode(1).shape == images.decode(2).shape == (3, 8, 8)

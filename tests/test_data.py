@@ -214,6 +214,13 @@ def test_broken_idx_files(tmp_path, data, detail):
         read_idx(path)
 
 
+def test_idx_files_that_do_not_belong_together(tmp_path):
+    folder = make_idx_folder(tmp_path / "mnist")
+    write_idx(folder / "t10k-labels-idx1-ubyte.gz", np.zeros(19, dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"as many images as labels in .*, got \(20, 28, 28\) and \(19,\)"):
+        load_data("mnist", root=tmp_path)
+
+
 def test_truncated_idx_gz(tmp_path):
     folder = make_idx_folder(tmp_path / "mnist")
     path = folder / "train-images-idx3-ubyte.gz"
@@ -368,6 +375,21 @@ def test_parquet_shards_in_folders(tmp_path):
         make_parquet(tmp_path / f"{name}.parquet", [0, 1] * 5)
     splits = load_data(tmp_path)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (20, 10, 10)
+
+
+def test_the_last_word_of_a_path_names_the_split(tmp_path):
+    for name in ("train", "test"):
+        make_parquet(tmp_path / "training-data" / f"{name}.parquet", [0, 1] * 5)
+    splits = load_data(tmp_path)
+    assert splits.notes == ()
+    assert len(splits.test) == 10
+
+
+def test_empty_split(tmp_path):
+    make_parquet(tmp_path / "train.parquet", [0, 1] * 5)
+    pq.write_table(pq.read_table(tmp_path / "train.parquet").slice(0, 0), tmp_path / "test.parquet")
+    with pytest.raises(ValueError, match=r"expected images in the test split of .*, got none"):
+        load_data(tmp_path)
 
 
 def test_parquet_without_metadata(tmp_path):
