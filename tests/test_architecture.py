@@ -27,7 +27,7 @@ ALLOWED = {
     "training": {"data", "distiller", "functional", "losses", "models", "pairs", "plan"},
 }
 COMPOSERS = {"cli", "__main__", "__init__"}
-HEAVY = ["torchvision", "timm", "lightning", "matplotlib", "jinja2", "pyarrow", "PIL", "jsonargparse", "rich"]
+HEAVY = ["torchvision", "timm", "lightning", "matplotlib", "jinja2", "pyarrow", "PIL", "jsonargparse", "yaml"]
 
 
 def rooms_imported_by(file: Path) -> set[str]:
