@@ -259,6 +259,17 @@ def test_teacher_of_other_classes(base: Recipe, tmp_path: Path) -> None:
         train(replace(recipe, method="kd", output=str(tmp_path / "kd")), say=silent)
 
 
+def test_teacher_of_other_channels(base: Recipe, finished: Run) -> None:
+    from attention_transfer.training.build import build_teacher, load_splits
+
+    splits = load_splits(base)
+    grey = replace(splits, train=replace(splits.train, images=splits.train.images[:, :1]))
+    with pytest.raises(
+        ValueError, match="expected a teacher of images with 1 channels, as the data, got one of 3"
+    ):
+        build_teacher(replace(base, teacher=str(finished.folder)), grey, lambda: finished)
+
+
 def test_teacher_with_its_own_normalisation(base: Recipe, finished: Run, tmp_path: Path) -> None:
     from attention_transfer.training.build import build_teacher, load_splits
 

@@ -103,15 +103,21 @@ def _teacher_of_run(run: Run, splits: Splits) -> Teacher:
 
 
 def _teacher_of_card(card: ModelCard, weights: str | Path, splits: Splits) -> Teacher:
+    if card.in_channels != splits.in_channels:
+        raise ValueError(
+            f"train: expected a teacher of images with {splits.in_channels} channels, as the data, got one "
+            f"of {card.in_channels} in {weights}. Pass a teacher that was trained on such images."
+        )
     return Teacher(card.build(weights), len(card.classes), _input_transform(splits, card.mean, card.std))
 
 
 def _teacher_of_weights(recipe: Recipe, splits: Splits) -> Teacher:
     """A teacher from a file, normalised as the data unless it says otherwise."""
     name, weights = recipe.teacher or "", recipe.teacher_weights
-    card = None if weights in (None, "pretrained") else ModelCard.read(weights)
-    if card is not None and card.model == name:
-        return _teacher_of_card(card, weights, splits)
+    if weights and weights != "pretrained":
+        card = ModelCard.read(weights)
+        if card is not None and card.model == name:
+            return _teacher_of_card(card, weights, splits)
     classes = recipe.teacher_classes or splits.num_classes
     model = _build(name, weights, splits, classes)
     own = getattr(model, "pretrained_cfg", None) or {}

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from attention_transfer.training.module import DistillationModule
 from attention_transfer.training.run import Interrupted, Run
@@ -28,7 +29,7 @@ class EpochLog(Callback):
         assert isinstance(pl_module, DistillationModule)
         row = pl_module.epoch_row()
         for logger in trainer.loggers:
-            logger.log_metrics({k: v for k, v in row.items() if k not in ("epoch", "step")}, step=row["step"])
+            logger.log_metrics({k: v for k, v in row.items() if k != "step"}, step=trainer.global_step)
         if trainer.is_global_zero:
             self.run.write_metrics(row)
             self.say(describe_epoch(row, trainer.max_epochs))
@@ -131,10 +132,17 @@ class StopOnSignal(Checkpoint):
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar with the epoch's mean loss terms and images/s; it gives way to EpochLog's lines."""
+    """Lightning's bar with the epoch's mean loss terms and images/s; lines are said above it."""
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=10, leave=False)
+
+    def on_train_epoch_start(self, trainer: Trainer, *rest: Any) -> None:
+        super().on_train_epoch_start(trainer, *rest)
+        self.train_progress_bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
+
+    def init_validation_tqdm(self) -> Tqdm:
+        return Tqdm(disable=True)  # over before it can be read
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         assert isinstance(pl_module, DistillationModule)

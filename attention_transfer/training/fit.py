@@ -41,7 +41,12 @@ Say = Callable[[str], None]
 
 
 def _print(line: str) -> None:
-    print(line, flush=True)
+    """Print a line, above the progress bar if there is one."""
+    from tqdm import tqdm
+
+    if is_first_process():
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
 
 
 def train(recipe: Recipe, *, overwrite: bool = False, say: Say | None = None) -> Run:
@@ -61,11 +66,11 @@ def train(recipe: Recipe, *, overwrite: bool = False, say: Say | None = None) ->
     require("lightning", extra="train", user="train")
     recipe = recipe.resolved()
     run = Run(recipe.folder)
-    if _is_first_process():
+    if is_first_process():
         run.check_free(overwrite=overwrite)
     splits = load_splits(recipe)
     student = build_student(recipe, splits)
-    if _is_first_process():
+    if is_first_process():
         run.create(recipe, overwrite=overwrite)
     return _fit(run, recipe, splits, student, say)
 
@@ -127,13 +132,11 @@ def _train_teacher(run: Run, recipe: Recipe, splits: Splits, say: Say | None) ->
     if run.teacher.finished:
         return run.teacher
     teacher_recipe = recipe.for_teacher()
-    if _is_first_process():
-        (say or _print)(f"First the teacher: {recipe.teacher}, {teacher_recipe.epochs} epochs")
-        if not run.teacher.holds_work:
-            run.teacher.create(teacher_recipe)
+    (say or _print)(f"First the teacher: {recipe.teacher}, {teacher_recipe.epochs} epochs")
+    if is_first_process() and not run.teacher.holds_work:
+        run.teacher.create(teacher_recipe)
     _fit(run.teacher, teacher_recipe, splits, build_student(teacher_recipe, splits), say)
-    if _is_first_process():
-        (say or _print)(f"Now the student: {recipe.student}, {recipe.epochs} epochs")
+    (say or _print)(f"Now the student: {recipe.student}, {recipe.epochs} epochs")
     return run.teacher
 
 
@@ -141,7 +144,7 @@ class _Loaders:
     """The batches of this process."""
 
     def __init__(self, recipe: Recipe, splits: Splits, trainer: Trainer) -> None:
-        common = {
+        common: dict[str, Any] = {
             "rank": trainer.global_rank,
             "world_size": trainer.world_size,
             "device": trainer.strategy.root_device,
@@ -187,7 +190,7 @@ def build_trainer(run: Run, recipe: Recipe, checkpoints: Checkpoints, say: Say |
 
     from attention_transfer.training.callbacks import EpochLog, ProgressBar, StopOnSignal
 
-    progress = [ProgressBar()] if say is None and sys.stderr.isatty() else []
+    progress = [ProgressBar()] if say is None and sys.stdout.isatty() else []
     return Trainer(
         accelerator=recipe.accelerator,
         devices=recipe.devices or "auto",
@@ -263,10 +266,11 @@ def test_batches(splits: Splits) -> Batches:
     return Batches(splits.test, EVALUATION_BATCH, shuffle=False)
 
 
-def _is_first_process() -> bool:
+def is_first_process() -> bool:
+    """Whether this process is the one of several that writes and prints."""
     from lightning.pytorch.utilities import rank_zero_only
 
-    return rank_zero_only.rank == 0
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 @contextmanager

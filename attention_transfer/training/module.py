@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+from attention_transfer.data import Augment
 from attention_transfer.distiller import Distiller
 from attention_transfer.training.recipe import Recipe
 
@@ -31,7 +32,7 @@ class DistillationModule(LightningModule):
         self,
         recipe: Recipe,
         distiller: Distiller,
-        augment: nn.Module,
+        augment: Augment,
         steps_per_epoch: int,
         *,
         teacher: str | None,
@@ -51,13 +52,13 @@ class DistillationModule(LightningModule):
         """The model that is trained."""
         return self.distiller.student
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         return self.student.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         return self.student.load_state_dict(state_dict, *args, **kwargs)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         recipe = self.recipe
         optimizer = torch.optim.SGD(
             self.student.parameters(),
@@ -81,7 +82,7 @@ class DistillationModule(LightningModule):
         self, batch: tuple[UInt8[Tensor, "b c h w"], Int[Tensor, " b"]], batch_idx: int
     ) -> Float[Tensor, ""]:
         images, labels = batch
-        self.learning_rate = self.optimizers().param_groups[0]["lr"]
+        self.learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         inputs = self.augment(images).contiguous(memory_format=torch.channels_last)
         if self.global_step == 0:
             self._preflight(inputs, labels)

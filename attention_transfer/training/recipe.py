@@ -145,11 +145,12 @@ class Recipe:
 
     def resolved(self) -> Recipe:
         """The same recipe with its output folder and absolute paths filled in, so that it works anywhere."""
-        paths = {name: _absolute(getattr(self, name)) for name in _MAYBE_PATHS}
+        paths: dict[str, Any] = {name: _absolute(getattr(self, name)) for name in _MAYBE_PATHS}
         return replace(self, **paths, output=str(self.folder.absolute()))
 
     def for_teacher(self) -> Recipe:
         """The recipe that trains this recipe's teacher first, without a teacher of its own."""
+        assert self.teacher is not None
         return replace(
             self,
             student=self.teacher,
