@@ -81,7 +81,7 @@ def suggest_pairs(
     student: nn.Module,
     teacher: nn.Module,
     example_input: Float[Tensor, "b c h w"],
-    teacher_input: Float[Tensor, "b c h w"] | None = None,
+    teacher_input: Float[Tensor, "b_t c_t h_t w_t"] | None = None,
 ) -> list[Pair]:
     """Pair the stage ends of two networks by relative resolution, in order of execution.
 
