@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ._untouched import untouched
 from .losses import Observation, Term, names_at_pairs
 from .pairs import Pair, suggest_pairs
 from .plan import Plan, PlanRow
-from .preflight import Preflight, check, without_trace
+from .preflight import Preflight, check
 from .taps import Taps
 
 Images = Float[Tensor, "b channels height width"]
@@ -67,7 +69,7 @@ class Distiller(nn.Module):
         self._check_teacher()
         if teacher is not None:
             teacher.requires_grad_(False).eval()
-        self.pairs = self._resolve(pairs, example_input) if self._needs_features else []
+        self.pairs = self._resolve(pairs, example_input) if self._terms(of_features=True) else []
         self._plan = self._measure(example_input)
 
     @property
@@ -87,7 +89,7 @@ class Distiller(nn.Module):
     def observe(self, x: Images, y: Int[Tensor, " b"]) -> Observation:
         """Run student and teacher on the batch, and keep what the terms read."""
         student_logits, student_features = _run(self.student, [pair.student for pair in self.pairs], x)
-        teacher_logits, teacher_features = None, []
+        teacher_logits, teacher_features = None, list[Tensor]()
         if self.teacher is not None and self.terms:
             with torch.no_grad():
                 images = self.teacher_transform(x) if self.teacher_transform else x
@@ -98,11 +100,10 @@ class Distiller(nn.Module):
 
     def addends(self, seen: Observation) -> dict[str, Float[Tensor, ""]]:
         """The loss as its named terms: "ce" and what each term contributes."""
-        weight = 1.0
-        for term in self.terms:
-            weight *= term.cross_entropy_weight
+        terms = self._terms()
+        weight = math.prod(term.cross_entropy_weight for term in terms)
         addends = {"ce": weight * F.cross_entropy(seen.student_logits, seen.labels)}
-        for term in self.terms:
+        for term in terms:
             contributions = term.contributions(seen)
             if twice := addends.keys() & contributions.keys():
                 raise ValueError(f"Distiller: two terms contribute {sorted(twice)}. Give one another name=.")
@@ -140,9 +141,9 @@ class Distiller(nn.Module):
                 module._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
-    @property
-    def _needs_features(self) -> bool:
-        return any(term.needs_features for term in self.terms)
+    def _terms(self, *, of_features: bool = False) -> list[Term]:
+        terms = cast("list[Term]", list(self.terms))
+        return [term for term in terms if term.needs_features] if of_features else terms
 
     def _check_teacher(self) -> None:
         if self.teacher is None:
@@ -166,6 +167,7 @@ class Distiller(nn.Module):
                 'Distiller: expected example_input with pairs="auto", got None. Pass a batch of images, '
                 "or name the layers: pairs=[(student layer, teacher layer), ...]."
             )
+        assert self.teacher is not None  # there are terms
         seen_by_teacher = self.teacher_transform(example_input) if self.teacher_transform else None
         return suggest_pairs(self.student, self.teacher, example_input, seen_by_teacher)
 
@@ -173,23 +175,29 @@ class Distiller(nn.Module):
         if example_input is None or not self.pairs:
             return self.plan_of(None)
         labels = torch.zeros(len(example_input), dtype=torch.long, device=example_input.device)
-        with torch.no_grad(), without_trace(self.student, training=False):
+        with torch.no_grad(), untouched(self.student, training=False):
             return self.plan_of(self.observe(example_input, labels))
 
     def plan_of(self, seen: Observation | None) -> Plan:
         """The plan with the shapes that one observation had."""
-        feature_terms = [term for term in self.terms if term.needs_features]
+        terms = self._terms(of_features=True)
+        resize = next((term.resize for term in terms if term.resize), None)
         rows = []
         for index, pair in enumerate(self.pairs):
-            sides = (seen.student_features, seen.teacher_features) if seen else ()
-            shapes = [tuple(features[index].shape[1:]) for features in sides] or [None, None]
             weights = {
-                names_at_pairs(term.name, self.pairs)[index]: term.weight * pair.weight
-                for term in feature_terms
+                names_at_pairs(term.name, self.pairs)[index]: term.weight * pair.weight for term in terms
             }
-            resizes = [resize for term in feature_terms if (resize := term.resize)]
-            rows.append(PlanRow(pair, *shapes, resize=next(iter(resizes), None), weights=weights))
+            row = PlanRow(pair, resize=resize, weights=weights)
+            if seen is not None:
+                shapes = (_shape(seen.student_features[index]), _shape(seen.teacher_features[index]))
+                row = replace(row, student_shape=shapes[0], teacher_shape=shapes[1])
+            rows.append(row)
         return Plan(rows, [str(term) for term in self.terms])
+
+
+def _shape(features: Float[Tensor, "b c h w"]) -> tuple[int, int, int]:
+    _, c, h, w = features.shape
+    return c, h, w
 
 
 class InputTransform(nn.Module):
@@ -199,6 +207,9 @@ class InputTransform(nn.Module):
         student, teacher: (mean, std) by channel with which each side's images are normalised.
         size: (height, width) the teacher expects; None keeps the student's.
     """
+
+    factor: Tensor
+    offset: Tensor
 
     def __init__(
         self, student: Statistics, teacher: Statistics, *, size: tuple[int, int] | None = None

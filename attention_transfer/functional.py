@@ -258,7 +258,7 @@ def _resized(energy: Float[Tensor, "b h w"], size: torch.Size) -> Float[Tensor, 
     """Area average along an axis that shrinks, bilinear along one that grows."""
     if energy.shape[1:] == size:
         return energy
-    smaller = [min(old, new) for old, new in zip(energy.shape[1:], size, strict=True)]
+    smaller = (min(energy.shape[1], size[0]), min(energy.shape[2], size[1]))
     shrunk = F.adaptive_avg_pool2d(energy.unsqueeze(1), smaller)
     return F.interpolate(shrunk, tuple(size), mode="bilinear", align_corners=False).squeeze(1)
 

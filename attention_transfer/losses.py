@@ -47,10 +47,14 @@ class Term(nn.Module):
     """An addend of the distillation loss. A term of your own: subclass, and say what it contributes."""
 
     name: str
-    weight: float
     needs_features = False
     resize: Side | None = None  # whose maps it resizes where sizes differ
     cross_entropy_weight = 1.0  # the factor that this term puts on the cross-entropy
+
+    @property
+    def weight(self) -> float:
+        """The factor in front of the term: beta, alpha and the like."""
+        return 1.0
 
     def contributions(self, seen: Observation) -> dict[str, Float[Tensor, ""]]:
         """The term's value by name; a term that works on layer pairs names each, as in "at/layer3"."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attention_transfer import taps
+from . import taps
+from ._untouched import untouched
 
 MAX_DEPTH_PAIRS = 4  # for two networks of one resolution each, such as two ViTs
 
@@ -237,7 +237,7 @@ def _trace(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Trace:
     model = taps.unwrap(model)
     images = _two_images(images, model)
     recorder = _Recorder(tuple(images.shape), taps.has_layer_norm(model))
-    with _untouched(model), torch.no_grad(), contextlib.ExitStack() as stack:
+    with untouched(model, training=False), torch.no_grad(), contextlib.ExitStack() as stack:
         for name, module in taps.named_modules(model):
             before = module.register_forward_pre_hook(recorder.enter(name), with_kwargs=True)
             after = module.register_forward_hook(recorder.leave)
@@ -303,29 +303,6 @@ def _two_images(images: Tensor, model: nn.Module) -> Tensor:
     images = images[:2] if len(images) > 1 else torch.cat([images, images])
     weights = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     return images.to(weights[0].device, weights[0].dtype) if weights else images
-
-
-@contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no compilation within; flags, buffers and random state as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=sorted(devices)))
-        if "torch._dynamo" in sys.modules:  # nothing is compiled where it was not imported, and it is slow to
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for module in modes:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    with torch.no_grad():
-                        buffer.copy_(before)
 
 
 # --------------------------------------------------------------------------------------------- choice

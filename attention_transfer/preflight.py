@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ._untouched import untouched
 from .functional import attention_map
 from .losses import Observation
 from .pairs import Pair
@@ -45,7 +46,7 @@ def check(distiller: Distiller, x: Tensor, y: Int[Tensor, " b"]) -> Preflight:
     """See `Distiller.preflight`."""
     _check_student(distiller.student)
     _check_teacher(distiller.teacher)
-    with torch.enable_grad(), without_trace(distiller.student), _statistics_kept(distiller.teacher):
+    with torch.enable_grad(), untouched(distiller.student), _statistics_kept(distiller.teacher):
         seen = distiller.observe(x, y)
         _check_labels(seen)
         _check_finite(seen, x)
@@ -58,30 +59,6 @@ def check(distiller: Distiller, x: Tensor, y: Int[Tensor, " b"]) -> Preflight:
     for message in found:
         warnings.warn(f"preflight: {message}", PreflightWarning, stacklevel=4)
     return Preflight(plan, found)
-
-
-@contextmanager
-def without_trace(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
-    """Run the model in the block, and leave its buffers, training flags and all random states.
-
-    It runs eager: a compiled graph would hide the gradients at the layers inside of it.
-    """
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=list(devices)))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if training is not None:
-            model.train(training)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-            for module, mode in modes:
-                module.training = mode
 
 
 # --- faults -------------------------------------------------------------------------------------------------
