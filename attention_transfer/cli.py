@@ -183,6 +183,7 @@ def _recipe_parser(defaults: Recipe) -> Any:
     parser.add_argument("--print-config", action="store_true", help="Print the recipe as YAML and stop.")
     parser.add_argument("--resume", help="Go on with this interrupted run folder.")
     parser.add_argument("--overwrite", action="store_true", help="Delete an earlier run in the same folder.")
+    parser.usage = f"{PROGRAM} train [flags]"  # the whole list would fill the screen
     recipe = parser.add_argument_group("recipe")
     types, texts = field_types(), _field_texts()
     for field in fields(Recipe):
