@@ -9,7 +9,6 @@ import argparse
 import difflib
 import os
 import re
-import statistics
 import sys
 import traceback
 import warnings
@@ -548,6 +547,8 @@ def _demo(arguments: list[str]) -> None:
 def _comparison(runs: DemoRuns) -> str:
     """Test errors with mean and spread, parameter counts, and what they say in a sentence."""
     from attention_transfer.training.demo import NAMES, STUDENT, TEACHER
+    from attention_transfer.visualize.runs import Spread, group_runs, read_run
+    from attention_transfer.visualize.summary import summarise
 
     named = {f"teacher {TEACHER.student}": [runs.teacher]}
     named |= {f"{NAMES[method]}, {STUDENT.student}": group for method, group in runs.students.items()}
@@ -555,32 +556,10 @@ def _comparison(runs: DemoRuns) -> str:
     for name, group in named.items():
         errors = [run.result["test_error"] for run in group]
         each = "  ".join(f"{error:.1f}" for error in errors)
-        rows.append([name, f"{group[0].result['parameters']:,}", _spread(errors), each])
-    changes = [
-        taught.result["test_error"] - alone.result["test_error"]
-        for alone, taught in zip(runs.students["none"], runs.students["at"], strict=True)
-    ]
-    return f"{_table(['', 'parameters', 'test error %', 'each seed'], rows)}\n\n{verdict(changes)}"
-
-
-def verdict(changes: Sequence[float]) -> str:
-    """What attention transfer did to the test error, from the change in points at each seed."""
-    lower, count = sum(change < 0 for change in changes), len(changes)
-    judgement = (
-        "It helped with every seed." if lower == count else f"It helped with {lower} of {count} seeds."
-    )
-    if statistics.fmean(changes) >= 0:
-        judgement = f"It did not help: lower with {lower} of {count} seeds only."
-    return (
-        "From the same initial weights and images, attention transfer changed the test error by "
-        f"{_spread(changes, sign='+')} points. {judgement}"
-    )
-
-
-def _spread(values: Sequence[float], *, sign: str = "") -> str:
-    """Mean and sample standard deviation."""
-    mean = f"{statistics.fmean(values):{sign}.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+        rows.append([name, f"{group[0].result['parameters']:,}", str(Spread.of(errors)), each])
+    students = [read_run(run.folder) for group in runs.students.values() for run in group]
+    sentence = summarise(group_runs(students, []))
+    return f"{_table(['', 'parameters', 'test error %', 'each seed'], rows)}\n\n{sentence}"
 
 
 class StatusLine:

@@ -28,8 +28,8 @@ from attention_transfer.visualize import (
     write_report,
 )
 from attention_transfer.visualize.charts import Axis, line_chart
-from attention_transfer.visualize.runs import Spread, find_teachers, group_runs
-from attention_transfer.visualize.summary import is_clear, summarise
+from attention_transfer.visualize.runs import find_teachers, group_runs
+from attention_transfer.visualize.summary import compare, summarise
 
 HOSTILE = '<script>alert("1")</script>'
 TAUGHT = "student with attention transfer"
@@ -458,7 +458,7 @@ def test_summary_within_the_noise(tmp_path):
 
 def test_summary_of_single_runs_of_several_methods_and_of_what_is_missing(tmp_path):
     assert "which a single run cannot tell from chance" in sentence(tmp_path / "1", none=[32], at=[20])
-    assert sentence(tmp_path / "2", none=[32, 32.2], at=[30, 30.2], kd=[32.1, 32.3]) == (
+    assert sentence(tmp_path / "2", none=[32, 32.2], at=[30, 30.2], kd=[32.3, 32.1]) == (
         "Against the student alone with 32.1 ± 0.1 % test error (2 seeds), attention transfer helped "
         "(2.0 points lower) and distillation made no clear difference (0.1 points higher)."
     )
@@ -475,12 +475,34 @@ def test_students_on_other_data_or_for_longer_are_not_compared(tmp_path):
     assert "to compare with" in summarise(groups_of([alone, make_run(tmp_path / "b", "at")]))
 
 
-def test_welch_interval():
+def test_welch_interval_where_the_seeds_differ(tmp_path):
     # 95 % quantile of t at 4 degrees of freedom is 2.78; the standard error here is sqrt(2/3) = 0.816.
-    before = Spread(10.0, 1.0, 3)
-    assert is_clear(before, Spread(10 - 2.78 * 0.8165 - 0.02, 1.0, 3))
-    assert not is_clear(before, Spread(10 - 2.78 * 0.8165 + 0.02, 1.0, 3))
-    assert not is_clear(before, Spread(5.0, None, 1))
+    for shift, clear in ((2.78 * 0.8165 + 0.02, True), (2.78 * 0.8165 - 0.02, False)):
+        alone = [make_run(tmp_path / f"n{shift}{i}", "none", seed=i, error=9.0 + i) for i in range(3)]
+        errors = enumerate([9.0 - shift, 10.0 - shift, 11.0 - shift], start=5)
+        taught = [make_run(tmp_path / f"a{shift}{i}", "at", seed=i, error=error) for i, error in errors]
+        before, after = groups_of([*alone, *taught])
+        assert compare(after, before, "test_error").is_clear is clear
+
+
+def test_paired_interval_where_the_seeds_are_the_same(tmp_path):
+    """Differences -1, -2, -3: mean -2, deviation 1; 4.30 / sqrt(3) = 2.48 does not leave out zero."""
+    for spread, clear in ((1.0, False), (0.5, True)):
+        errors = {"none": [30.0, 20.0, 10.0], "at": [28.0 + spread, 18.0, 8.0 - spread]}
+        folders = [
+            f for name, values in errors.items() for f in make_runs(tmp_path / f"{spread}", name, values)
+        ]
+        before, after = (group for group in groups_of(folders) if group.role != "teacher")
+        change = compare(after, before, "test_error")
+        assert change.points == pytest.approx(-2.0)
+        assert change.interval == pytest.approx(4.30 * spread / 3**0.5)
+        assert change.is_clear is clear
+
+
+def test_a_single_run_is_never_clear(tmp_path):
+    folders = [*make_runs(tmp_path, "none", [30.0]), *make_runs(tmp_path, "at", [5.0])]
+    before, after = (group for group in groups_of(folders) if group.role != "teacher")
+    assert not compare(after, before, "test_error").is_clear
 
 
 # Charts

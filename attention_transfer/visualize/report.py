@@ -151,10 +151,10 @@ def _row(group: Group, groups: Sequence[Group], metric: str) -> dict[str, Any]:
 def _change(group: Group, groups: Sequence[Group], metric: str) -> tuple[str, bool]:
     """The points gained or lost against the student alone, and whether they are more than chance."""
     alone = summary.baseline(group, groups) if group.role not in (TEACHER, "none") else None
-    after, before = group.spread(metric), alone.spread(metric) if alone else None
-    if after is None or before is None:
+    if alone is None or not (group.spread(metric) and alone.spread(metric)):
         return "", False
-    return f"{after.mean - before.mean:+.1f}".replace("-", "−"), summary.is_clear(before, after)
+    change = summary.compare(group, alone, metric)
+    return f"{change.points:+.1f}".replace("-", "−"), change.is_clear
 
 
 def _state(runs: Sequence[Run]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from attention_transfer.visualize.runs import TEACHER, Group, Spread
 
@@ -42,48 +44,107 @@ def summarise(groups: Sequence[Group]) -> str:
 
 
 def _compare_one(taught: Group, alone: Group, metric: str) -> str:
-    after, before, name = _required(taught, metric), _required(alone, metric), METRICS[metric]
-    points = after.mean - before.mean
-    numbers = f"{after} % against {before} % for the {alone.label}{_seeds(after, before)}"
-    if 1 in (after.count, before.count):
+    change, name = compare(taught, alone, metric), METRICS[metric]
+    numbers = f"{taught.spread(metric)} % against {alone.spread(metric)} % for the {alone.label}{change.runs}"
+    if change.interval is None:
         return (
-            f"with {taught.label} the {name} ended {_points(points)}, {numbers}, "
+            f"with {taught.label} the {name} ended {change}, {numbers}, "
             "which a single run cannot tell from chance"
         )
-    if not is_clear(before, after):
-        return f"{taught.label} made no clear difference to the {name}: {numbers}, {_points(points)}"
-    if points > 0:
-        return f"{taught.label} did not help: the {name} came out {_points(points)}, {numbers}"
-    return f"{taught.label} lowered the {name} by {-points:.1f} points: {numbers}"
+    if not change.is_clear:
+        return f"{taught.label} made no clear difference to the {name}: {numbers}, {change}"
+    if change.points > 0:
+        return f"{taught.label} did not help: the {name} came out {change}, {numbers}"
+    return f"{taught.label} lowered the {name} by {-change.points:.1f} points: {numbers}"
 
 
 def _compare_many(compared: Sequence[tuple[Group, Group]], metric: str) -> str:
     """A clause for each method, after the student alone that they are compared with."""
     parts = []
     for alone in {id(alone): alone for _, alone in compared}.values():
-        before = _required(alone, metric)
-        clauses = [_clause(group, before, metric) for group, other in compared if other is alone]
+        clauses = [_clause(group, alone, metric) for group, other in compared if other is alone]
+        before = _spread(alone, metric)
         runs = f"{before.count} seeds" if before.count > 1 else "one seed"
         opening = f"against the {alone.label} with {before} % {METRICS[metric]} ({runs})"
         parts.append(f"{opening}, " + ", ".join(clauses[:-1]) + " and " * (len(clauses) > 1) + clauses[-1])
     return "; ".join(parts)
 
 
-def _clause(taught: Group, before: Spread, metric: str) -> str:
-    after = _required(taught, metric)
-    points = after.mean - before.mean
-    if 1 in (after.count, before.count):
-        return f"{taught.label} ended {_points(points)} (a single run, which could be chance)"
-    if not is_clear(before, after):
-        return f"{taught.label} made no clear difference ({_points(points)})"
-    return f"{taught.label} {'did not help' if points > 0 else 'helped'} ({_points(points)})"
+def _clause(taught: Group, alone: Group, metric: str) -> str:
+    change = compare(taught, alone, metric)
+    if change.interval is None:
+        return f"{taught.label} ended {change} (a single run, which could be chance)"
+    if not change.is_clear:
+        return f"{taught.label} made no clear difference ({change})"
+    return f"{taught.label} {'did not help' if change.points > 0 else 'helped'} ({change})"
 
 
-def _points(points: float) -> str:
-    return f"{abs(points):.1f} points {'lower' if points < 0 else 'higher'}"
+@dataclass(frozen=True)
+class Change:
+    """By how many points an error changed, with half its 95 % interval (None: too few runs to tell).
+
+    `runs` says over how many, in brackets for a sentence.
+    """
+
+    points: float
+    interval: float | None
+    runs: str
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.interval is not None and abs(self.points) > self.interval
+
+    def __str__(self) -> str:
+        return f"{abs(self.points):.1f} points {'lower' if self.points < 0 else 'higher'}"
 
 
-def _required(group: Group, metric: str) -> Spread:
+def compare(taught: Group, alone: Group, metric: str) -> Change:
+    """The change seed by seed where both groups have the same seeds, else between the means (Welch).
+
+    Runs of one seed share their initial weights, images and order, so that their difference varies less
+    than either of them.
+    """
+    after, before = _by_seed(taught, metric), _by_seed(alone, metric)
+    if after and before and after.keys() == before.keys():
+        return _paired_change([after[seed] - before[seed] for seed in after])
+    return _welch_change(_spread(taught, metric), _spread(alone, metric))
+
+
+def _by_seed(group: Group, metric: str) -> dict[object, float] | None:
+    """The error of each seed; None if a seed is unknown or comes twice."""
+    found = [
+        (run.recipe.get("seed"), value) for run in group.runs if (value := run.number(metric)) is not None
+    ]
+    values = dict(found)
+    return values if None not in values and len(values) == len(found) else None
+
+
+def _paired_change(differences: Sequence[float]) -> Change:
+    count, points = len(differences), statistics.fmean(differences)
+    if count == 1:
+        return Change(points, None, "")
+    interval = _quantile(count - 1) * statistics.stdev(differences) / math.sqrt(count)
+    return Change(points, interval, f" ({count} seeds each)")
+
+
+def _welch_change(after: Spread, before: Spread) -> Change:
+    points, runs = after.mean - before.mean, f" ({after.count} and {before.count} runs)"
+    if before.deviation is None or after.deviation is None:
+        return Change(points, None, runs)
+    errors = [spread.deviation**2 / spread.count for spread in (before, after) if spread.deviation]
+    if not errors:
+        return Change(points, 0.0, runs)
+    counts = [spread.count for spread in (before, after) if spread.deviation]
+    freedom = sum(errors) ** 2 / sum(e**2 / (count - 1) for e, count in zip(errors, counts, strict=True))
+    return Change(points, _quantile(freedom) * math.sqrt(sum(errors)), runs)
+
+
+def _quantile(freedom: float) -> float:
+    return _T95[int(freedom) - 1] if freedom < len(_T95) + 1 else 2.0
+
+
+def _spread(group: Group, metric: str) -> Spread:
     spread = group.spread(metric)
     assert spread is not None  # only groups with finished runs are compared
     return spread
@@ -103,26 +164,6 @@ def baseline(taught: Group, groups: Sequence[Group]) -> Group | None:
 
 def _shared(one: dict[str, object], other: dict[str, object]) -> int:
     return sum(one.get(name) == value for name, value in other.items())
-
-
-def is_clear(before: Spread, after: Spread) -> bool:
-    """Whether the 95 % interval of the difference of the means (Welch) leaves out zero."""
-    if before.deviation is None or after.deviation is None:
-        return False
-    errors = [before.deviation**2 / before.count, after.deviation**2 / after.count]
-    if sum(errors) == 0:
-        return before.mean != after.mean
-    freedom = sum(errors) ** 2 / sum(
-        e**2 / (s.count - 1) for e, s in zip(errors, (before, after), strict=True)
-    )
-    quantile = _T95[int(freedom) - 1] if freedom < len(_T95) + 1 else 2.0
-    return abs(after.mean - before.mean) > quantile * math.sqrt(sum(errors))
-
-
-def _seeds(after: Spread, before: Spread) -> str:
-    if after.count == before.count:
-        return f" ({after.count} seeds each)" if after.count > 1 else ""
-    return f" ({after.count} and {before.count} runs)"
 
 
 def _sentence(text: str) -> str:
