@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,8 +100,8 @@ def output(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
 def test_overview_teaches(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, *arguments)
-    for name, verb in VERBS.items():
-        assert re.search(rf"^  {name} +{re.escape(verb.summary)}$", text, re.MULTILINE)
+    for name, summary in VERBS.items():
+        assert re.search(rf"^  {name} +{re.escape(summary)}$", text, re.MULTILINE)
     assert "attention-transfer demo\n" in text
     assert "attention-transfer train --data" in text
 
@@ -108,7 +110,7 @@ def test_overview_teaches(arguments: list[str], capsys: pytest.CaptureFixture[st
 def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(output(capsys, verb, "--help").split())
     assert f"usage: attention-transfer {verb}" in text
-    assert f"{VERBS[verb].summary}. Example: attention-transfer {verb}" in text
+    assert f"{VERBS[verb]}. Example: attention-transfer {verb}" in text
 
 
 def test_train_help_lists_every_field_with_text_and_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,7 +263,7 @@ def test_a_bug_is_not_taken_for_bad_input(monkeypatch: pytest.MonkeyPatch) -> No
     def broken(arguments: list[str]) -> None:
         int("x")
 
-    monkeypatch.setitem(VERBS, "train", VERBS["train"]._replace(run=broken))
+    monkeypatch.setattr("attention_transfer.cli.train.run", broken)
     with pytest.raises(ValueError, match="invalid literal"):
         main(["train"])
 
@@ -347,6 +349,19 @@ def test_report_with_maps(taught: Run, alone: Run, capsys: pytest.CaptureFixture
 def test_report_of_a_run_alone(alone: Run, capsys: pytest.CaptureFixture[str]) -> None:
     output(capsys, "report", alone.folder, "-o", "report.html")
     assert Path("report.html").is_file()
+
+
+@pytest.mark.parametrize(("error", "words"), [(99.0, "-"), (-1.0, "The teacher did not help")])
+def test_train_compares_with_the_student_alone_beside_it(
+    alone: Run, base: Recipe, error: float, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(alone.folder, "runs/alone")
+    result = Path("runs/alone/result.json")
+    result.write_text(json.dumps(alone.result | {"test_error": error}))
+    taught = replace(base, method="at", teacher=str(alone.folder), output="runs/taught")
+    Path("recipe.yaml").write_text(taught.to_yaml())
+    text = output(capsys, "train", "--config", "recipe.yaml")
+    assert re.search(rf"^student alone {error:.2f} % \(alone\): .*{words}", text, re.MULTILINE)
 
 
 def test_demo_composes_and_reuses(

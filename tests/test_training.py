@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def test_result(finished: Run) -> None:
     result = json.loads(finished.result_file.read_text())
     assert set(result) == {
         *("test_error", "test_top5_error", "validation_error", "best_epoch", "parameters", "seed"),
-        *("images_per_second", "wall_seconds", "method", "teacher_fingerprint", "plan"),
+        *("images_per_second", "data_share", "wall_seconds", "method", "teacher_fingerprint", "plan"),
     }
     assert [row["student"] for row in result["plan"]] == ["group0", "group1", "group2"]
     assert result["method"] == "at"
@@ -221,6 +222,32 @@ def test_other_teacher_on_resume_is_refused(
     run.recipe_file.write_text(replace(recipe, teacher=str(other.folder)).to_yaml())
     with pytest.raises(ValueError, match=r"train: expected the teacher that had fingerprint \w+, got \w+\."):
         resume(run.folder, say=silent)
+
+
+@pytest.mark.parametrize("kept", [0, 1000])
+def test_damaged_checkpoint_is_refused_and_the_best_one_goes_on(
+    finished: Run, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(finished.recipe, teacher=str(finished.teacher.folder), output=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        stop_after(6, patch)
+        with pytest.raises(Interrupted):
+            train(recipe, say=silent)
+    run = Run(tmp_path / "run")
+    run.last_checkpoint.write_bytes(run.last_checkpoint.read_bytes()[:kept])
+    with pytest.raises(
+        ValueError, match=r"resume: expected a whole checkpoint, .*Put best\.ckpt in its place"
+    ):
+        resume(run.folder, say=silent)
+    run.best_checkpoint.replace(run.last_checkpoint)
+    assert equal(finished, resume(run.folder, say=silent))
+
+
+def test_damaged_result_says_how_to_write_it_anew(finished: Run, tmp_path: Path) -> None:
+    copied = Run(Path(shutil.copytree(finished.folder, tmp_path / "run")))
+    copied.result_file.write_text("{")
+    with pytest.raises(ValueError, match=r"Run: expected JSON in .*result\.json, got a damaged file"):
+        _ = copied.result
 
 
 def test_finished_run_is_not_trained_again(finished: Run) -> None:
@@ -365,6 +392,15 @@ def test_evaluation_of_labels_beyond_the_classes(finished: Run) -> None:
         evaluate_model(model, [batch], lambda x: x.float())
     with pytest.raises(ValueError, match="evaluate_model: expected at least one image"):
         evaluate_model(model, [], lambda x: x.float())
+
+
+def test_weights_with_a_foreign_card(finished: Run, tmp_path: Path) -> None:
+    from attention_transfer.models import save_weights
+
+    model = ModelCard.read(finished.folder).build(finished.folder)
+    save_weights(model, tmp_path / "w.safetensors", {"attention_transfer": '{"model": "wrn-10-1"}'})
+    with pytest.raises(ValueError, match=r"ModelCard\.read: expected the metadata that this package writes"):
+        ModelCard.read(tmp_path / "w.safetensors")
 
 
 # The recipe

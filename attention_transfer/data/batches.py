@@ -94,6 +94,8 @@ class Batches:
             self._advance_to(delivered)
             yield batch
 
+    batch_sampler = None  # Lightning looks for one beside a sampler
+
     @property
     def sampler(self) -> Batches:
         """Itself: Lightning announces epochs by `loader.sampler.set_epoch(epoch)`."""

@@ -33,7 +33,13 @@ class ModelCard:
             FileNotFoundError, ValueError: if the file is not there or damaged.
         """
         text = read_metadata(weights).get(_KEY)
-        return cls(**json.loads(text)) if text else None
+        try:
+            return cls(**json.loads(text)) if text else None
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"ModelCard.read: expected the metadata that this package writes in {weights}, got "
+                f"{text:.80}. Save the weights anew with save_weights."
+            ) from None
 
     def as_metadata(self) -> dict[str, str]:
         """The card as safetensors metadata."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from attention_transfer._extras import require
 from attention_transfer.data import Batches, Splits
@@ -96,6 +98,7 @@ def _fit(run: Run, recipe: Recipe, splits: Splits, student: nn.Module, say: Say 
     from attention_transfer.training.callbacks import Checkpoints
     from attention_transfer.training.module import DistillationModule
 
+    last = _checkpoint_to_resume(run)
     tell = say or _print
     tell(str(splits))
     teacher = build_teacher(recipe, splits, lambda: _train_teacher(run, recipe, splits, say))
@@ -116,7 +119,6 @@ def _fit(run: Run, recipe: Recipe, splits: Splits, student: nn.Module, say: Say 
             teacher=fingerprint(teacher.model) if teacher else None,
             say=tell,
         )
-        last = run.last_checkpoint if run.last_checkpoint.is_file() else None
         try:
             trainer.fit(module, loaders.train, loaders.validation, ckpt_path=last, weights_only=True)
         except SystemExit:  # Lightning's answer to a second Ctrl-C
@@ -125,6 +127,20 @@ def _fit(run: Run, recipe: Recipe, splits: Splits, student: nn.Module, say: Say 
         _finish(run, recipe, splits, module, checkpoints)
     trainer.strategy.barrier()
     return run
+
+
+def _checkpoint_to_resume(run: Run) -> Path | None:
+    """The run's last checkpoint, once it has been seen to be whole."""
+    if not run.last_checkpoint.is_file():
+        return None
+    try:
+        torch.load(run.last_checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"resume: expected a whole checkpoint, got {run.last_checkpoint}, which is damaged "
+            f"({type(error).__name__}). Put {run.best_checkpoint.name} in its place to go on from there."
+        ) from None
+    return run.last_checkpoint
 
 
 def _train_teacher(run: Run, recipe: Recipe, splits: Splits, say: Say | None) -> Run:
@@ -162,20 +178,7 @@ class _Loaders:
         )
         self.validation = None
         if splits.validation is not None:
-            self.validation = _InOrder(Batches(splits.validation, recipe.batch_size, shuffle=False, **common))
-
-
-class _InOrder:
-    """Batches without their `sampler`, which Lightning would search for a shuffle."""
-
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self.batches)
+            self.validation = Batches(splits.validation, recipe.batch_size, shuffle=False, **common)
 
 
 def _last_batch_is_one(images: int, batch: int, processes: int) -> bool:
@@ -224,24 +227,26 @@ def _finish(
     checkpoints: Checkpoints,
 ) -> None:
     """Write the student's weights, measure it on the test images, and write result.json."""
-    student = module.student
+    student, rows = module.student, run.read_metrics()
+    kept = rows[-1]
     if recipe.keep == "best":
         best = torch.load(run.best_checkpoint, map_location="cpu", weights_only=True)
         student.load_state_dict(best["state_dict"])
+        kept = rows[checkpoints.best_epoch - 1]
     card = _card(recipe, splits)
     save_weights(student, run.student_weights, card.as_metadata())
     normalise = card.augment().to(module.device).normalise
     test = evaluate_model(student, test_batches(splits), normalise, device=module.device)
-    rows = run.read_metrics()
     run.write_result(
         {
             "test_error": test.error,
             "test_top5_error": test.top5_error,
-            "validation_error": float(rows[-1]["val/error"]) if "val/error" in rows[-1] else None,
+            "validation_error": float(kept["val/error"]) if "val/error" in kept else None,
             "best_epoch": checkpoints.best_epoch,
             "parameters": sum(p.numel() for p in student.parameters()),
             "seed": recipe.seed,
-            "images_per_second": sum(float(row["images_per_second"]) for row in rows) / len(rows),
+            "images_per_second": fmean(float(row["images_per_second"]) for row in rows),
+            "data_share": fmean(float(row["data_share"]) for row in rows),
             "wall_seconds": checkpoints.wall_seconds,
             "method": recipe.method,
             "teacher_fingerprint": module.teacher_fingerprint,

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from attention_transfer import functional
+
 Method = Literal["none", "at", "kd", "at+kd"]
-Form = Literal["paper", "code", "caffe"]
-ChannelMapping = Literal["sum", "max"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Recipe:
     validation: float = 0.1
     """Share of the training images held out to choose the best epoch; 0 for none. Test images never are."""
     max_train: int | None = None
-    """Train on this many images only, as if there were no more."""
+    """Train on this many images only; validation and test images stay as they are."""
     image_size: int | None = None
     """Resize every image to this height and width, in pixels."""
     image_column: str | None = None
@@ -67,14 +67,14 @@ class Recipe:
     """Student and teacher layers to compare, "layer1:layer1,layer2:block2"; "auto" finds the stage ends."""
     beta: float = 1.0
     """Weight of the attention transfer term. It does not carry over between the forms."""
-    form: Form = "paper"
+    form: functional.Form = "paper"
     """Form of the attention term: the paper's equation, the authors' code (beta about 1000), or Caffe's."""
     p: float = 2.0
     """Exponent of the attention map, the sum over channels of |A|^p; at least 1."""
-    mapping: ChannelMapping = "sum"
+    mapping: functional.Mapping = "sum"
     """How the channels are reduced to a map."""
-    resize: Literal["student", "teacher"] | None = None
-    """Resize maps of unequal size to the student's or to the teacher's. An error if not given."""
+    resize: functional.Side | None = None
+    """Whose maps are resized to the other's where sizes differ. An error there if not given."""
     alpha: float = 0.9
     """Distillation: share of the teacher's answer in the loss, from 0 to 1."""
     temperature: float = 4.0
@@ -148,19 +148,18 @@ class Recipe:
         paths: dict[str, Any] = {name: _absolute(getattr(self, name)) for name in _MAYBE_PATHS}
         return replace(self, **paths, output=str(self.folder.absolute()))
 
+    def alone(self) -> Recipe:
+        """The recipe without a teacher and all that concerns one; the output folder is left open."""
+        kept = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Recipe(**{name: value for name, value in kept.items() if name not in _TEACHING}, **_ALONE)
+
     def for_teacher(self) -> Recipe:
         """The recipe that trains this recipe's teacher first, without a teacher of its own."""
         assert self.teacher is not None
         return replace(
-            self,
+            self.alone(),
             student=self.teacher,
             student_weights=None,
-            teacher=None,
-            teacher_weights=None,
-            teacher_classes=None,
-            teacher_epochs=None,
-            method="none",
-            pairs="auto",
             epochs=self.teacher_epochs or self.epochs,
             output=str(self.folder / "teacher"),
         )
@@ -238,6 +237,12 @@ def field_types() -> dict[str, Any]:
     """The declared type of every recipe field."""
     return typing.get_type_hints(Recipe)
 
+
+_ALONE: dict[str, Any] = {"method": "none", "teacher": None}
+_TEACHING = {
+    *("method", "teacher", "teacher_weights", "teacher_classes", "teacher_epochs", "output"),
+    *("pairs", "beta", "form", "p", "mapping", "resize", "alpha", "temperature"),
+}
 
 _MAYBE_PATHS = ("data", "data_root", "teacher", "teacher_weights", "student_weights")
 

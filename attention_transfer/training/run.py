@@ -94,14 +94,20 @@ class Run:
         """What result.json holds.
 
         Raises:
-            ValueError: if the run has not finished.
+            ValueError: if the run has not finished, or the file is damaged.
         """
         if not self.finished:
             raise ValueError(
                 f"Run: {self.folder} has no result.json: the run is not finished. "
                 f"Finish it: attention-transfer train --resume {self.folder}"
             )
-        return json.loads(self.result_file.read_text(encoding="utf-8"))
+        try:
+            return json.loads(self.result_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"Run: expected JSON in {self.result_file}, got a damaged file ({error}). "
+                f"Delete it, and write it anew: attention-transfer train --resume {self.folder}"
+            ) from None
 
     @property
     def teacher(self) -> Run:

@@ -1,0 +1,95 @@
+"""The command `attention-transfer`: one verb a job, one file a verb, each composed of the package's rooms.
+
+Exit status: 0; 2 for bad input, with one line on stderr; 130 on Ctrl-C, with the work saved.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from attention_transfer.cli.parsing import PROGRAM, VERBS, UsageError, one_line, suggest
+from attention_transfer.training.run import Interrupted
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or bool(os.environ.get("ATTENTION_TRANSFER_DEBUG"))
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(str(message))}\n"
+    try:
+        return _dispatch(arguments)
+    except Interrupted as stop:
+        return stop.exit_status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug or not _is_bad_input(error):
+            raise
+        print(f"{PROGRAM}: {_describe(error)}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("attention-transfer"))
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        raise UsageError(f"unknown verb {verb!r}. {suggest(verb, VERBS)}")
+    try:
+        importlib.import_module(f"{__name__}.{verb}").run(rest)
+    except SystemExit as done:  # argparse leaves this way after --help
+        return int(done.code or 0)
+    return 0
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {name.ljust(width)}  {summary}" for name, summary in VERBS.items()]
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} VERB [flags]",
+            "",
+            "Train a small network (the student) to look where a large one (the teacher) looks.",
+            "",
+            *lines,
+            "",
+            "examples:",
+            f"  {PROGRAM} demo",
+            f"  {PROGRAM} train --data cifar10 --teacher wrn-16-2 --student wrn-16-1 --epochs 100",
+            "",
+            f"`{PROGRAM} VERB --help` lists a verb's flags; --debug shows the traceback of an error.",
+        ]
+    )
+
+
+def _is_bad_input(error: Exception) -> bool:
+    """Whether an error is this package's answer to its input, or the system's refusal; else it is a bug."""
+    if isinstance(error, UsageError | OSError):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    raised_here = bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
+    of_our_kind = isinstance(error, ValueError | TypeError | ImportError | FloatingPointError)
+    return of_our_kind and raised_here and re.match(r"[\w. ]+: ", str(error)) is not None
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return one_line(str(error))

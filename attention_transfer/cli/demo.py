@@ -1,0 +1,58 @@
+"""`attention-transfer demo`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from attention_transfer.cli.output import StatusLine, table
+from attention_transfer.cli.parsing import PROGRAM, parse, verb_parser
+from attention_transfer.cli.report import collect
+from attention_transfer.training import demo
+from attention_transfer.training.demo import DemoRuns
+from attention_transfer.training.run import Interrupted
+from attention_transfer.visualize import save_maps, write_report
+from attention_transfer.visualize.runs import Spread, group_runs, read_run
+from attention_transfer.visualize.summary import summarise
+
+SIMILARITY_IMAGES = 500  # test images that the similarity of the maps is a mean over
+
+
+def run(arguments: list[str]) -> None:
+    parser = verb_parser("demo", f"{PROGRAM} demo")
+    parser.add_argument(
+        "--output", default="runs/demo", help="Folder for the runs; finished ones are reused."
+    )
+    parser.add_argument("--overwrite", action="store_true", help="Start over.")
+    flags = parse(parser, arguments)
+    folder = Path(flags.output)
+    line = StatusLine()
+    try:
+        runs = demo.run(folder, overwrite=flags.overwrite, say=line.print, progress=line.show)
+    except (Interrupted, KeyboardInterrupt):
+        line.clear()
+        print(f"Stopped; nothing is lost. Go on with: {PROGRAM} demo --output {folder}", file=sys.stderr)
+        raise
+    line.clear()
+    print("\n" + _comparison(runs))
+    students = [run.folder for group in runs.students.values() for run in group]
+    examples = collect(students, SIMILARITY_IMAGES)
+    assert examples is not None  # some of the students are taught
+    print(f"\nmaps:   {save_maps(folder / 'maps.png', examples.images, examples.maps).absolute()}")
+    print(f"report: {write_report(students, folder / 'report.html', examples=examples).absolute()}")
+
+
+def _comparison(runs: DemoRuns) -> str:
+    """Test errors with mean and spread, parameter counts, and what they say in a sentence."""
+    named = {f"teacher {demo.TEACHER.student}": [runs.teacher]}
+    named |= {
+        f"{demo.NAMES[method]}, {demo.STUDENT.student}": group for method, group in runs.students.items()
+    }
+    rows = []
+    for name, group in named.items():
+        errors = [run.result["test_error"] for run in group]
+        each = "  ".join(f"{error:.1f}" for error in errors)
+        rows.append([name, f"{group[0].result['parameters']:,}", str(Spread.of(errors)), each])
+    students = [read_run(run.folder) for group in runs.students.values() for run in group]
+    sentence = summarise(group_runs(students, []))
+    return f"{table(['', 'parameters', 'test error %', 'each seed'], rows)}\n\n{sentence}"

@@ -1,0 +1,50 @@
+"""`attention-transfer evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from attention_transfer.cli.loading import load
+from attention_transfer.cli.output import table
+from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
+from attention_transfer.data import Augment, Splits
+from attention_transfer.training.build import load_splits
+from attention_transfer.training.evaluation import evaluate_model
+from attention_transfer.training.fit import test_batches
+from attention_transfer.training.recipe import Recipe
+from attention_transfer.training.run import Run
+from attention_transfer.visualize import confusion_matrix, per_class_errors
+
+
+def run(arguments: list[str]) -> None:
+    parser = verb_parser("evaluate", f"{PROGRAM} evaluate runs/cifar10-wrn-16-1-at-0 --plot confusion.png")
+    parser.add_argument("weights", metavar="RUN|WEIGHTS", help="A run folder, or a weights file.")
+    parser.add_argument("--data", help="Images with labels; those of the run if not given.")
+    parser.add_argument("--model", help="The model's name, for a weights file that does not say it.")
+    parser.add_argument("--plot", help="Write the confusion matrix into this PNG.")
+    flags = parse(parser, arguments)
+    splits = _evaluation_data(flags.weights, flags.data)
+    loaded = load(flags.weights, flags.model, splits.num_classes, splits.in_channels)
+    mean, std = (loaded.card.mean, loaded.card.std) if loaded.card else (splits.mean, splits.std)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    normalise = Augment(mean, std).to(device).normalise
+    result = evaluate_model(loaded.model, test_batches(splits), normalise, device=device)
+    print(f"{loaded.name} on the {len(result.labels):,} test images of {splits.name}")
+    print(f"top-1 error {result.error:.2f} %   top-5 error {result.top5_error:.2f} %\n")
+    rows = per_class_errors(result.predictions, result.labels, splits.classes)
+    print(table(["class", "images", "error %"], [[r.name, f"{r.images:,}", f"{r.error:.1f}"] for r in rows]))
+    if flags.plot:
+        plot = confusion_matrix(result.predictions, result.labels, splits.classes, flags.plot)
+        print(f"\nconfusion matrix: {plot}")
+
+
+def _evaluation_data(weights: str, data: str | None) -> Splits:
+    run = Run(Path(weights))
+    if run.exists:
+        return load_splits(replace(run.recipe, data=data) if data else run.recipe)
+    if data is None:
+        raise UsageError("evaluate: a weights file says nothing of the images. Pass --data.")
+    return load_splits(Recipe(data=data))

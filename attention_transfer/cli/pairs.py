@@ -1,0 +1,28 @@
+"""`attention-transfer pairs`."""
+
+from __future__ import annotations
+
+import torch
+
+from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
+from attention_transfer.distiller import Distiller
+from attention_transfer.losses import AttentionTransfer
+from attention_transfer.models import build_model
+
+
+def run(arguments: list[str]) -> None:
+    parser = verb_parser("pairs", f"{PROGRAM} pairs --student resnet18 --teacher resnet34 --input-size 224")
+    parser.add_argument("--student", required=True, help="The student's name.")
+    parser.add_argument("--teacher", required=True, help="The teacher's name.")
+    parser.add_argument("--input-size", type=int, default=224, help="Height and width of the images.")
+    parser.add_argument("--in-channels", type=int, default=3, help="Channels of the images.")
+    parser.add_argument("--num-classes", type=int, default=10, help="Number of classes.")
+    flags = parse(parser, arguments)
+    if min(flags.input_size, flags.in_channels, flags.num_classes) < 1:
+        raise UsageError("pairs: expected --input-size, --in-channels and --num-classes of 1 or more.")
+    student, teacher = (
+        build_model(name, num_classes=flags.num_classes, in_channels=flags.in_channels)
+        for name in (flags.student, flags.teacher)
+    )
+    images = torch.zeros(2, flags.in_channels, flags.input_size, flags.input_size)
+    print(Distiller(student, teacher, terms=[AttentionTransfer(1.0)], example_input=images).plan())

@@ -1,0 +1,81 @@
+"""What the verbs share in reading their arguments, with one-line answers to what does not parse."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from attention_transfer._extras import require
+
+PROGRAM = "attention-transfer"
+
+VERBS = {
+    "demo": "See attention transfer at work on real digits, in minutes, without a download",
+    "train": "Train a student, alone or from a teacher, into a run folder",
+    "evaluate": "Measure a run or a weights file on test images",
+    "pairs": "Show which layers of a student and a teacher would be compared",
+    "maps": "Draw a model's attention maps over images",
+    "report": "Write one HTML page about some runs",
+}
+
+
+class UsageError(ValueError):
+    """A command line that does not parse."""
+
+
+def verb_parser(verb: str, usage: str) -> Any:
+    """A parser for one verb's arguments; `usage` is an example of a call."""
+    jsonargparse = require("jsonargparse", extra="train", user=verb)
+    return jsonargparse.ArgumentParser(
+        prog=f"{PROGRAM} {verb}",
+        description=f"{VERBS[verb]}. Example: {usage}",
+        exit_on_error=False,
+    )
+
+
+def parse(parser: Any, arguments: list[str]) -> Any:
+    """The flags' values; `--weight_decay` is read as `--weight-decay`.
+
+    Raises:
+        UsageError: in one line, with near matches for an unknown flag.
+    """
+    arguments = [_dashed(argument) for argument in arguments]
+    try:
+        return parser.parse_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UsageError(_explain(parser, str(error))) from None
+
+
+def _dashed(argument: str) -> str:
+    flag, separator, value = argument.partition("=")
+    return flag.replace("_", "-") + separator + value if flag.startswith("--") else argument
+
+
+def _explain(parser: Any, message: str) -> str:
+    verb = parser.prog.split()[-1]
+    if unknown := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
+        flags = [option for action in parser._actions for option in action.option_strings]
+        flag = unknown[1].partition("=")[0]
+        return f"{verb}: unknown argument {flag}. {suggest(flag, flags) if flag[0] == '-' else ''}".strip()
+    if wrong := re.match(r'Parser key "(\w+)":\s*(.*)', message, re.DOTALL):
+        return f"{verb}: --{wrong[1].replace('_', '-')}: {_plain_types(one_line(wrong[2]))}"
+    return f"{verb}: {one_line(message)}"
+
+
+def _plain_types(text: str) -> str:
+    return re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Near matches of a misspelt word, or all that is known."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=3)
+    return f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known)}."
+
+
+def one_line(text: str) -> str:
+    """The text with all white space made single blanks."""
+    return " ".join(text.split())

@@ -1,0 +1,140 @@
+"""`attention-transfer train`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from attention_transfer._extras import require
+from attention_transfer.cli.parsing import PROGRAM, UsageError, one_line, parse, verb_parser
+from attention_transfer.training.recipe import Recipe, field_types
+from attention_transfer.training.run import Interrupted, Run
+
+
+def run(arguments: list[str]) -> None:
+    flags = parse(_recipe_parser(_config_of(arguments)), arguments).as_dict()
+    options = {name: flags.pop(name) for name in ("config", "print_config", "resume", "overwrite")}
+    recipe = Recipe.from_mapping(flags)
+    if options["print_config"]:
+        print(recipe.to_yaml(), end="")
+        return
+    if options["resume"]:
+        _check_alone(arguments)
+        folder = Path(options["resume"])
+        _start(folder, lambda: _resume(folder))
+        return
+    _start(recipe.folder, lambda: _train_new(recipe, options["overwrite"]))
+
+
+def _check_alone(arguments: list[str]) -> None:
+    """A resumed run follows its own recipe: other flags would be ignored without a word."""
+    others = [word for word in arguments if word.startswith("--") and not word.startswith("--resume")]
+    if others:
+        raise UsageError(
+            f"train: --resume goes on with the run's own recipe, got {others[0]} beside it. "
+            "For other settings start a new run: --config RUN/recipe.yaml --output ..."
+        )
+
+
+def _train_new(recipe: Recipe, overwrite: bool) -> Run:
+    from attention_transfer.training.fit import train
+
+    return train(recipe, overwrite=overwrite)
+
+
+def _resume(folder: Path) -> Run:
+    run = Run(folder)
+    _ = run.recipe  # an answer before the long imports
+    if run.finished:
+        print(f"{folder} is finished; nothing is left to do.")
+        return run
+    from attention_transfer.training.fit import resume
+
+    return resume(folder)
+
+
+def _start(folder: Path, work: Callable[[], Run]) -> None:
+    """Train, report the outcome, and on Ctrl-C say how to go on."""
+    try:
+        run = work()
+    except (Interrupted, KeyboardInterrupt):
+        if Run(folder).exists:
+            command = f"{PROGRAM} train --resume {folder}"
+            print(f"\nStopped; nothing is lost. Go on with: {command}", file=sys.stderr)
+        raise
+    from attention_transfer.training.fit import is_first_process
+
+    if not is_first_process():
+        return
+    result = run.result
+    print(f"test error {result['test_error']:.2f} %, {result['parameters']:,} parameters")
+    rate, share = result["images_per_second"], result["data_share"]
+    print(f"{rate:,.0f} images/s; {share:.1%} of the training time was spent waiting for images")
+    for alone in _same_student_alone(run):
+        print(_against(alone, result["test_error"]))
+    print(f"run folder: {run.folder.absolute()}")
+
+
+def _same_student_alone(run: Run) -> list[Run]:
+    """Finished runs beside this one that differ from it only in having no teacher."""
+    if run.recipe.method == "none":
+        return []
+    beside = [Run(folder) for folder in sorted(run.folder.absolute().parent.iterdir())]
+    finished = [other for other in beside if other.exists and other.finished]
+    return [
+        other
+        for other in finished
+        if other.recipe.method == "none" and other.recipe.alone() == run.recipe.alone()
+    ]
+
+
+def _against(alone: Run, error: float) -> str:
+    change = error - alone.result["test_error"]
+    line = f"student alone {alone.result['test_error']:.2f} % ({alone.folder.name}): {change:+.2f} points"
+    if change > 0:
+        line += ". The teacher did not help; try a smaller --beta, other --pairs, or more seeds"
+    return line
+
+
+def _recipe_parser(defaults: Recipe) -> Any:
+    """A parser with a flag for every field of the recipe."""
+    parser = verb_parser(
+        "train",
+        f"{PROGRAM} train --data cifar10 --teacher wrn-16-2 --student wrn-16-1 --method at --epochs 10",
+    )
+    parser.add_argument(
+        "--config", help="Recipe to start from, such as a run's recipe.yaml; flags override it."
+    )
+    parser.add_argument("--print-config", action="store_true", help="Print the recipe as YAML and stop.")
+    parser.add_argument("--resume", help="Go on with this interrupted run folder.")
+    parser.add_argument("--overwrite", action="store_true", help="Delete an earlier run in the same folder.")
+    parser.usage = f"{PROGRAM} train [flags]"  # the whole list would fill the screen
+    recipe = parser.add_argument_group("recipe")
+    types, texts = field_types(), _field_texts()
+    for field in fields(Recipe):
+        flag = "--" + field.name.replace("_", "-")
+        default = getattr(defaults, field.name)
+        recipe.add_argument(flag, type=types[field.name], default=default, help=texts[field.name])
+    return parser
+
+
+def _field_texts() -> dict[str, str]:
+    """The docstring of each field of the recipe."""
+    docstring_parser = require("docstring_parser", extra="train", user="train")
+    parsed = docstring_parser.parse_from_object(Recipe)
+    return {parameter.arg_name: one_line(parameter.description or "") for parameter in parsed.params}
+
+
+def _config_of(arguments: list[str]) -> Recipe:
+    """The recipe that --config names, or the defaults."""
+    first = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    first.add_argument("--config")
+    try:
+        path = first.parse_known_args(arguments)[0].config
+    except argparse.ArgumentError as error:
+        raise UsageError(f"train: {error}") from None
+    return Recipe.load(path) if path else Recipe()
