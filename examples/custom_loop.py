@@ -1,7 +1,7 @@
 """Attention transfer in a training loop of your own: real digits, about a minute on two CPU cores.
 
-    pip install "attention-transfer[demo]"
-    python examples/custom_loop.py
+pip install "attention-transfer[demo]"
+python examples/custom_loop.py
 """
 
 import torch
@@ -47,7 +47,8 @@ def main(epochs: int = 8) -> None:
     print(distiller.preflight(images, labels))
     print("student")
     train(distiller, digits, epochs)
-    print(f"test error: teacher {test_error(teacher, digits):.1f} %, student {test_error(student, digits):.1f} %")
+    errors = {"teacher": test_error(teacher, digits), "student": test_error(student, digits)}
+    print("test error:", ", ".join(f"{name} {error:.1f} %" for name, error in errors.items()))
 
 
 if __name__ == "__main__":
