@@ -351,6 +351,30 @@ def test_report_of_a_run_alone(alone: Run, capsys: pytest.CaptureFixture[str]) -
     assert Path("report.html").is_file()
 
 
+OWN_MODEL = """
+from torch import nn
+
+def build(num_classes, in_channels):
+    def stage(c_in, c_out):
+        return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.BatchNorm2d(c_out), nn.ReLU())
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes)]
+    return nn.Sequential(stage(in_channels, 8), stage(8, 16), *head)
+"""
+
+
+@pytest.mark.parametrize("student", ["mynet:build", "timm:resnet10t"])
+def test_a_model_of_your_own_and_one_of_timm_learn_without_glue(
+    student: str, base: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mynet.py").write_text(OWN_MODEL)
+    recipe = replace(base, student=student, teacher="timm:resnet18", method="at", image_size=32, output="run")
+    Path("recipe.yaml").write_text(recipe.to_yaml())
+    text = output(capsys, "train", "--config", "recipe.yaml")
+    assert re.search(r"<- layer1 .* ce \d+%, at/", text)
+    assert float(Run(Path("run")).read_metrics()[0]["train/loss"]) > 0
+    assert output(capsys, "evaluate", "run").startswith(f"{student} on the 12 test images")
+
+
 @pytest.mark.parametrize(("error", "words"), [(99.0, "-"), (-1.0, "The teacher did not help")])
 def test_train_compares_with_the_student_alone_beside_it(
     alone: Run, base: Recipe, error: float, words: str, capsys: pytest.CaptureFixture[str]

@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or bool(os.environ.get("ATTENTION_TRANSFER_DEBUG"))
     arguments = [argument for argument in arguments if argument != "--debug"]
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # for the user's own models, `module:factory`, as with `python -m`
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(str(message))}\n"
     try:
         return _dispatch(arguments)

@@ -11,10 +11,11 @@ from attention_transfer.cli.report import collect
 from attention_transfer.training import demo
 from attention_transfer.training.demo import DemoRuns
 from attention_transfer.training.run import Interrupted
-from attention_transfer.visualize import save_maps, write_report
+from attention_transfer.visualize import Examples, save_maps, write_report
 from attention_transfer.visualize.runs import Spread, group_runs, read_run
 from attention_transfer.visualize.summary import summarise
 
+PICTURED = 3  # test images in maps.png
 SIMILARITY_IMAGES = 500  # test images that the similarity of the maps is a mean over
 
 
@@ -38,8 +39,16 @@ def run(arguments: list[str]) -> None:
     students = [run.folder for group in runs.students.values() for run in group]
     examples = collect(students, SIMILARITY_IMAGES)
     assert examples is not None  # some of the students are taught
-    print(f"\nmaps:   {save_maps(folder / 'maps.png', examples.images, examples.maps).absolute()}")
+    print(f"\nmaps:   {_save_picture(folder / 'maps.png', examples).absolute()}")
     print(f"report: {write_report(students, folder / 'report.html', examples=examples).absolute()}")
+
+
+def _save_picture(path: Path, examples: Examples) -> Path:
+    maps = {
+        role: {layer: batch[:PICTURED] for layer, batch in layers.items()}
+        for role, layers in examples.maps.items()
+    }
+    return save_maps(path, examples.images[:PICTURED], maps)
 
 
 def _comparison(runs: DemoRuns) -> str:
