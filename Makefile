@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+SHAPED := functional kernels losses taps pairs distiller preflight augment visualize
 
 .PHONY: help demo test test-slow check clean
 
@@ -13,7 +14,7 @@ demo: $(READY) ## Train a teacher and a student on digits, with and without atte
 
 test: $(READY) ## Run the tests, and the core ones again with every array shape checked
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --shapes tests/test_functional.py tests/test_losses.py tests/test_distiller.py tests/test_visualize.py
+	$(BIN)/python -m pytest --shapes $(addprefix tests/test_,$(addsuffix .py,$(SHAPED)))
 
 test-slow: $(READY) ## Run the slow tier too
 	$(BIN)/python -m pytest --slow

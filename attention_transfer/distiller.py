@@ -223,7 +223,7 @@ class InputTransform(nn.Module):
         self.register_buffer("offset", (mean_s - mean_t) / std_t, persistent=False)
         self.size = size
 
-    def forward(self, x: Images) -> Images:
+    def forward(self, x: Images) -> Float[Tensor, "b channels _ _"]:
         x = x * self.factor + self.offset
         if self.size is None or x.shape[2:] == self.size:
             return x

@@ -19,13 +19,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--shapes"):
         from jaxtyping import install_import_hook
 
-        install_import_hook("attention_transfer", "beartype.beartype")
+        install_import_hook("attention_transfer", "shape_checker.check")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     skipped = {} if config.getoption("--slow") else {"slow": "slow tier: run with --slow"}
     if config.getoption("--shapes"):
-        skipped["bad_input"] = "the annotations catch it before our own check does"
+        skipped["unchecked"] = "what it does, the checks of the annotations refuse or get in the way of"
     for item in items:
         for marker, reason in skipped.items():
             if marker in item.keywords:

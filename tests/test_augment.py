@@ -107,9 +107,8 @@ def test_bad_input():
         keyed_generator(-1)
 
 
-def test_wrong_dtype(request):
-    if request.config.getoption("--shapes"):
-        pytest.skip("the run-time check of shapes refuses it first")
+@pytest.mark.unchecked
+def test_wrong_dtype():
     with pytest.raises(TypeError, match=r"^Augment: expected uint8 images, got torch\.float32\. Pass pixels"):
         Augment(MEAN, STD)(torch.zeros(2, 3, 32, 32))
 

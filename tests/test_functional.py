@@ -300,6 +300,7 @@ def test_resized_loss_is_twice_differentiable(resize) -> None:
 # --- how it composes ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize("form", FORMS)
 def test_compiles_without_a_graph_break(form) -> None:
     def loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -375,7 +376,7 @@ def test_distillation_from_itself_is_zero(dtype) -> None:
 MAPS = torch.randn(2, 3, 8, 8)
 
 
-@pytest.mark.bad_input
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -421,7 +422,7 @@ def test_loss_refuses_bad_input(arguments, message) -> None:
         attention_transfer_loss(**{"beta": 1.0, **arguments})
 
 
-@pytest.mark.bad_input
+@pytest.mark.unchecked
 def test_other_functions_refuse_bad_input() -> None:
     with pytest.raises(
         TypeError, match=r"attention_map: expected features as a floating tensor, got torch\.int64"

@@ -56,7 +56,7 @@ def test_knowledge_distillation_leaves_the_rest_to_the_labels() -> None:
     assert term.cross_entropy_weight == pytest.approx(0.7)
 
 
-@pytest.mark.bad_input
+@pytest.mark.unchecked
 def test_terms_refuse_bad_options_when_they_are_built() -> None:
     with pytest.raises(ValueError, match="AttentionTransfer: expected form as one of"):
         AttentionTransfer(beta=1.0, form="papr")

@@ -45,13 +45,6 @@ def names(model: nn.Module, size: int = 64) -> str:
     return " ".join(stage.name for stage in stage_ends(model, images(size)))
 
 
-@pytest.fixture
-def unchecked(pytestconfig: pytest.Config) -> None:
-    """For tests of bad arguments, which `--shapes` refuses before our own check does."""
-    if pytestconfig.getoption("--shapes"):
-        pytest.skip("jaxtyping refuses the argument first")
-
-
 EXPERT = {
     "torchvision:resnet18": "layer1 layer2 layer3 layer4",
     "torchvision:resnet50": "layer1 layer2 layer3 layer4",
@@ -314,7 +307,7 @@ def test_pair_refuses_a_weight(weight: float) -> None:
         Pair("layer1", "layer1", weight)
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.unchecked
 def test_pair_refuses_a_module_for_a_name() -> None:
     with pytest.raises(TypeError, match=r"Pair: expected the names of two modules, got ReLU"):
         Pair(nn.ReLU(), "layer1")
@@ -340,7 +333,7 @@ def test_no_maps_at_all() -> None:
         stage_ends(flat, images(8))
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.unchecked
 def test_bad_example_input() -> None:
     with pytest.raises(ValueError, match=r"stage_ends: expected images \(b, c, h, w\), got \(3, 8, 8\)"):
         stage_ends(nn.Sequential(conv(3, 8)), torch.randn(3, 8, 8))
