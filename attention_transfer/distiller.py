@@ -16,7 +16,7 @@ from ._untouched import untouched
 from .losses import Observation, Term, names_at_pairs
 from .pairs import Pair, suggest_pairs
 from .plan import Plan, PlanRow
-from .preflight import Preflight, check
+from .preflight import Preflight, check_models, check_observation, check_terms, statistics_kept
 from .taps import Taps
 
 Images = Float[Tensor, "b channels height width"]
@@ -125,7 +125,11 @@ class Distiller(nn.Module):
         Raises:
             ValueError: naming the layer or term, for a fault that makes the training wrong or a term dead.
         """
-        report = check(self, x, y)
+        check_models(self.student, self.teacher)
+        with torch.enable_grad(), untouched(self.student), statistics_kept(self.teacher):
+            seen = self.observe(x, y)
+            check_observation(seen, x)
+            report = check_terms(self.addends(seen), seen, self._plan_of(seen))
         self._plan = report.plan
         return report
 
@@ -173,12 +177,12 @@ class Distiller(nn.Module):
 
     def _measure(self, example_input: Images | None) -> Plan:
         if example_input is None or not self.pairs:
-            return self.plan_of(None)
+            return self._plan_of(None)
         labels = torch.zeros(len(example_input), dtype=torch.long, device=example_input.device)
         with torch.no_grad(), untouched(self.student, training=False):
-            return self.plan_of(self.observe(example_input, labels))
+            return self._plan_of(self.observe(example_input, labels))
 
-    def plan_of(self, seen: Observation | None) -> Plan:
+    def _plan_of(self, seen: Observation | None) -> Plan:
         """The plan with the shapes that one observation had."""
         terms = self._terms(of_features=True)
         resize = next((term.resize for term in terms if term.resize), None)

@@ -7,21 +7,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from ._untouched import untouched
 from .functional import attention_map
 from .losses import Observation
 from .pairs import Pair
 from .plan import Plan
-
-if TYPE_CHECKING:
-    from .distiller import Distiller
 
 DOMINANT_SHARE = 0.95  # of the gradient at a pair: beyond it the terms leave the labels no say there
 WORSE_THAN_CHANCE = 1.2  # times log(k), the cross-entropy of a guess
@@ -42,23 +37,42 @@ class Preflight:
         return "\n".join([str(self.plan), *(f"warning: {warning}" for warning in self.warnings)])
 
 
-def check(distiller: Distiller, x: Tensor, y: Int[Tensor, " b"]) -> Preflight:
-    """See `Distiller.preflight`."""
-    _check_student(distiller.student)
-    _check_teacher(distiller.teacher)
-    with torch.enable_grad(), untouched(distiller.student), _statistics_kept(distiller.teacher):
-        seen = distiller.observe(x, y)
-        _check_labels(seen)
-        _check_finite(seen, x)
-        _check_features(seen)
-        addends = distiller.addends(seen)
-        gradients = {name: _gradients(addend, seen) for name, addend in addends.items()}
-    plan = _with_shares(distiller.plan_of(seen), gradients)
-    _check_terms(addends, gradients, at_pairs={name for row in plan.rows for name in row.weights})
+def check_models(student: nn.Module, teacher: nn.Module | None) -> None:
+    """Raise ValueError unless the student can learn and the teacher is frozen."""
+    _check_student(student)
+    _check_teacher(teacher)
+
+
+def check_observation(seen: Observation, x: Tensor) -> None:
+    """Raise ValueError for what is wrong with a batch and what the models made of it."""
+    _check_labels(seen)
+    _check_finite(seen, x)
+    _check_features(seen)
+
+
+def check_terms(addends: dict[str, Float[Tensor, ""]], seen: Observation, plan: Plan) -> Preflight:
+    """Raise ValueError for a term that is dead or not finite, and warn of what looks unwise."""
+    gradients = {name: _gradients(addend, seen) for name, addend in addends.items()}
+    _check_gradients(addends, gradients, at_pairs={name for row in plan.rows for name in row.weights})
+    plan = _with_shares(plan, gradients)
     found = [*_warn_of_teacher(seen), *_warn_of_maps(seen), *_warn_of_shares(plan)]
     for message in found:
-        warnings.warn(f"preflight: {message}", PreflightWarning, stacklevel=4)
+        warnings.warn(f"preflight: {message}", PreflightWarning, stacklevel=3)
     return Preflight(plan, found)
+
+
+@contextmanager
+def statistics_kept(teacher: nn.Module | None) -> Iterator[None]:
+    """Raise ValueError if what is done inside changes the teacher's buffers, such as BatchNorm statistics."""
+    before = [] if teacher is None else [buffer.clone() for buffer in teacher.buffers()]
+    yield
+    after = [] if teacher is None else list(teacher.named_buffers())
+    changed = [name for (name, now), old in zip(after, before, strict=True) if not torch.equal(now, old)]
+    if changed:
+        raise ValueError(
+            f"preflight: expected a teacher that a forward pass leaves as it is, got changed buffers "
+            f"{_list(changed)}. Give it layers that heed eval(), or it drifts while the student learns."
+        )
 
 
 # --- faults -------------------------------------------------------------------------------------------------
@@ -86,24 +100,6 @@ def _check_teacher(teacher: nn.Module | None) -> None:
         raise ValueError(
             f"preflight: expected a teacher in evaluation mode, got {_list(training)} in training mode, "
             "where dropout is on and BatchNorm statistics move even under no_grad. Call teacher.eval()."
-        )
-
-
-@contextmanager
-def _statistics_kept(teacher: nn.Module | None) -> Iterator[None]:
-    before = [] if teacher is None else [buffer.clone() for buffer in teacher.buffers()]
-    yield
-    if teacher is None:
-        return
-    changed = [
-        name
-        for (name, buffer), old in zip(teacher.named_buffers(), before, strict=True)
-        if not torch.equal(buffer, old)
-    ]
-    if changed:
-        raise ValueError(
-            f"preflight: expected a teacher that a forward pass leaves as it is, got changed buffers "
-            f"{_list(changed)}. Give it layers that heed eval(), or it drifts while the student learns."
         )
 
 
@@ -172,7 +168,7 @@ def _source(features: Tensor) -> Tensor:
     return features if features._base is None else features._base
 
 
-def _check_terms(addends: dict[str, Tensor], gradients: dict[str, Gradients], at_pairs: set[str]) -> None:
+def _check_gradients(addends: dict[str, Tensor], gradients: dict[str, Gradients], at_pairs: set[str]) -> None:
     """Every term is finite and reaches the student; those that work on layer pairs, through their layer."""
     for name, addend in addends.items():
         reached = [gradient for gradient in gradients[name] if gradient is not None]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,3 +56,28 @@ def shared_data() -> Path:
 def shared_reference() -> Path:
     """What a real Caffe computes, where the folder is there."""
     return _shared_folder("reference")
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of 20 small colour images each, told apart by their colour."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("images")
+    draw = np.random.default_rng(0)
+    for label, name in enumerate(["blue", "green", "red"]):
+        (root / name).mkdir()
+        for i in range(20):
+            pixels = draw.integers(0, 120, (16, 16, 3), dtype=np.uint8)
+            pixels[..., label] += 120
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For trainings so small that threads only get in each other's way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

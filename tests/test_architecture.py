@@ -19,7 +19,7 @@ ALLOWED = {
     "pairs": {"taps"},
     "losses": {"functional", "pairs"},
     "plan": {"pairs"},
-    "preflight": {"functional", "losses", "pairs", "plan", "taps", "distiller"},
+    "preflight": {"functional", "losses", "pairs", "plan"},
     "distiller": {"losses", "pairs", "plan", "preflight", "taps"},
     "models": set(),
     "data": set(),

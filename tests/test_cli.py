@@ -9,11 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,35 +19,16 @@ from PIL import Image
 from attention_transfer.cli import VERBS, main
 from attention_transfer.training import Recipe, Run, train
 
-pytestmark = pytest.mark.filterwarnings("ignore::attention_transfer.preflight.PreflightWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::attention_transfer.preflight.PreflightWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ATTENTION_TRANSFER_DEBUG", raising=False)
-
-
-@pytest.fixture(scope="module")
-def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of 20 small colour images each."""
-    root = tmp_path_factory.mktemp("images")
-    draw = np.random.default_rng(0)
-    for label, name in enumerate(["blue", "green", "red"]):
-        (root / name).mkdir()
-        for i in range(20):
-            pixels = draw.integers(0, 120, (16, 16, 3), dtype=np.uint8)
-            pixels[..., label] += 120
-            Image.fromarray(pixels).save(root / name / f"{i}.png")
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -225,37 +204,19 @@ def test_folder_of_one_class(capsys: pytest.CaptureFixture[str]) -> None:
     assert not Path("run").exists()
 
 
+def plain_training(base: Recipe) -> list[str]:
+    return ["train", "--data", base.data, "--student", base.student, "--method", "none"]
+
+
 def test_run_folder_that_exists(alone: Run, base: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(
-        capsys,
-        "train",
-        "--data",
-        base.data,
-        "--student",
-        "wrn-10-1",
-        "--method",
-        "none",
-        "--output",
-        alone.folder,
-    )
+    message = refused(capsys, *plain_training(base), "--output", alone.folder)
     assert "--resume" in message
     assert "--overwrite" in message
 
 
 def test_run_folder_that_cannot_be_made(base: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     Path("file").write_text("")
-    message = refused(
-        capsys,
-        "train",
-        "--data",
-        base.data,
-        "--student",
-        "wrn-10-1",
-        "--method",
-        "none",
-        "--output",
-        "file/run",
-    )
+    message = refused(capsys, *plain_training(base), "--output", "file/run")
     assert message.startswith("Not a directory: ")
 
 

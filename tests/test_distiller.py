@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from small_net import Net
 from torch import Tensor, nn
 
 from attention_transfer import (
@@ -19,21 +20,6 @@ from attention_transfer import (
     attention_transfer_loss,
     distillation_loss,
 )
-
-
-class Net(nn.Module):
-    """Two stages, dropout, and as many classes as asked for."""
-
-    def __init__(self, width: int, classes: int = 5) -> None:
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
-        self.second = nn.Sequential(nn.Conv2d(width, width, 3, stride=2, padding=1), nn.ReLU())
-        self.drop = nn.Dropout(0.5)
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.drop(self.second(self.first(x)).mean((2, 3))))
-
 
 PAIRS = [Pair("first", "first"), Pair("second", "second", weight=0.5)]
 

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from small_net import Net
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,21 +17,6 @@ from attention_transfer.preflight import PreflightWarning
 
 AT = AttentionTransfer(beta=1.0)
 PAIRS = [Pair("first", "first"), Pair("second", "second")]
-
-
-class Net(nn.Module):
-    def __init__(self, width: int, classes: int = 5) -> None:
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
-        self.second = nn.Sequential(nn.Conv2d(width, width, 3, stride=2, padding=1), nn.ReLU())
-        self.drop = nn.Dropout(0.5)
-        self.head = nn.Linear(width, classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.drop(self.features(x).mean((2, 3))))
 
 
 @pytest.fixture

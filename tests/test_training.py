@@ -8,14 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from attention_transfer.training import Interrupted, Recipe, Run, evaluate_model, resume, train
@@ -25,35 +22,16 @@ from attention_transfer.training.module import Totals, build_schedule, step_seed
 from attention_transfer.training.recipe import field_types, parse_pairs
 
 # A teacher of one epoch knows less than chance, and the preflight rightly says so.
-pytestmark = pytest.mark.filterwarnings("ignore::attention_transfer.preflight.PreflightWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::attention_transfer.preflight.PreflightWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 TIMES = ("images_per_second", "seconds", "data_share")
 
 
 def silent(line: str) -> None:
     pass
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of 20 small colour images each, told apart by their colour."""
-    root = tmp_path_factory.mktemp("images")
-    draw = np.random.default_rng(0)
-    for label, name in enumerate(["blue", "green", "red"]):
-        (root / name).mkdir()
-        for i in range(20):
-            pixels = draw.integers(0, 120, (16, 16, 3), dtype=np.uint8)
-            pixels[..., label] += 120
-            Image.fromarray(pixels).save(root / name / f"{i}.png")
-    return root
 
 
 @pytest.fixture(scope="session")
