@@ -147,6 +147,7 @@ def test_underscores_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["trian"], "unknown verb 'trian'. Did you mean train?"),
         (["train", "--epoch-s", "3"], "train: unknown argument --epoch-s. Did you mean --epochs"),
+        (["evaluate", "nowhere"], "evaluate: expected a run folder or a weights file, got nowhere"),
         (["train", "--weight-decay", "much"], "train: --weight-decay: Expected a float. Got value: much"),
         (["train", "--method", "ta"], "train: --method: Expected a Literal['none', 'at', 'kd', 'at+kd']."),
         (["train", "--lr", "-1"], "Recipe: expected lr > 0, got -1.0. Change --lr."),

@@ -42,6 +42,10 @@ def run(arguments: list[str]) -> None:
 
 
 def _evaluation_data(weights: str, data: str | None) -> Splits:
+    if not Path(weights).exists():
+        raise FileNotFoundError(
+            f"evaluate: expected a run folder or a weights file, got {weights}: not there."
+        )
     run = Run(Path(weights))
     if run.exists:
         return load_splits(replace(run.recipe, data=data) if data else run.recipe)
