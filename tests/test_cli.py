@@ -162,10 +162,6 @@ def test_underscores_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--data", "cifar10", "--batch-size", "1"], "Recipe: expected batch_size >= 2"),
         (["evaluate"], "evaluate: "),
         (["evaluate", "none.safetensors", "--data", "mnist-5k"], ""),
-        (
-            ["evaluate", "none.safetensors"],
-            "evaluate: a weights file says nothing of the images. Pass --data.",
-        ),
         (["pairs", "--student", "resnet18"], "pairs: "),
         (["pairs", "--student", "wrn-16-1", "--teacher", "wrn-161"], "build_model: "),
         (["pairs", "--student", "wrn-16-1", "--teacher", "wrn-16-2", "--input-size", "0"], "pairs: expected"),
@@ -176,6 +172,12 @@ def test_underscores_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, *arguments).startswith(message)
+
+
+def test_weights_without_data(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("w.safetensors").touch()
+    message = refused(capsys, "evaluate", "w.safetensors")
+    assert message == "evaluate: a weights file says nothing of the images. Pass --data."
 
 
 def test_bad_model_names_list_near_matches(base: Recipe, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,17 @@ def test_teacher_stays_in_evaluation_mode(distiller) -> None:
     assert distiller.student.training and not any(module.training for module in distiller.teacher.modules())
 
 
+def test_teacher_that_somebody_put_in_training_mode_is_put_back(distiller) -> None:
+    distiller.teacher.train()
+    distiller.train()
+    assert not any(module.training for module in distiller.teacher.modules())
+
+
+def test_teacher_keeps_no_graph_even_where_the_images_need_a_gradient(distiller, batch) -> None:
+    seen = distiller.observe(batch[0].requires_grad_(), batch[1])
+    assert not any(tensor.requires_grad for tensor in (seen.teacher_logits, *seen.teacher_features))
+
+
 def test_teacher_is_outside_of_parameters_and_state(distiller) -> None:
     own = {f"student.{name}" for name in distiller.student.state_dict()}
     assert set(distiller.state_dict()) == own

@@ -67,6 +67,11 @@ def test_preflight_leaves_no_trace(batch) -> None:
     assert built.student.training
 
 
+def test_preflight_under_no_grad_measures_gradients_all_the_same(batch) -> None:
+    with torch.no_grad():
+        assert distiller().preflight(*batch).plan.rows[0].shares["ce"] > 0
+
+
 def test_preflight_of_a_channels_last_student_measures_all_terms(batch) -> None:
     """A tap gives a permuted view of (b, h, w, c); the network goes on with its base."""
 
