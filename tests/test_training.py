@@ -352,6 +352,30 @@ def test_disk_that_is_too_small_ends_in_one_line(base: Recipe, tmp_path: Path) -
     assert "Traceback" not in done.stderr
 
 
+def test_pretrained_teachers_get_the_images_that_their_weights_expect() -> None:
+    """timm's Mixer wants 224 x 224 pixels of (x - 0.5) / 0.5; torchvision's models want ImageNet's mean and deviation."""
+    from attention_transfer.data import Images, Splits
+    from attention_transfer.models import build_model
+    from attention_transfer.training.build import _pretrained_transform
+
+    pixels, labels = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    images = Images(pixels, labels)
+    splits = Splits(images, None, images, ["a", "b"], "own", (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), True, 0)
+    seen_by_student = splits.augment().normalise(pixels)
+    expected = {
+        "timm:resnet18": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        "timm:mixer_s32_224": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        "torchvision:resnet18": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    }
+    for name, (mean, std) in expected.items():
+        transform = _pretrained_transform(build_model(name, num_classes=2), splits)
+        want = (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        got = transform(seen_by_student)
+        size = transform.size or (8, 8)
+        want = torch.nn.functional.interpolate(want, size, mode="bilinear", antialias=True)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_weights_carry_their_card(finished: Run, tmp_path: Path) -> None:
     moved = tmp_path / "student.safetensors"
     moved.write_bytes(finished.student_weights.read_bytes())

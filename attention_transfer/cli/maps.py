@@ -12,11 +12,10 @@ from attention_transfer._extras import require
 from attention_transfer.cli.loading import Loaded, load
 from attention_transfer.cli.parsing import PROGRAM, UsageError, one_line, parse, verb_parser
 from attention_transfer.data import Augment
+from attention_transfer.models import pretrained_statistics
 from attention_transfer.pairs import suggest_pairs
 from attention_transfer.training.recipe import parse_pairs
 from attention_transfer.visualize import attention_maps, save_maps
-
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # what weights of unknown origin most likely expect
 
 
 def run(arguments: list[str]) -> None:
@@ -72,8 +71,7 @@ def _normalise(loaded: Loaded) -> Callable[[Tensor], Tensor]:
     """From uint8 images to what a model expects, as far as its weights say it."""
     if loaded.card:
         return loaded.card.augment().normalise
-    own = getattr(loaded.model, "pretrained_cfg", None) or {}
-    return Augment(own.get("mean", IMAGENET[0]), own.get("std", IMAGENET[1])).normalise
+    return Augment(*pretrained_statistics(loaded.model)).normalise
 
 
 def _read_image(path: str, channels: int, size: int) -> Tensor:

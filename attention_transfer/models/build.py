@@ -8,7 +8,7 @@ import importlib
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +30,8 @@ FACTORY_ARGUMENTS = ("num_classes", "in_channels", "pretrained")
 
 Builder = Callable[[str, int, int, bool], nn.Module]
 """(name without its source, num_classes, in_channels, pretrained) -> the model."""
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _WRN = re.compile(r"wrn-(\d+)-(\d+)")
 _FACTORY = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
@@ -74,6 +76,15 @@ def build_model(
     if weights is not None:
         load_weights(model, weights)
     return model
+
+
+def pretrained_statistics(model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
+    """(mean, std) by channel, of pixels in [0, 1], that a library's own weights expect of their images.
+
+    timm's models say it. torchvision's all expect ImageNet's, and so, most likely, do those of unknown origin.
+    """
+    own = getattr(model, "pretrained_cfg", None) or {}
+    return own.get("mean", _IMAGENET_MEAN), own.get("std", _IMAGENET_STD)
 
 
 def _check_arguments(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attention_transfer.data import Augment, Splits, load_data
 from attention_transfer.distiller import Distiller, InputTransform
 from attention_transfer.losses import AttentionTransfer, KnowledgeDistillation, Term
-from attention_transfer.models import build_model, load_weights
+from attention_transfer.models import build_model, load_weights, pretrained_statistics
 from attention_transfer.pairs import Pair
 from attention_transfer.training.card import ModelCard
 from attention_transfer.training.recipe import Recipe, parse_pairs
@@ -120,11 +120,17 @@ def _teacher_of_weights(recipe: Recipe, splits: Splits) -> Teacher:
             return _teacher_of_card(card, weights, splits)
     classes = recipe.teacher_classes or splits.num_classes
     model = _build(name, weights, splits, classes)
+    return Teacher(model, classes, _pretrained_transform(model, splits) if weights == "pretrained" else None)
+
+
+def _pretrained_transform(model: nn.Module, splits: Splits) -> InputTransform | None:
+    """To the images that a library's own weights expect, where these have as many channels."""
+    mean, std = pretrained_statistics(model)
+    if len(mean) != splits.in_channels:
+        return None
     own = getattr(model, "pretrained_cfg", None) or {}
-    if weights != "pretrained" or len(own.get("mean", ())) != splits.in_channels:
-        return Teacher(model, classes, None)
     size = tuple(own["input_size"][1:]) if own.get("fixed_input_size") else None
-    return Teacher(model, classes, _input_transform(splits, own["mean"], own["std"], size))
+    return _input_transform(splits, mean, std, size)
 
 
 def _input_transform(
