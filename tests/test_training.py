@@ -353,7 +353,7 @@ def test_disk_that_is_too_small_ends_in_one_line(base: Recipe, tmp_path: Path) -
 
 
 def test_pretrained_teachers_get_the_images_that_their_weights_expect() -> None:
-    """timm's Mixer wants 224 x 224 pixels of (x - 0.5) / 0.5; torchvision's models want ImageNet's mean and deviation."""
+    """timm's Mixer wants 224 x 224 pixels of (x - 0.5) / 0.5; torchvision's models want ImageNet's."""
     from attention_transfer.data import Images, Splits
     from attention_transfer.models import build_model
     from attention_transfer.training.build import _pretrained_transform

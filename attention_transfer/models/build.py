@@ -81,7 +81,7 @@ def build_model(
 def pretrained_statistics(model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
     """(mean, std) by channel, of pixels in [0, 1], that a library's own weights expect of their images.
 
-    timm's models say it. torchvision's all expect ImageNet's, and so, most likely, do those of unknown origin.
+    timm's models say it. torchvision's expect ImageNet's, and so, most likely, do those of unknown origin.
     """
     own = getattr(model, "pretrained_cfg", None) or {}
     return own.get("mean", _IMAGENET_MEAN), own.get("std", _IMAGENET_STD)
