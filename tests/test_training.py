@@ -252,6 +252,17 @@ def test_distillation_terms(base: Recipe, finished: Run, method: str, tmp_path: 
     assert ("train/kd" in row, "train/at/group2" in row) == (True, method == "at+kd")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_do_not_fit_in_memory_are_streamed(
+    base: Recipe, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attention_transfer.data.loading.IN_MEMORY_BYTES", 0)
+    said: list[str] = []
+    recipe = replace(base, epochs=1, image_size=16, num_workers=workers, output=str(tmp_path / "run"))
+    assert train(recipe, say=said.append).result["method"] == "at"
+    assert "streamed" in said[0]
+
+
 def test_teacher_of_other_classes(base: Recipe, tmp_path: Path) -> None:
     from attention_transfer.models import build_model, save_weights
 

@@ -149,4 +149,6 @@ class Splits:
         counts.append(f"{len(self.test):,} test")
         size = "x".join(str(n) for n in self.shape)
         lines = [f"{self.name}: {', '.join(counts)} images of {size} (c, h, w), {self.num_classes} classes"]
+        if isinstance(self.train, StreamedImages):
+            lines.append("streamed: decoded anew in every epoch, by worker processes")
         return "\n  ".join([*lines, *self.notes])
