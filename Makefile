@@ -7,7 +7,7 @@ SHAPED := functional kernels losses taps pairs distiller preflight augment visua
 .PHONY: help demo test test-slow check clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Train a teacher and a student on digits, with and without attention transfer (minutes)
 	$(BIN)/attention-transfer demo

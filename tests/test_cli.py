@@ -350,6 +350,7 @@ def test_train_compares_with_the_student_alone_beside_it(
     Path("recipe.yaml").write_text(taught.to_yaml())
     text = output(capsys, "train", "--config", "recipe.yaml")
     assert re.search(rf"^student alone {error:.2f} % \(alone\): .*{words}", text, re.MULTILINE)
+    assert "student alone" in Path("runs/taught/report.html").read_text()
 
 
 def test_demo_composes_and_reuses(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from attention_transfer.cli.output import StatusLine, table
 from attention_transfer.cli.parsing import PROGRAM, parse, verb_parser
-from attention_transfer.cli.report import collect
+from attention_transfer.cli.report import SIMILARITY_IMAGES, collect
 from attention_transfer.training import demo
 from attention_transfer.training.demo import DemoRuns
 from attention_transfer.training.run import Interrupted
@@ -16,7 +16,6 @@ from attention_transfer.visualize.runs import Spread, group_runs, read_run
 from attention_transfer.visualize.summary import summarise
 
 PICTURED = 3  # test images in maps.png
-SIMILARITY_IMAGES = 500  # test images that the similarity of the maps is a mean over
 
 
 def run(arguments: list[str]) -> None:

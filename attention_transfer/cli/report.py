@@ -15,6 +15,8 @@ from attention_transfer.training.build import build_teacher, load_splits
 from attention_transfer.training.run import Run
 from attention_transfer.visualize import Examples, collect_examples, write_report
 
+SIMILARITY_IMAGES = 500  # test images that the similarity of the maps is a mean over
+
 
 def run(arguments: list[str]) -> None:
     parser = verb_parser("report", f"{PROGRAM} report runs/* -o report.html")
@@ -23,7 +25,10 @@ def run(arguments: list[str]) -> None:
         "-o", "--output", help="The page to write; report.html in the first run if not given."
     )
     parser.add_argument(
-        "--images", type=int, default=500, help="Test images the map similarity is averaged over."
+        "--images",
+        type=int,
+        default=SIMILARITY_IMAGES,
+        help="Test images the map similarity is averaged over.",
     )
     flags = parse(parser, arguments)
     runs = [Path(folder) for folder in flags.runs]

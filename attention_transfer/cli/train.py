@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,19 @@ def _start(folder: Path, work: Callable[[], Run]) -> None:
     print(f"test error {result['test_error']:.2f} %, {result['parameters']:,} parameters")
     rate, share = result["images_per_second"], result["data_share"]
     print(f"{rate:,.0f} images/s; {share:.1%} of the training time was spent waiting for images")
-    for alone in _same_student_alone(run):
-        print(_against(alone, result["test_error"]))
+    alone = _same_student_alone(run)
+    for other in alone:
+        print(_against(other, result["test_error"]))
+    print(f"report: {_write_report(run, alone).absolute()}")
     print(f"run folder: {run.folder.absolute()}")
+
+
+def _write_report(run: Run, alone: Sequence[Run]) -> Path:
+    from attention_transfer.cli.report import SIMILARITY_IMAGES, collect
+    from attention_transfer.visualize import write_report
+
+    folders = [other.folder for other in (*alone, run)]
+    return write_report(folders, run.report, examples=collect(folders, SIMILARITY_IMAGES))
 
 
 def _same_student_alone(run: Run) -> list[Run]:

@@ -58,6 +58,10 @@ class Run:
         return self.folder / "student.safetensors"
 
     @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
+    @property
     def tensorboard(self) -> Path:
         return self.folder / "tensorboard"
 
