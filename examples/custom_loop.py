@@ -28,7 +28,7 @@ def train(distiller: at.Distiller, digits, epochs: int) -> None:
 
 
 @torch.no_grad()
-def test_error(model: torch.nn.Module, digits) -> float:
+def error_on_test_images(model: torch.nn.Module, digits) -> float:
     predictions = model.eval()(digits.augment().normalise(digits.test.images)).argmax(1)
     return (predictions != digits.test.labels).float().mean().item() * 100
 
@@ -47,7 +47,10 @@ def main(epochs: int = 8) -> None:
     print(distiller.preflight(images, labels))
     print("student")
     train(distiller, digits, epochs)
-    errors = {"teacher": test_error(teacher, digits), "student": test_error(student, digits)}
+    errors = {
+        "teacher": error_on_test_images(teacher, digits),
+        "student": error_on_test_images(student, digits),
+    }
     print("test error:", ", ".join(f"{name} {error:.1f} %" for name, error in errors.items()))
 
 

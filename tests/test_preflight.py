@@ -116,6 +116,7 @@ def test_preflight_leaves_ddp_ready_for_its_first_step(batch, tmp_path) -> None:
         built.preflight(*batch)
         for _ in range(2):
             built(*batch).loss.backward()
+        assert all(parameter.grad is not None for parameter in built.student.parameters())
     finally:
         torch.distributed.destroy_process_group()
 

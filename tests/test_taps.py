@@ -478,7 +478,7 @@ def test_compiled_models_do_not_use_up_each_others_recompilations(x: Tensor) -> 
         compiled = torch.compile(Deep(depth), backend="eager")
         with Taps(compiled, ["layers.0"]) as taps:
             compiled(x)
-            taps.pop()
+            assert taps.pop()["layers.0"].shape[0] == len(x)
     torch._dynamo.reset()
 
 

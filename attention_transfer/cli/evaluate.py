@@ -13,7 +13,7 @@ from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_pars
 from attention_transfer.data import Augment, Splits
 from attention_transfer.training.build import load_splits
 from attention_transfer.training.evaluation import evaluate_model
-from attention_transfer.training.fit import test_batches
+from attention_transfer.training.fit import evaluation_batches
 from attention_transfer.training.recipe import Recipe
 from attention_transfer.training.run import Run
 from attention_transfer.visualize import confusion_matrix, per_class_errors
@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> None:
     mean, std = (loaded.card.mean, loaded.card.std) if loaded.card else (splits.mean, splits.std)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     normalise = Augment(mean, std).to(device).normalise
-    result = evaluate_model(loaded.model, test_batches(splits), normalise, device=device)
+    result = evaluate_model(loaded.model, evaluation_batches(splits), normalise, device=device)
     print(f"{loaded.name} on the {len(result.labels):,} test images of {splits.name}")
     print(f"top-1 error {result.error:.2f} %   top-5 error {result.top5_error:.2f} %\n")
     rows = per_class_errors(result.predictions, result.labels, splits.classes)

@@ -236,7 +236,7 @@ def _finish(
     card = _card(recipe, splits)
     save_weights(student, run.student_weights, card.as_metadata())
     normalise = card.augment().to(module.device).normalise
-    test = evaluate_model(student, test_batches(splits), normalise, device=module.device)
+    test = evaluate_model(student, evaluation_batches(splits), normalise, device=module.device)
     run.write_result(
         {
             "test_error": test.error,
@@ -266,7 +266,7 @@ def _card(recipe: Recipe, splits: Splits) -> ModelCard:
     )
 
 
-def test_batches(splits: Splits) -> Batches:
+def evaluation_batches(splits: Splits) -> Batches:
     """The test images, in order."""
     return Batches(splits.test, EVALUATION_BATCH, shuffle=False)
 
