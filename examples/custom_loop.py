@@ -1,4 +1,4 @@
-"""Attention transfer in a training loop of your own: real digits, about a minute on two CPU cores.
+"""Attention transfer in a training loop of your own: real digits, under a minute on two CPU cores.
 
 pip install "attention-transfer[demo]"
 python examples/custom_loop.py
@@ -33,7 +33,7 @@ def error_on_test_images(model: torch.nn.Module, digits) -> float:
     return (predictions != digits.test.labels).float().mean().item() * 100
 
 
-def main(epochs: int = 8) -> None:
+def main(epochs: int = 20) -> None:
     torch.manual_seed(0)
     digits = load_data("mnist-5k", max_train=500, validation=0)
     teacher = at.build_model("wrn-10-2", num_classes=10, in_channels=1)

@@ -59,6 +59,36 @@ def test_import_loads_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+WITHOUT_EXTRAS = f"""
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {HEAVY}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import torch
+import attention_transfer as at
+from attention_transfer.cli import main
+
+student, teacher = (at.build_model(name) for name in ("wrn-10-1", "wrn-10-2"))
+images, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
+at.Distiller(student, teacher, terms=[at.AttentionTransfer(1.0)], example_input=images)(images, labels)
+assert main(["--help"]) == 0
+sys.exit(main(["train"]))
+"""
+
+
+def test_the_library_works_without_extras_and_the_command_names_the_one_it_needs() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == (
+        "attention-transfer: train: needs the package jsonargparse, which is not installed. "
+        'Run: pip install "attention-transfer[train]"\n'
+    )
+
+
 def test_public_names_are_those_of_the_design() -> None:
     names = {
         "AttentionTransfer", "Distiller", "InputTransform", "KnowledgeDistillation", "Pair", "Taps",
