@@ -148,11 +148,11 @@ def _train_teacher(run: Run, recipe: Recipe, splits: Splits, say: Say | None) ->
     if run.teacher.finished:
         return run.teacher
     teacher_recipe = recipe.for_teacher()
-    (say or _print)(f"First the teacher: {recipe.teacher}, {teacher_recipe.epochs} epochs")
+    (say or _print)(f"First the teacher: {recipe.teacher}, epochs: {teacher_recipe.epochs}")
     if is_first_process() and not run.teacher.holds_work:
         run.teacher.create(teacher_recipe)
     _fit(run.teacher, teacher_recipe, splits, build_student(teacher_recipe, splits), say)
-    (say or _print)(f"Now the student: {recipe.student}, {recipe.epochs} epochs")
+    (say or _print)(f"Now the student: {recipe.student}, epochs: {recipe.epochs}")
     return run.teacher
 
 

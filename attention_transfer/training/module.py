@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -153,7 +154,7 @@ class DistillationModule(LightningModule):
             self.say(str(plan))
 
     def _check_finite(self, loss: float) -> None:
-        if loss - loss != 0:
+        if not math.isfinite(loss):
             raise FloatingPointError(
                 f"train: expected a finite loss, got {loss} in epoch {self.current_epoch + 1}; checkpoints/ "
                 "holds an earlier state. Lower --lr, or pass --gradient-clip 1 or --precision 32-true."
