@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ._outputs import logits_of
 from ._untouched import untouched
 from .losses import Observation, Term, names_at_pairs
 from .pairs import Pair, suggest_pairs
@@ -239,19 +240,8 @@ def _run(
 ) -> tuple[Float[Tensor, "b _"], list[Float[Tensor, "b _ _ _"]]]:
     """Logits, and the features at each of `names`, which may repeat."""
     if not names:
-        return _logits(model(x)), []
+        return logits_of(model(x), user="Distiller"), []
     with Taps(model, list(dict.fromkeys(names))) as taps:
-        logits = _logits(model(x))
+        logits = logits_of(model(x), user="Distiller")
         features = taps.pop()
     return logits, [features[name] for name in names]
-
-
-def _logits(output: object) -> Float[Tensor, "b _"]:
-    """The logits in what a model returns: a tensor, an object with `.logits`, or a tuple led by them."""
-    if isinstance(output, (tuple, list)) and output and not hasattr(output, "logits"):
-        output = output[0]
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
-        raise ValueError(f"Distiller: expected a model that gives logits (b, k), got {got}.")
-    return logits

@@ -323,10 +323,18 @@ def build(num_classes, in_channels):
         return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.BatchNorm2d(c_out), nn.ReLU())
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes)]
     return nn.Sequential(stage(in_channels, 8), stage(8, 16), *head)
+
+class Verbose(nn.Module):
+    def __init__(self, num_classes, in_channels):
+        super().__init__()
+        self.body = build(num_classes, in_channels)
+
+    def forward(self, x):
+        return self.body(x), "and more than logits"
 """
 
 
-@pytest.mark.parametrize("student", ["mynet:build", "timm:resnet10t"])
+@pytest.mark.parametrize("student", ["mynet:build", "mynet:Verbose", "timm:resnet10t"])
 def test_a_model_of_your_own_and_one_of_timm_learn_without_glue(
     student: str, base: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from attention_transfer._outputs import logits_of
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -36,7 +38,7 @@ def evaluate_model(
     model.eval().to(device).to(memory_format=torch.channels_last)
     predictions, labels, hits = [], [], []
     for images, targets in batches:
-        logits = model(normalise(images.to(device))).float().cpu()
+        logits = logits_of(model(normalise(images.to(device))), user="evaluate_model").float().cpu()
         _check_classes(logits, targets)
         predictions.append(logits.argmax(1))
         labels.append(targets.cpu())

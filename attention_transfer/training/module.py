@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+from attention_transfer._outputs import logits_of
 from attention_transfer.data import Augment
 from attention_transfer.distiller import Distiller
 from attention_transfer.training.recipe import Recipe
@@ -104,7 +105,7 @@ class DistillationModule(LightningModule):
         self, batch: tuple[UInt8[Tensor, "b c h w"], Int[Tensor, " b"]], batch_idx: int
     ) -> None:
         images, labels = batch
-        logits = self.student(self.augment.normalise(images)).float()
+        logits = logits_of(self.student(self.augment.normalise(images)), user="train").float()
         wrong = (logits.argmax(1) != labels).float().mean()
         self.validation_totals.add(
             {"loss": F.cross_entropy(logits, labels), "error": 100 * wrong}, len(labels)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attention_transfer._outputs import find_logits
 from attention_transfer.visualize.runs import TEACHER
 
 Normalise = Callable[[Tensor], Tensor]
@@ -167,20 +168,13 @@ def _watch(
     with _evaluating(model), Taps(model, names) as taps:
         for batch in images.split(batch_size):
             inputs = prepare(batch) if prepare else batch
-            outputs = model(inputs if parameter is None else inputs.to(parameter))
-            predicted.append(_predictions(outputs))
+            logits = find_logits(model(inputs if parameter is None else inputs.to(parameter)))
+            predicted.append(None if logits is None else logits.argmax(1).cpu())
             for name, features in taps.pop().items():
                 maps[name].append(attention_map(features).float().cpu())
     known = [classes for classes in predicted if classes is not None]
     joined = {name: torch.cat(batches) for name, batches in maps.items()}
     return joined, torch.cat(known) if len(known) == len(predicted) else None
-
-
-def _predictions(output: object) -> Tensor | None:
-    """The classes in a model's output: logits (b, k), an object with `.logits`, or a tuple led by them."""
-    logits = getattr(output, "logits", output)
-    logits = logits[0] if isinstance(logits, tuple | list) and logits else logits
-    return logits.argmax(1).cpu() if isinstance(logits, Tensor) and logits.ndim == 2 else None
 
 
 @contextmanager
