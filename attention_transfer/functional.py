@@ -183,8 +183,7 @@ class _L2Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Float[Tensor, "b n"]) -> Float[Tensor, "b 1"]:
-        largest = x.abs().amax(1, keepdim=True)
-        relative = x / largest.where(largest != 0, 1)
+        relative, largest = _relative(x)
         return largest * torch.linalg.vector_norm(relative, dim=1, keepdim=True)
 
     @staticmethod
@@ -205,8 +204,7 @@ class _L2Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
-        largest = x.abs().amax(1, keepdim=True)
-        relative = x / largest.where(largest != 0, 1)
+        relative, _ = _relative(x)
         norm = torch.linalg.vector_norm(relative, dim=1, keepdim=True)
         return relative / norm.where(norm != 0, 1)
 
@@ -220,6 +218,12 @@ class _L2Normalise(torch.autograd.Function):
         y, norm = _L2Normalise.apply(x), _L2Norm.apply(x)
         tangent = grad - y * (y * grad).sum(1, keepdim=True)
         return tangent * (norm != 0) / norm.where(norm != 0, 1)
+
+
+def _relative(x: Float[Tensor, "b n"]) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b 1"]]:
+    """Each row over its largest size, whose squares neither overflow nor vanish; and that size."""
+    largest = x.abs().amax(1, keepdim=True)
+    return x / largest.where(largest != 0, 1), largest
 
 
 def _unit(energy: Float[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
@@ -249,18 +253,18 @@ def _energies_of_equal_size(
     q_s, _ = kernels.energy(student, p, mapping)
     q_t, _ = kernels.energy(teacher, p, mapping)
     if resize == "student":
-        q_s = _resized(q_s, q_t.shape[1:])
+        q_s = resize_maps(q_s, q_t.shape[1:])
     elif resize == "teacher":
-        q_t = _resized(q_t, q_s.shape[1:])
+        q_t = resize_maps(q_t, q_s.shape[1:])
     return q_s, q_t
 
 
-def _resized(energy: Float[Tensor, "b h w"], size: torch.Size) -> Float[Tensor, "b height width"]:
-    """Area average along an axis that shrinks, bilinear along one that grows."""
-    if energy.shape[1:] == size:
-        return energy
-    smaller = (min(energy.shape[1], size[0]), min(energy.shape[2], size[1]))
-    shrunk = F.adaptive_avg_pool2d(energy.unsqueeze(1), smaller)
+def resize_maps(maps: Float[Tensor, "b h w"], size: Sequence[int]) -> Float[Tensor, "b height width"]:
+    """Maps of another size: area average along an axis that shrinks, bilinear along one that grows."""
+    if maps.shape[1:] == tuple(size):
+        return maps
+    smaller = (min(maps.shape[1], size[0]), min(maps.shape[2], size[1]))
+    shrunk = F.adaptive_avg_pool2d(maps.unsqueeze(1), smaller)
     return F.interpolate(shrunk, tuple(size), mode="bilinear", align_corners=False).squeeze(1)
 
 

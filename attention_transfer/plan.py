@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ._tables import format_table
 from .pairs import Pair
 
 Shape = tuple[int, int, int]
@@ -45,7 +46,8 @@ class Plan:
     def __str__(self) -> str:
         if not self.rows:
             return "no layer pairs" + "".join(f"\n{term}" for term in self.terms)
-        cells = [_HEADER[: 5 + any(row.shares for row in self.rows)]]
+        columns = 5 + any(row.shares for row in self.rows)
+        cells = []
         for row in self.rows:
             shares = [f"{name} {share:.0%}" for name, share in row.shares.items()]
             cells.append(
@@ -56,9 +58,9 @@ class Plan:
                     row.resizing,
                     ", ".join(f"{weight:g}" for weight in row.weights.values()) or "-",
                     ", ".join(shares),
-                ][: len(cells[0])]
+                ][:columns]
             )
-        return "\n".join([*_aligned(cells), *self.terms])
+        return "\n".join([format_table(_HEADER[:columns], cells), *self.terms])
 
     def as_dicts(self) -> list[dict[str, object]]:
         """The rows as plain values, for JSON."""
@@ -77,13 +79,6 @@ class Plan:
 
 
 _HEADER = ["pair: student <- teacher", "student", "teacher", "resizing", "weight", "share of the gradient"]
-
-
-def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-    rule = "  ".join("-" * width for width in widths)
-    return [line.rstrip() for line in (lines[0], rule, *lines[1:])]
 
 
 def _shape(shape: Shape | None) -> str:

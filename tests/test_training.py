@@ -148,16 +148,21 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StopOnSignal, "on_train_batch_end", hook)
 
 
-@pytest.mark.parametrize("step", [1, 4, 6, 8])  # mid-epoch, an epoch's end, mid-epoch, the very end
-def test_resumed_run_equals_the_uninterrupted(
-    finished: Run, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = replace(finished.recipe, teacher=str(finished.teacher.folder), output=str(tmp_path / "run"))
+def interrupted(recipe: Recipe, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that a SIGINT stops at the end of a step."""
     with monkeypatch.context() as patch:
         stop_after(step, patch)
         with pytest.raises(Interrupted) as stop:
             train(recipe, say=silent)
     assert stop.value.exit_status == 130
+
+
+@pytest.mark.parametrize("step", [1, 4, 6, 8])  # mid-epoch, an epoch's end, mid-epoch, the very end
+def test_resumed_run_equals_the_uninterrupted(
+    finished: Run, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(finished.recipe, teacher=str(finished.teacher.folder), output=str(tmp_path / "run"))
+    interrupted(recipe, step, monkeypatch)
     run = Run(tmp_path / "run")
     assert run.last_checkpoint.is_file()
     assert not run.finished
@@ -168,10 +173,7 @@ def test_interrupted_run_resumes_after_it_was_moved(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = replace(finished.recipe, teacher=str(finished.teacher.folder), output=str(tmp_path / "run"))
-    with monkeypatch.context() as patch:
-        stop_after(5, patch)
-        with pytest.raises(Interrupted):
-            train(recipe, say=silent)
+    interrupted(recipe, 5, monkeypatch)
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     assert equal(finished, resume(moved, say=silent))
 
@@ -179,10 +181,7 @@ def test_interrupted_run_resumes_after_it_was_moved(
 def test_interrupt_while_the_teacher_is_trained_resumes_there(
     finished: Run, base: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        stop_after(2, patch)
-        with pytest.raises(Interrupted):
-            train(replace(base, output=str(tmp_path / "run"), teacher_epochs=1), say=silent)
+    interrupted(replace(base, output=str(tmp_path / "run"), teacher_epochs=1), 2, monkeypatch)
     assert not Run(tmp_path / "run").last_checkpoint.exists()
     assert equal(finished, resume(tmp_path / "run", say=silent))
 
@@ -192,10 +191,7 @@ def test_other_teacher_on_resume_is_refused(
 ) -> None:
     other = train(replace(base, method="none", epochs=1, seed=1, output=str(tmp_path / "other")), say=silent)
     recipe = replace(finished.recipe, teacher=str(finished.teacher.folder), output=str(tmp_path / "run"))
-    with monkeypatch.context() as patch:
-        stop_after(2, patch)
-        with pytest.raises(Interrupted):
-            train(recipe, say=silent)
+    interrupted(recipe, 2, monkeypatch)
     run = Run(tmp_path / "run")
     run.recipe_file.write_text(replace(recipe, teacher=str(other.folder)).to_yaml())
     with pytest.raises(ValueError, match=r"train: expected the teacher that had fingerprint \w+, got \w+\."):
@@ -207,10 +203,7 @@ def test_damaged_checkpoint_is_refused_and_the_best_one_goes_on(
     finished: Run, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = replace(finished.recipe, teacher=str(finished.teacher.folder), output=str(tmp_path / "run"))
-    with monkeypatch.context() as patch:
-        stop_after(6, patch)
-        with pytest.raises(Interrupted):
-            train(recipe, say=silent)
+    interrupted(recipe, 6, monkeypatch)
     run = Run(tmp_path / "run")
     run.last_checkpoint.write_bytes(run.last_checkpoint.read_bytes()[:kept])
     with pytest.raises(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from attention_transfer.cli.output import StatusLine, table
+from attention_transfer._tables import format_table
+from attention_transfer.cli.output import StatusLine
 from attention_transfer.cli.parsing import PROGRAM, parse, verb_parser
 from attention_transfer.cli.report import SIMILARITY_IMAGES, collect
 from attention_transfer.training import demo
@@ -63,4 +64,5 @@ def _comparison(runs: DemoRuns) -> str:
         rows.append([name, f"{group[0].result['parameters']:,}", str(Spread.of(errors)), each])
     students = [read_run(run.folder) for group in runs.students.values() for run in group]
     sentence = summarise(group_runs(students, []))
-    return f"{table(['', 'parameters', 'test error %', 'each seed'], rows)}\n\n{sentence}"
+    table = format_table(["", "parameters", "test error %", "each seed"], rows, numbers=True)
+    return f"{table}\n\n{sentence}"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from attention_transfer._tables import format_table
 from attention_transfer.cli.loading import load
-from attention_transfer.cli.output import table
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
 from attention_transfer.data import Augment, Splits
 from attention_transfer.training.build import load_splits
@@ -34,8 +34,9 @@ def run(arguments: list[str]) -> None:
     result = evaluate_model(loaded.model, evaluation_batches(splits), normalise, device=device)
     print(f"{loaded.name} on the {len(result.labels):,} test images of {splits.name}")
     print(f"top-1 error {result.error:.2f} %   top-5 error {result.top5_error:.2f} %\n")
-    rows = per_class_errors(result.predictions, result.labels, splits.classes)
-    print(table(["class", "images", "error %"], [[r.name, f"{r.images:,}", f"{r.error:.1f}"] for r in rows]))
+    found = per_class_errors(result.predictions, result.labels, splits.classes)
+    rows = [[each.name, f"{each.images:,}", f"{each.error:.1f}"] for each in found]
+    print(format_table(["class", "images", "error %"], rows, numbers=True))
     if flags.plot:
         plot = confusion_matrix(result.predictions, result.labels, splits.classes, flags.plot)
         print(f"\nconfusion matrix: {plot}")

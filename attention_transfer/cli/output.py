@@ -1,22 +1,8 @@
-"""What the verbs share in writing to a terminal."""
+"""A line on the terminal that is written over."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells as aligned text, the first column to the left and the others to the right."""
-    cells = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
 class StatusLine:

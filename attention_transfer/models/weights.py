@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import pickle
@@ -17,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import Tensor, nn
+
+from .._files import write_atomically
 
 NESTING_KEYS = ("state_dict", "model_state_dict", "model", "params")
 """Where checkpoints keep their state dict; looked up in this order, again inside what is found."""
@@ -125,7 +126,7 @@ def save_weights(
     tensors = _independent(_without_wrappers(_tensors(model.state_dict())))
     data = safetensors_torch.save(tensors, dict(metadata) if metadata else None)
     try:
-        _write_atomically(path, data)
+        write_atomically(path, data)
     except OSError as error:
         raise type(error)(
             f"save_weights: could not write {path}: {error.strerror or error}. "
@@ -364,20 +365,3 @@ def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(plain.untyped_storage().data_ptr())
         result[name] = plain
     return result
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Write beside `path`, then rename: at every moment `path` is the old file or the new one."""
-    if path.exists() and not path.is_file():
-        raise OSError("there is something there that is not a file")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from attention_transfer._files import write_atomically
 from attention_transfer.training.recipe import Recipe
 
 
@@ -168,13 +168,3 @@ class Run:
         writer.writeheader()
         writer.writerows([*rows, row])
         write_atomically(self.metrics_file, text.getvalue())
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: a full disk or a kill leaves the old file as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_transfer._outputs import find_logits
+from attention_transfer._untouched import untouched
+from attention_transfer.functional import attention_map, resize_maps
+from attention_transfer.taps import Taps
 from attention_transfer.visualize.runs import TEACHER
 
 Normalise = Callable[[Tensor], Tensor]
@@ -63,7 +65,7 @@ def cosine_similarity(
             f"{len(teacher)} of the teacher. Compute both on one batch."
         )
     if student.shape != teacher.shape:
-        student = _resize(student, (teacher.shape[1], teacher.shape[2]))
+        student = resize_maps(student, teacher.shape[1:])
     return F.cosine_similarity(student.flatten(1), teacher.flatten(1))
 
 
@@ -158,14 +160,11 @@ def _watch(
     prepare: Normalise | None = None,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Maps of a model on all images, a batch at a time, and the predicted classes if it is a classifier."""
-    from attention_transfer.functional import attention_map
-    from attention_transfer.taps import Taps
-
     names = list(dict.fromkeys(layers))
     parameter = next(model.parameters(), None)
     maps: dict[str, list[Tensor]] = {name: [] for name in names}
     predicted: list[Tensor | None] = []
-    with _evaluating(model), Taps(model, names) as taps:
+    with torch.no_grad(), untouched(model, training=False), Taps(model, names) as taps:
         for batch in images.split(batch_size):
             inputs = prepare(batch) if prepare else batch
             logits = find_logits(model(inputs if parameter is None else inputs.to(parameter)))
@@ -175,22 +174,3 @@ def _watch(
     known = [classes for classes in predicted if classes is not None]
     joined = {name: torch.cat(batches) for name, batches in maps.items()}
     return joined, torch.cat(known) if len(known) == len(predicted) else None
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards each module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    if size[0] < maps.shape[1] or size[1] < maps.shape[2]:
-        return F.interpolate(maps[:, None], size, mode="area")[:, 0]
-    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]

@@ -1,0 +1,28 @@
+"""Writing files so that a full disk or a kill never leaves half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write beside `path`, then rename: at every moment `path` is the old file or the new one, whole.
+
+    Raises:
+        OSError: if it cannot be written; the old file is intact.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError("there is something there that is not a file")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
