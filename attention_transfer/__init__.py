@@ -1,21 +1,12 @@
 """Attention transfer: train a small convolutional network to look where a large one looks.
 
 The method of Zagoruyko & Komodakis, "Paying More Attention to Attention" (ICLR 2017), for any PyTorch model.
+
+The public names stand in `__init__.pyi`; each is imported, and torch with it, when it is first used.
 """
 
-from .distiller import Distiller as Distiller
-from .distiller import InputTransform as InputTransform
-from .functional import attention_map as attention_map
-from .functional import attention_transfer_loss as attention_transfer_loss
-from .functional import convert_beta as convert_beta
-from .functional import distillation_loss as distillation_loss
-from .losses import AttentionTransfer as AttentionTransfer
-from .losses import KnowledgeDistillation as KnowledgeDistillation
-from .models import build_model as build_model
-from .models import load_weights as load_weights
-from .models import save_weights as save_weights
-from .pairs import Pair as Pair
-from .pairs import suggest_pairs as suggest_pairs
-from .taps import Taps as Taps
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 __version__ = "0.1.0"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import kernels
+from ._choices import Form, Mapping, Side
 from .kernels.reference import accumulation_dtype
 
-Mapping = Literal["sum", "max"]
-Form = Literal["paper", "code", "caffe"]
-Side = Literal["student", "teacher"]
 Activations = Float[Tensor, "b _ _ _"] | Sequence[Float[Tensor, "b _ _ _"]]  # channels and sizes may differ
 
 LARGEST_P = 64.0  # beyond it, |A|^p of two channels a few percent apart leaves float32

@@ -1,4 +1,4 @@
-"""The rooms import downwards only, and importing the package loads torch and nothing heavier."""
+"""Rooms import downwards only; importing the package loads nothing heavy, using it torch and no more."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import attention_transfer
 
@@ -26,7 +28,7 @@ ALLOWED = {
     "visualize": {"functional", "taps"},
     "training": {"data", "distiller", "functional", "losses", "models", "pairs", "plan"},
 }
-HELPERS = {"_extras", "_files", "_outputs", "_tables", "_untouched"}
+HELPERS = {"_choices", "_extras", "_files", "_outputs", "_tables", "_untouched"}
 COMPOSERS = {"cli", "__main__", "__init__"}
 HEAVY = ["torchvision", "timm", "lightning", "matplotlib", "jinja2", "pyarrow", "PIL", "jsonargparse", "yaml"]
 
@@ -54,10 +56,24 @@ def test_rooms_import_downwards_only() -> None:
         assert not upwards, f"{file.relative_to(PACKAGE)} imports {sorted(upwards)}"
 
 
-def test_import_loads_nothing_heavy() -> None:
-    code = f"import sys, attention_transfer; print([m for m in {HEAVY} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+LAZY_FACE = f"""
+import pickle, sys
+import attention_transfer as at
+
+assert not {{"torch", "numpy", *{HEAVY}}} & sys.modules.keys()
+assert at.functional.attention_map is at.attention_map
+from attention_transfer import *
+
+assert Distiller is at.Distiller
+assert pickle.loads(pickle.dumps(at.Pair)) is at.Pair
+assert "torch" in sys.modules
+assert not set({HEAVY}) & sys.modules.keys()
+"""
+
+
+def test_import_loads_nothing_and_use_loads_torch_and_nothing_heavier() -> None:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", LAZY_FACE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 WITHOUT_EXTRAS = f"""
@@ -96,4 +112,7 @@ def test_public_names_are_those_of_the_design() -> None:
         "attention_map", "attention_transfer_loss", "build_model", "convert_beta", "distillation_loss",
         "load_weights", "save_weights", "suggest_pairs",
     }  # fmt: skip
-    assert names <= set(vars(attention_transfer))
+    assert names <= set(dir(attention_transfer))
+    assert all(callable(getattr(attention_transfer, name)) for name in names)
+    with pytest.raises(AttributeError, match="Distlier"):
+        _ = attention_transfer.Distlier

@@ -103,14 +103,21 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", output(capsys, "--version"))
 
 
-def test_help_loads_nothing_heavy() -> None:
-    heavy = ("lightning", "timm", "torchvision", "matplotlib", "pyarrow")
-    code = (
-        "import sys; from attention_transfer.cli import main; main(['--help']); main(['train', '--help']);"
-        f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr == "[]\n"
+def test_help_and_refusals_load_nothing_heavy() -> None:
+    calls = [[], ["--help"], ["--version"], ["trian"], *([verb, "--help"] for verb in VERBS)]
+    calls += [["train", "--print-config"], ["train", "--epoch-s", "3"], ["train", "--resume", "nowhere"]]
+    code = f"""
+import contextlib, sys
+from attention_transfer.cli import main
+
+for call in {calls}:
+    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+        main(call)
+    heavy = {{"torch", "numpy", "lightning", "matplotlib"}} & sys.modules.keys()
+    assert not heavy, (call, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # Flags and recipes

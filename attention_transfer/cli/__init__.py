@@ -1,6 +1,9 @@
 """The command `attention-transfer`: one verb a job, one file a verb, each composed of the package's rooms.
 
 Exit status: 0; 2 for bad input, with one line on stderr; 130 on Ctrl-C, with the work saved.
+
+What takes long to import, torch above all, a verb imports where it is needed, after its flags are read: help
+and the answer to a bad flag come at once.
 """
 
 from __future__ import annotations

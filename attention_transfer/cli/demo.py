@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from attention_transfer._tables import format_table
 from attention_transfer.cli.output import StatusLine
 from attention_transfer.cli.parsing import PROGRAM, parse, verb_parser
-from attention_transfer.cli.report import SIMILARITY_IMAGES, collect
-from attention_transfer.training import demo
-from attention_transfer.training.demo import DemoRuns
+from attention_transfer.cli.report import SIMILARITY_IMAGES
 from attention_transfer.training.run import Interrupted
-from attention_transfer.visualize import Examples, save_maps, write_report
-from attention_transfer.visualize.runs import Spread, group_runs, read_run
-from attention_transfer.visualize.summary import summarise
+
+if TYPE_CHECKING:
+    from attention_transfer.training.demo import DemoRuns
+    from attention_transfer.visualize import Examples
 
 PICTURED = 3  # test images in maps.png
 
@@ -27,16 +27,31 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Start over.")
     flags = parse(parser, arguments)
     folder = Path(flags.output)
+    runs = _train(folder, flags.overwrite)
+    print("\n" + _comparison(runs))
+    _write_pages(folder, [run.folder for group in runs.students.values() for run in group])
+
+
+def _train(folder: Path, overwrite: bool) -> DemoRuns:
+    """Train what is not there yet, and on Ctrl-C say how to go on."""
     line = StatusLine()
     try:
-        runs = demo.run(folder, overwrite=flags.overwrite, say=line.print, progress=line.show)
+        from attention_transfer.training import demo
+
+        runs = demo.run(folder, overwrite=overwrite, say=line.print, progress=line.show)
     except (Interrupted, KeyboardInterrupt):
         line.clear()
         print(f"Stopped; nothing is lost. Go on with: {PROGRAM} demo --output {folder}", file=sys.stderr)
         raise
     line.clear()
-    print("\n" + _comparison(runs))
-    students = [run.folder for group in runs.students.values() for run in group]
+    return runs
+
+
+def _write_pages(folder: Path, students: list[Path]) -> None:
+    """The picture of the maps, and the report."""
+    from attention_transfer.cli.collecting import collect
+    from attention_transfer.visualize import write_report
+
     examples = collect(students, SIMILARITY_IMAGES)
     assert examples is not None  # some of the students are taught
     print(f"\nmaps:   {_save_picture(folder / 'maps.png', examples).absolute()}")
@@ -44,6 +59,8 @@ def run(arguments: list[str]) -> None:
 
 
 def _save_picture(path: Path, examples: Examples) -> Path:
+    from attention_transfer.visualize import save_maps
+
     maps = {
         role: {layer: batch[:PICTURED] for layer, batch in layers.items()}
         for role, layers in examples.maps.items()
@@ -53,6 +70,10 @@ def _save_picture(path: Path, examples: Examples) -> Path:
 
 def _comparison(runs: DemoRuns) -> str:
     """Test errors with mean and spread, parameter counts, and what they say in a sentence."""
+    from attention_transfer.training import demo
+    from attention_transfer.visualize.runs import Spread, group_runs, read_run
+    from attention_transfer.visualize.summary import summarise
+
     named = {f"teacher {demo.TEACHER.student}": [runs.teacher]}
     named |= {
         f"{demo.NAMES[method]}, {demo.STUDENT.student}": group for method, group in runs.students.items()

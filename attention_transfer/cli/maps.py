@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from attention_transfer._extras import require
-from attention_transfer.cli.loading import Loaded, load
 from attention_transfer.cli.parsing import PROGRAM, UsageError, one_line, parse, verb_parser
-from attention_transfer.data import Augment
-from attention_transfer.models import pretrained_statistics
-from attention_transfer.pairs import suggest_pairs
 from attention_transfer.training.recipe import parse_pairs
-from attention_transfer.visualize import attention_maps, save_maps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attention_transfer.cli.loading import Loaded
 
 
 def run(arguments: list[str]) -> None:
@@ -34,13 +32,16 @@ def run(arguments: list[str]) -> None:
     )
     parser.add_argument("-o", "--output", default="maps", help="Folder for the PNGs.")
     flags = parse(parser, arguments)
-    models = {"student": load(flags.weights, flags.model, flags.num_classes, 3)}
-    if flags.teacher_weights:
-        models = {"teacher": load(flags.teacher_weights, flags.teacher, flags.num_classes, 3), **models}
-    elif flags.teacher:
+    if flags.teacher and not flags.teacher_weights:
         raise UsageError(
             'maps: expected --teacher-weights beside --teacher, got none. "pretrained" is a choice.'
         )
+    from attention_transfer.cli.loading import load
+    from attention_transfer.visualize import attention_maps, save_maps
+
+    models = {"student": load(flags.weights, flags.model, flags.num_classes, 3)}
+    if flags.teacher_weights:
+        models = {"teacher": load(flags.teacher_weights, flags.teacher, flags.num_classes, 3), **models}
     card = models["student"].card
     channels = card.in_channels if card else 3
     size = flags.image_size or (card.image_size[0] if card else 224)
@@ -56,6 +57,10 @@ def run(arguments: list[str]) -> None:
 
 def _map_layers(models: dict[str, Loaded], text: str | None, shape: tuple[int, ...]) -> dict[str, list[str]]:
     """The layers to show of each model: those named, or the stage ends."""
+    import torch
+
+    from attention_transfer.pairs import suggest_pairs
+
     student = models["student"].model
     named = parse_pairs(text) if text else None
     if named is None:
@@ -69,6 +74,9 @@ def _map_layers(models: dict[str, Loaded], text: str | None, shape: tuple[int, .
 
 def _normalise(loaded: Loaded) -> Callable[[Tensor], Tensor]:
     """From uint8 images to what a model expects, as far as its weights say it."""
+    from attention_transfer.data import Augment
+    from attention_transfer.models import pretrained_statistics
+
     if loaded.card:
         return loaded.card.augment().normalise
     return Augment(*pretrained_statistics(loaded.model)).normalise
@@ -76,6 +84,8 @@ def _normalise(loaded: Loaded) -> Callable[[Tensor], Tensor]:
 
 def _read_image(path: str, channels: int, size: int) -> Tensor:
     """A file as uint8 (c, h, w), its central square resized to `size`."""
+    import torch
+
     image_module = require("PIL.Image", extra="plots", user="maps")
     operations = require("PIL.ImageOps", extra="plots", user="maps")
     if not Path(path).is_file():

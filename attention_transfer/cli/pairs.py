@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
-from attention_transfer.distiller import Distiller
-from attention_transfer.losses import AttentionTransfer
-from attention_transfer.models import build_model
 
 
 def run(arguments: list[str]) -> None:
@@ -20,6 +15,10 @@ def run(arguments: list[str]) -> None:
     flags = parse(parser, arguments)
     if min(flags.input_size, flags.in_channels, flags.num_classes) < 1:
         raise UsageError("pairs: expected --input-size, --in-channels and --num-classes of 1 or more.")
+    import torch
+
+    from attention_transfer import AttentionTransfer, Distiller, build_model
+
     student, teacher = (
         build_model(name, num_classes=flags.num_classes, in_channels=flags.in_channels)
         for name in (flags.student, flags.teacher)

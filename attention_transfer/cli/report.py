@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from attention_transfer.cli.loading import load
 from attention_transfer.cli.parsing import PROGRAM, parse, verb_parser
-from attention_transfer.data import Images, Splits, StreamedImages
-from attention_transfer.training.build import build_teacher, load_splits
-from attention_transfer.training.run import Run
-from attention_transfer.visualize import Examples, collect_examples, write_report
 
 SIMILARITY_IMAGES = 500  # test images that the similarity of the maps is a mean over
 
@@ -33,51 +24,7 @@ def run(arguments: list[str]) -> None:
     flags = parse(parser, arguments)
     runs = [Path(folder) for folder in flags.runs]
     output = Path(flags.output or runs[0] / "report.html")
+    from attention_transfer.cli.collecting import collect
+    from attention_transfer.visualize import write_report
+
     print(f"report: {write_report(runs, output, examples=collect(runs, flags.images))}")
-
-
-def collect(runs: Sequence[Path], images: int) -> Examples | None:
-    """What the models of some runs see in test images; None without a student taught by attention."""
-    found = [Run(folder) for folder in runs]
-    taught = next((run for run in found if run.finished and "at" in run.recipe.method), None)
-    if taught is None:
-        return None
-    splits = load_splits(taught.recipe)
-    models, normalise = _models(taught, found, splits)
-    pixels = _first(splits.test, images)
-    return collect_examples(models, pixels, splits.test.labels[:images], normalise, splits.classes)
-
-
-def _first(images: Images | StreamedImages, count: int) -> Tensor:
-    if isinstance(images, Images):
-        return images.images[:count]
-    return torch.stack([images.decode(i) for i in range(min(count, len(images)))])
-
-
-def _models(
-    taught: Run, runs: Sequence[Run], splits: Splits
-) -> tuple[dict[str, tuple[nn.Module, list[str]]], dict[str, Callable[[Tensor], Tensor]]]:
-    """{role: (model, layers)} and {role: normalisation} of teacher, student alone, and the taught student."""
-    teacher = build_teacher(taught.recipe, splits, lambda: taught.teacher)
-    if teacher is None:
-        raise ValueError(f"report: expected a teacher in {taught.folder}, got none. Leave this run out.")
-    plan = taught.result["plan"]
-    own, others = [row["student"] for row in plan], [row["teacher"] for row in plan]
-    normalise = splits.augment().normalise
-    to_teacher = teacher.transform or (lambda x: x)
-    models = {"teacher": (teacher.model.eval(), others)}
-    roles = {"student alone": _alone(taught, runs), "student with attention transfer": taught}
-    for role, run in roles.items():
-        if run is not None:
-            models[role] = (load(str(run.folder), None, 0, 0).model, own)
-    return models, dict.fromkeys(models, normalise) | {"teacher": lambda x: to_teacher(normalise(x))}
-
-
-def _alone(taught: Run, runs: Sequence[Run]) -> Run | None:
-    """The run of the same student without a teacher, of the same seed if there is one."""
-    alone = [
-        r
-        for r in runs
-        if r.finished and r.recipe.method == "none" and r.recipe.student == taught.recipe.student
-    ]
-    return min(alone, key=lambda run: run.recipe.seed != taught.recipe.seed, default=None)

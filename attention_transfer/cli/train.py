@@ -82,7 +82,8 @@ def _start(folder: Path, work: Callable[[], Run]) -> None:
 
 
 def _write_report(run: Run, alone: Sequence[Run]) -> Path:
-    from attention_transfer.cli.report import SIMILARITY_IMAGES, collect
+    from attention_transfer.cli.collecting import collect
+    from attention_transfer.cli.report import SIMILARITY_IMAGES
     from attention_transfer.visualize import write_report
 
     folders = [other.folder for other in (*alone, run)]

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from attention_transfer import functional
+from attention_transfer import _choices as choices
 
 Method = Literal["none", "at", "kd", "at+kd"]
 
@@ -67,13 +67,13 @@ class Recipe:
     """Student and teacher layers to compare, "layer1:layer1,layer2:block2"; "auto" finds the stage ends."""
     beta: float = 1.0
     """Weight of the attention transfer term. It does not carry over between the forms."""
-    form: functional.Form = "paper"
+    form: choices.Form = "paper"
     """Form of the attention term: the paper's equation, the authors' code (beta about 1000), or Caffe's."""
     p: float = 2.0
     """Exponent of the attention map, the sum over channels of |A|^p; at least 1."""
-    mapping: functional.Mapping = "sum"
+    mapping: choices.Mapping = "sum"
     """How the channels are reduced to a map."""
-    resize: functional.Side | None = None
+    resize: choices.Side | None = None
     """Whose maps are resized to the other's where sizes differ. An error there if not given."""
     alpha: float = 0.9
     """Distillation: share of the teacher's answer in the loss, from 0 to 1."""

@@ -1,0 +1,9 @@
+"""The words that options are chosen from, apart from the code they steer: reading them loads no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Mapping = Literal["sum", "max"]
+Form = Literal["paper", "code", "caffe"]
+Side = Literal["student", "teacher"]
