@@ -2,8 +2,10 @@
 
 from .augment import Augment as Augment
 from .batches import Batches as Batches
+from .identity import data_fingerprint as data_fingerprint
 from .images import Images as Images
 from .images import Splits as Splits
 from .images import StreamedImages as StreamedImages
 from .loading import load_data as load_data
 from .named import NAMES as NAMES
+from .views import Views as Views

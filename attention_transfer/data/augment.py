@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
+from .views import Views
+
 
 class Augment(nn.Module):
     """Turn a batch of uint8 images into normalised floats, cropped and flipped at random.
@@ -57,6 +59,17 @@ class Augment(nn.Module):
         self._check(images)
         offsets, flips = draw(len(images), self.pad, flip=self.flip, generator=generator)
         return self.normalise(crop_and_flip(images, offsets, flips))
+
+    def view(
+        self, images: UInt8[Tensor, "b c h w"], rows: Int64[Tensor, " b"], views: Views, view: int
+    ) -> Float[Tensor, "b c h w"]:
+        """A fixed view of images, which stand at `rows` of their data set; crops and flips as `views` has it.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
+        self._check(images)
+        return self.normalise(crop_and_flip(images, *views.draw(rows, view, self.pad, flip=self.flip)))
 
     def normalise(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """(x/255 - mean) / std, in float32: all that evaluation needs.

@@ -5,23 +5,27 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .images import Images, StreamedImages
 from .randomness import keyed_generator
+from .views import Views
 
 MOST_WORKERS = 8
-Batch = tuple[UInt8[Tensor, "_ c h w"], Int64[Tensor, " _"]]
+Batch = Any  # (images, labels); with fixed views (images, labels, rows)
 
 
 class Batches:
     """Iterate over (images uint8 (b, c, h, w), labels (b,)), as often as wished.
+
+    With `views` it is (images, labels, rows): the positions of the images, on the CPU, by which `Augment`
+    makes the view that the epoch shows.
 
     In-memory images are gathered on `device`, where they are kept; streamed ones are decoded by worker
     processes.
@@ -41,6 +45,7 @@ class Batches:
         world_size: number of processes.
         device: where the batches are delivered.
         workers: processes that decode streamed images; by default one a core, at most 8. 0 decodes here.
+        views: show these fixed views, and deliver the rows. The crops of streamed images follow them too.
 
     Attributes:
         epoch: of the batch that comes next.
@@ -62,6 +67,7 @@ class Batches:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         workers: int | None = None,
+        views: Views | None = None,
     ) -> None:
         self.images = images
         self.batch_size = batch_size
@@ -72,6 +78,7 @@ class Batches:
         self.world_size = world_size
         self.device = torch.device(device)
         self.workers = _default_workers() if workers is None else workers
+        self.views = views
         self.epoch = 0
         self.seconds = 0.0
         self._position = 0  # batches of this epoch already delivered
@@ -86,8 +93,7 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         # A generator reads the state at its first `next`: Lightning calls iter() before it sets the epoch.
         start, self._resume_at = self._resume_at, 0
-        fetch = self._fetch_streamed if isinstance(self.images, StreamedImages) else self._fetch_in_memory
-        batches = fetch(self.rows(self.epoch)[start:])
+        batches = self.fetch(self.rows(self.epoch)[start:])
         for delivered in range(start + 1, len(self) + 1):
             batch = self._timed(lambda: next(batches))
             # Before the yield, not after: the consumer may stop at the last batch and never come back.
@@ -137,6 +143,13 @@ class Batches:
             chunk[self.rank :: self.world_size] for chunk in order.split(self.batch_size * self.world_size)
         ]
 
+    def fetch(self, rows: Sequence[Int64[Tensor, " _"]]) -> Iterator[Batch]:
+        """The images at these rows as they are in the present epoch, a batch for each entry."""
+        streamed = isinstance(self.images, StreamedImages)
+        batches = self._fetch_streamed(rows) if streamed else self._fetch_in_memory(rows)
+        for (images, labels), chosen in zip(batches, rows, strict=True):
+            yield (images, labels) if self.views is None else (images, labels, chosen)
+
     def _order(self, epoch: int) -> Int64[Tensor, " n"]:
         if not self.shuffle:
             return torch.arange(len(self.images))
@@ -154,7 +167,7 @@ class Batches:
         self.seconds += time.perf_counter() - start
         return batch
 
-    def _fetch_in_memory(self, rows: list[Int64[Tensor, " _"]]) -> Iterator[Batch]:
+    def _fetch_in_memory(self, rows: Sequence[Int64[Tensor, " _"]]) -> Iterator[tuple[Tensor, Tensor]]:
         assert isinstance(self.images, Images)
         if self._on_device is None:
             self._on_device = self.images.images.to(self.device), self.images.labels.to(self.device)
@@ -163,10 +176,12 @@ class Batches:
             index = chosen.to(self.device, non_blocking=True)
             yield pixels.index_select(0, index), labels.index_select(0, index)
 
-    def _fetch_streamed(self, rows: list[Int64[Tensor, " _"]]) -> Iterator[Batch]:
+    def _fetch_streamed(self, rows: Sequence[Int64[Tensor, " _"]]) -> Iterator[tuple[Tensor, Tensor]]:
         assert isinstance(self.images, StreamedImages)
+        views = self.views
+        crops = (self.seed, self.epoch) if views is None else (views.seed, views.of_epoch(self.epoch))
         loader = DataLoader(
-            _Epoch(self.images, self.seed, self.epoch),
+            _Epoch(self.images, *crops),
             batch_sampler=[chosen.tolist() for chosen in rows],
             num_workers=self.workers,
             collate_fn=_as_it_is,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -34,6 +34,9 @@ class Encoded(Protocol):
     def name(self, row: int) -> str:
         """What to call the image in an error."""
 
+    def identify(self, rows: Sequence[int]) -> Iterator[str]:
+        """What tells each image from another without its being read, wherever the data set lies."""
+
 
 class EncodedFiles:
     """One image file a row."""
@@ -49,6 +52,10 @@ class EncodedFiles:
 
     def name(self, row: int) -> str:
         return str(self.paths[row])
+
+    def identify(self, rows: Sequence[int]) -> Iterator[str]:
+        paths = (self.paths[row] for row in rows)
+        return (f"{path.parent.name}/{path.name} {path.stat().st_size}" for path in paths)
 
 
 class NotGreyError(Exception):

@@ -7,7 +7,7 @@ import json
 import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,11 @@ class EncodedColumns:
     def name(self, row: int) -> str:
         file, local = self._locate(row)
         return f"{self.files[file]}, row {local}"
+
+    def identify(self, rows: Sequence[int]) -> Iterator[str]:
+        compute = require("pyarrow.compute", extra="data", user="load_data")
+        sizes = [size for column in self.columns for size in compute.binary_length(column).to_pylist()]
+        return (str(sizes[row]) for row in rows)
 
     def _locate(self, row: int) -> tuple[int, int]:
         file = bisect_right(self.ends, row)
