@@ -214,6 +214,61 @@ def test_damaged_checkpoint_is_refused_and_the_best_one_goes_on(
     assert equal(finished, resume(run.folder, say=silent))
 
 
+def test_fixed_views_are_shown_in_turn_to_students_of_any_seed(
+    base: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attention_transfer.data import Views
+    from attention_transfer.training.build import build_augment, load_splits
+    from attention_transfer.training.module import DistillationModule
+
+    seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    original = DistillationModule._augmented
+
+    def recorded(self: DistillationModule, images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        seen.append((self.current_epoch, rows, original(self, images, rows)))
+        return seen[-1][2]
+
+    monkeypatch.setattr(DistillationModule, "_augmented", recorded)
+    recipe = replace(base, method="none", epochs=3, views=2, view_seed=5, split_seed=1)
+    for seed in (0, 1):
+        train(replace(recipe, seed=seed, output=str(tmp_path / str(seed))), say=silent)
+    splits = load_splits(recipe)
+    augment, images = build_augment(recipe, splits), splits.train.images
+    for epoch, rows, inputs in seen:
+        assert torch.equal(inputs, augment.view(images[rows], rows, Views(2, 5), epoch % 2))
+    orders = torch.cat([rows for _, rows, _ in seen]).view(2, 3, len(images))
+    assert torch.equal(orders.sort(2).values, torch.arange(len(images)).expand(2, 3, -1))
+    assert not torch.equal(orders[0], orders[1])
+
+
+@pytest.mark.parametrize("step", [2, 6])
+def test_resumed_run_of_fixed_views_equals_the_uninterrupted(
+    base: Recipe, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(base, method="none", views=2, output=str(tmp_path / "whole"))
+    whole = train(recipe, say=silent)
+    interrupted(replace(recipe, output=str(tmp_path / "run")), step, monkeypatch)
+    assert equal(whole, resume(tmp_path / "run", say=silent))
+
+
+def test_the_split_follows_its_own_seed(base: Recipe) -> None:
+    from attention_transfer.training.build import load_splits
+
+    def rows(**seeds: int) -> torch.Tensor:
+        return load_splits(replace(base, max_train=30, **seeds)).train.images
+
+    assert torch.equal(rows(seed=3), rows(seed=0, split_seed=3))
+    assert torch.equal(rows(seed=0, split_seed=3), rows(seed=1, split_seed=3))
+    assert not torch.equal(rows(seed=3), rows(seed=3, split_seed=0))
+    taught = replace(base, seed=3)
+    assert taught.alone() == replace(taught, split_seed=3).alone()
+
+
+def test_a_teacher_trained_first_sees_fresh_views(base: Recipe) -> None:
+    teacher = replace(base, views=2, view_seed=1, seed=3).for_teacher()
+    assert (teacher.views, teacher.view_seed, teacher.split_seed) == (None, None, 3)
+
+
 def test_damaged_result_says_how_to_write_it_anew(finished: Run, tmp_path: Path) -> None:
     copied = Run(Path(shutil.copytree(finished.folder, tmp_path / "run")))
     copied.result_file.write_text("{")
@@ -445,6 +500,9 @@ def test_yaml_that_writes_numbers_as_text(tmp_path: Path) -> None:
         ({"method": "ta"}, 'Recipe: expected method to be "none" or "at" or "kd" or "at+kd", got \'ta\'.'),
         ({"milestones": [0.6, 0.3]}, "Recipe: expected milestones as rising shares between 0 and 1"),
         ({"validation": 1.0}, "Recipe: expected validation from 0 to below 1, got 1.0."),
+        ({"views": 0}, "Recipe: expected views >= 1, got 0. Change --views."),
+        ({"split_seed": -1}, "Recipe: expected split_seed from 0 to 2^32 - 1, got -1."),
+        ({"view_seed": 1}, "Recipe: view_seed=1 is of fixed views, got none. Pass --views, such as 4."),
         ({"studnet": "x"}, "Recipe: unknown field 'studnet'. Did you mean student"),
         (
             {"teacher": None},

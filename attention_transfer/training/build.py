@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attention_transfer.data import Augment, Splits, load_data
+from attention_transfer.data import Augment, Splits, Views, load_data
 from attention_transfer.distiller import Distiller, InputTransform
 from attention_transfer.losses import AttentionTransfer, KnowledgeDistillation, Term
 from attention_transfer.models import build_model, load_weights, pretrained_statistics
@@ -19,14 +19,16 @@ from attention_transfer.training.card import ModelCard
 from attention_transfer.training.recipe import Recipe, parse_pairs
 from attention_transfer.training.run import Run
 
+VALIDATION = 0.1  # share of the training images where the recipe leaves it open
+
 
 def load_splits(recipe: Recipe) -> Splits:
     """The recipe's images: training, validation, test."""
     return load_data(
         recipe.data,
         root=recipe.data_root,
-        validation=recipe.validation,
-        seed=recipe.seed,
+        validation=VALIDATION if recipe.validation is None else recipe.validation,
+        seed=recipe.seed if recipe.split_seed is None else recipe.split_seed,
         max_train=recipe.max_train,
         image_size=recipe.image_size,
         image_column=recipe.image_column,
@@ -57,6 +59,11 @@ def build_augment(recipe: Recipe, splits: Splits) -> Augment:
     pad = splits.pad if recipe.pad is None else recipe.pad
     flip = splits.flip if recipe.flip is None else recipe.flip
     return Augment(splits.mean, splits.std, pad=pad, flip=flip)
+
+
+def build_views(recipe: Recipe) -> Views | None:
+    """The recipe's fixed views; None for fresh augmentation."""
+    return None if recipe.views is None else Views(recipe.views, recipe.view_seed or 0)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from attention_transfer.training.build import (
     build_distiller,
     build_student,
     build_teacher,
+    build_views,
     load_splits,
 )
 from attention_transfer.training.card import ModelCard
@@ -116,6 +117,7 @@ def _fit(run: Run, recipe: Recipe, splits: Splits, student: nn.Module, say: Say 
             distiller,
             build_augment(recipe, splits),
             len(loaders.train),
+            views=loaders.train.views,
             teacher=fingerprint(teacher.model) if teacher else None,
             say=tell,
         )
@@ -171,6 +173,7 @@ class _Loaders:
             recipe.batch_size,
             shuffle=True,
             seed=recipe.seed,
+            views=build_views(recipe),
             drop_last=_last_batch_is_one(
                 len(splits.train), recipe.batch_size * trainer.world_size, trainer.world_size
             ),

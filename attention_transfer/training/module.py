@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Int64, UInt8
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from attention_transfer._outputs import logits_of
-from attention_transfer.data import Augment
+from attention_transfer.data import Augment, Views
 from attention_transfer.distiller import Distiller
 from attention_transfer.training.recipe import Recipe
 
@@ -37,6 +37,7 @@ class DistillationModule(LightningModule):
         augment: Augment,
         steps_per_epoch: int,
         *,
+        views: Views | None = None,
         teacher: str | None,
         say: Callable[[str], None],
     ) -> None:
@@ -45,6 +46,7 @@ class DistillationModule(LightningModule):
         self.say = say
         self.recipe, self.distiller, self.augment = recipe, distiller, augment
         self.steps_per_epoch, self.teacher_fingerprint = steps_per_epoch, teacher
+        self.views = views
         self.training_totals, self.validation_totals = Totals(), Totals()
         self.clock = Clock()
         self.learning_rate = recipe.lr
@@ -80,12 +82,13 @@ class DistillationModule(LightningModule):
         self.clock.data_has_come()
         torch.manual_seed(step_seed(self.recipe.seed, self.current_epoch, batch_idx, self.global_rank))
 
-    def training_step(
-        self, batch: tuple[UInt8[Tensor, "b c h w"], Int[Tensor, " b"]], batch_idx: int
-    ) -> Float[Tensor, ""]:
-        images, labels = batch
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch  # Batches delivers on the device, but for the rows, which are looked up on the CPU
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Float[Tensor, ""]:
+        images, labels, *rows = batch
         self.learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        inputs = self.augment(images).contiguous(memory_format=torch.channels_last)
+        inputs = self._augmented(images, *rows).contiguous(memory_format=torch.channels_last)
         if self.global_step == 0:
             self._preflight(inputs, labels)
         out = self.distiller(inputs, labels)
@@ -94,6 +97,13 @@ class DistillationModule(LightningModule):
         wrong = (out.logits.detach().argmax(1) != labels).float().mean()
         self.training_totals.add({"loss": out.loss, **out.terms, "error": 100 * wrong}, len(labels))
         return out.loss
+
+    def _augmented(
+        self, images: UInt8[Tensor, "b c h w"], *rows: Int64[Tensor, " b"]
+    ) -> Float[Tensor, "b c h w"]:
+        if self.views is None:
+            return self.augment(images)
+        return self.augment.view(images, rows[0], self.views, self.views.of_epoch(self.current_epoch))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.clock.step_has_ended(len(batch[1]))

@@ -44,8 +44,8 @@ class Recipe:
     """The images: cifar10, cifar100, fashion-mnist, mnist, mnist-5k, a folder of class folders, parquet."""
     data_root: str | None = None
     """Where the named data sets are looked for and downloaded to."""
-    validation: float = 0.1
-    """Share of the training images held out to choose the best epoch; 0 for none. Test images never are."""
+    validation: float | None = None
+    """Share of the training images held out to choose the best epoch, 0.1 if not given; 0 for none."""
     max_train: int | None = None
     """Train on this many images only; validation and test images stay as they are."""
     image_size: int | None = None
@@ -58,6 +58,8 @@ class Recipe:
     """Augmentation: reflect-pad by so many pixels and crop back at random. As suits the data if not given."""
     flip: bool | None = None
     """Augmentation: mirror every second image at random. As suits the data if not given: not for digits."""
+    views: int | None = None
+    """Show so many fixed crops and flips of each image, one an epoch in turn. Fresh ones if not given."""
     num_workers: int | None = None
     """Processes that decode images which do not fit in memory. One a core, at most 8, if not given."""
 
@@ -104,7 +106,11 @@ class Recipe:
     """Which weights become student.safetensors: the last epoch's, or those of least validation error."""
 
     seed: int = 0
-    """Seed of the initial weights, the split, the order of the images and the augmentation."""
+    """Seed of the initial weights, the order of the images and fresh augmentation."""
+    split_seed: int | None = None
+    """Seed of the validation split and of the images that --max-train picks; the run's seed if not given."""
+    view_seed: int | None = None
+    """Seed of the fixed views, which students of any seed share; 0 if not given."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"] = "auto"
     """Arithmetic: "auto" is bf16-mixed on a GPU that has it, and 32-true elsewhere."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -125,7 +131,14 @@ class Recipe:
             if value is not None and not holds(value):
                 raise ValueError(f"Recipe: expected {name} {expected}, got {value}. Change {_flag(name)}.")
         self._check_teacher()
+        self._check_views()
         parse_pairs(self.pairs)
+
+    def _check_views(self) -> None:
+        if self.view_seed is not None and self.views is None:
+            raise ValueError(
+                f"Recipe: view_seed={self.view_seed} is of fixed views, got none. Pass --views, such as 4."
+            )
 
     def _check_teacher(self) -> None:
         if self.method != "none" and not self.teacher:
@@ -151,6 +164,7 @@ class Recipe:
     def alone(self) -> Recipe:
         """The recipe without a teacher and all that concerns one; the output folder is left open."""
         kept = {field.name: getattr(self, field.name) for field in fields(self)}
+        kept["split_seed"] = self.seed if self.split_seed is None else self.split_seed
         return Recipe(**{name: value for name, value in kept.items() if name not in _TEACHING}, **_ALONE)
 
     def for_teacher(self) -> Recipe:
@@ -160,6 +174,8 @@ class Recipe:
             self.alone(),
             student=self.teacher,
             student_weights=None,
+            views=None,
+            view_seed=None,
             epochs=self.teacher_epochs or self.epochs,
             output=str(self.folder / "teacher"),
         )
@@ -250,11 +266,13 @@ _POSITIVE = (lambda v: v > 0, "> 0")
 _AT_LEAST_ONE = (lambda v: v >= 1, ">= 1")
 _NOT_NEGATIVE = (lambda v: v >= 0, ">= 0")
 _SHARE = (lambda v: 0 <= v <= 1, "from 0 to 1")
+_SEED = (lambda v: 0 <= v < 2**32, "from 0 to 2^32 - 1")
 _RANGES = {
     "teacher_classes": (lambda v: v >= 2, ">= 2"),
     "teacher_epochs": _AT_LEAST_ONE,
     "validation": (lambda v: 0 <= v < 1, "from 0 to below 1"),
     "max_train": (lambda v: v >= 2, ">= 2"),
+    "views": _AT_LEAST_ONE,
     "image_size": _AT_LEAST_ONE,
     "pad": _NOT_NEGATIVE,
     "num_workers": _NOT_NEGATIVE,
@@ -273,7 +291,9 @@ _RANGES = {
     ),
     "factor": (lambda v: 0 < v <= 1, "above 0 and up to 1"),
     "gradient_clip": _POSITIVE,
-    "seed": (lambda v: 0 <= v < 2**32, "from 0 to 2^32 - 1"),
+    "seed": _SEED,
+    "split_seed": _SEED,
+    "view_seed": _SEED,
     "devices": _AT_LEAST_ONE,
     "nodes": _AT_LEAST_ONE,
 }
