@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import re
+import subprocess
+import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,7 +16,10 @@ import torch
 from torch import Tensor
 
 from attention_transfer import kernels
+from attention_transfer.kernels import reference
+from attention_transfer.kernels.reference import LARGEST_ENERGY, SMALLEST_ENERGY, accumulation_dtype
 
+BACKENDS = ["reference", *(["cpu"] if importlib.util.find_spec("numba") else [])]
 EXPONENTS = [1.0, 1.5, 2.0, 3.0, 4.0]
 LAYOUTS = {
     "contiguous": lambda x: x,
@@ -74,22 +83,229 @@ def test_second_derivative_is_finite_at_zero(p: float) -> None:
 @pytest.mark.parametrize("mapping", ["sum", "max"])
 @pytest.mark.parametrize("p", [1.0, 2.0, 2.5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_opcheck(mapping: str, p: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str, mapping: str, p: float, dtype: torch.dtype) -> None:
     features = torch.randn(2, 3, 4, 5, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(kernels.energy, (features, p, mapping))
+    with kernels.use_backend(backend):
+        torch.library.opcheck(kernels.energy, (features, p, mapping))
+        energy, scale = kernels.energy(features.detach(), p, mapping)
+        for above in (None, torch.randn(2, 3, 4, 5, dtype=dtype)):
+            arguments = (features.detach(), scale, energy, above, p, mapping)
+            torch.library.opcheck(kernels.energy_gradient, arguments)
 
 
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 4.0, 64.0])
 @pytest.mark.parametrize("largest", [1e-45, 1e-38, 1e-20, 1.0, 3e38])
-def test_scale_is_a_power_of_two_that_brings_the_energy_into_range(largest: float) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scale_is_a_power_of_two_that_brings_the_energy_into_range(
+    backend: str, largest: float, p: float
+) -> None:
     features = torch.tensor([largest, largest / 3]).view(1, 2, 1, 1)
-    relative, scale = kernels.energy(features, 2.0, "sum")
+    with kernels.use_backend(backend):
+        relative, scale = kernels.energy(features, p, "sum")
     assert torch.frexp(scale).mantissa == 0.5
-    assert 1 <= relative <= 8
+    assert SMALLEST_ENERGY <= relative <= LARGEST_ENERGY
+
+
+@pytest.mark.parametrize("mapping", ["sum", "max"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_sample_has_its_own_scale_and_keeps_what_is_not_finite(backend: str, mapping: str) -> None:
+    features = torch.randn(5, 3, 4, 5)
+    features[0] *= 1e-30
+    features[1] *= 1e30
+    features[2] = 0
+    features[3, 1, 2, 3] = float("inf")
+    features[4, 1, 2, 3] = float("nan")
+    with kernels.use_backend(backend):
+        relative, scale = kernels.energy(features, 2.0, mapping)
+        alone = kernels.energy(features[1:2], 2.0, mapping)[0]
+    peaks = relative[:2].flatten(1).amax(1)
+    assert ((peaks >= SMALLEST_ENERGY) & (peaks <= LARGEST_ENERGY)).all()
+    assert torch.equal(relative[1:2], alone)
+    assert relative[2].count_nonzero() == 0 and scale[2] == 1
+    assert relative[3, 2, 3] == float("inf") and relative[4, 2, 3].isnan()
+    assert relative[3:].isfinite().sum() == 2 * 20 - 2
+
+
+@pytest.mark.parametrize("mapping", ["sum", "max"])
+@pytest.mark.parametrize("p", EXPONENTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("above", ["none", "contiguous", "channels_last", "expanded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fused_gradient_is_that_of_the_reference(
+    layout: str, above: str, dtype: torch.dtype, p: float, mapping: str
+) -> None:
+    features = LAYOUTS[layout](torch.randn(3, 6, 5, 7).to(dtype))
+    features[0, :2] = features[0, 2:4]  # ties
+    grads = {
+        "none": None,
+        "contiguous": torch.randn(3, 6, 5, 7).to(dtype),
+        "channels_last": torch.randn(3, 5, 7, 6).to(dtype).permute(0, 3, 1, 2),
+        "expanded": torch.randn(3, 6, 1, 1).to(dtype).expand(3, 6, 5, 7),
+    }
+    scale = torch.tensor([0.5, 1.0, 2.0]).to(accumulation_dtype(dtype))
+    grad_energy = torch.randn(3, 5, 7).to(scale.dtype)
+    gradient = kernels.energy_gradient(features, scale, grad_energy, grads[above], p, mapping)
+    want = reference.gradient(
+        features.double(),
+        scale.double(),
+        grad_energy.double(),
+        None if grads[above] is None else grads[above].double(),
+        p,
+        mapping,
+    )
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient.double(), want, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 1, 1500), (2, 2, 40, 60), (1, 70, 3, 3)])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "cropped", "expanded"])
+def test_every_shape_and_stride_is_read_without_a_copy(shape: tuple[int, ...], layout: str) -> None:
+    whole = torch.randn(shape)
+    views = {
+        "cropped": lambda x: torch.nn.functional.pad(x, (1, 2, 1, 1))[:, :, 1:-1, 1:-2],
+        "expanded": lambda x: x[:, :1].expand_as(x),
+    }
+    features = (LAYOUTS | views)[layout](whole)
+    torch.testing.assert_close(
+        energy(features, 2.0, "sum").double(), plain_energy(features, 2.0, "sum"), rtol=2e-6, atol=0
+    )
+    largest = kernels.energy(features, 1.0, "max")
+    torch.testing.assert_close(largest[0] * largest[1].view(-1, 1, 1), features.abs().amax(1))
+    ones = torch.ones(shape[0])
+    gradient = kernels.energy_gradient(features, ones, torch.ones_like(features[:, 0]), None, 2.0, "sum")
+    torch.testing.assert_close(gradient, 2 * features)
+
+
+@pytest.mark.parametrize("mapping", ["sum", "max"])
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+def test_passing_on_gives_the_features_the_energy_and_the_sum_of_both_gradients(
+    p: float, mapping: str
+) -> None:
+    features = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    mine, plain = features.clone().requires_grad_(), features.clone().requires_grad_()
+    weight, upstream = torch.randn(2, 5, 3, 4).double(), torch.randn(2, 3, 4).double()
+    passed, relative, scale = kernels.pass_energy(mine, p, mapping)
+    assert torch.equal(passed, features)
+    assert passed.data_ptr() == mine.data_ptr()
+    loss = (passed.sin() * weight).sum() + (relative * scale.view(-1, 1, 1) ** p * upstream).sum()
+    (got,) = torch.autograd.grad(loss, mine)
+    loss = (plain.sin() * weight).sum() + (plain_energy(plain, p, mapping) * upstream).sum()
+    torch.testing.assert_close(got, torch.autograd.grad(loss, plain)[0])
+
+
+@pytest.mark.parametrize("used", ["features", "energy", "neither"])
+def test_what_is_not_used_of_what_was_passed_on_has_no_gradient(used: str) -> None:
+    features = torch.randn(2, 5, 3, 4, requires_grad=True)
+    passed, relative, _ = kernels.pass_energy(features * 1, 2.0, "sum")
+    loss = {"features": passed.sum(), "energy": relative.sum(), "neither": features.sum()}[used]
+    loss.backward()
+    want = {
+        "features": torch.ones_like(features),
+        "energy": 2 * features,
+        "neither": torch.ones_like(features),
+    }
+    torch.testing.assert_close(features.grad, want[used].detach())
+
+
+@pytest.mark.parametrize("mapping", ["sum", "max"])
+@pytest.mark.parametrize("p", EXPONENTS)
+def test_passing_on_can_be_differentiated_twice(p: float, mapping: str) -> None:
+    features = torch.randn(2, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+
+    def both(features: Tensor) -> tuple[Tensor, Tensor]:
+        passed, relative, _ = kernels.pass_energy(features, p, mapping)
+        return passed.sin(), relative
+
+    assert torch.autograd.gradgradcheck(both, features)
+
+
+def test_the_energy_may_be_computed_from_many_threads_at_once() -> None:
+    features = [torch.randn(4, 8, 16, 16) for _ in range(8)]
+    want = [kernels.energy(each, 2.0, "sum")[0] for each in features]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            got = pool.map(lambda each: kernels.energy(each, 2.0, "sum")[0], features)
+            assert all(map(torch.equal, got, want))
+
+
+def test_the_compiled_backend_heeds_the_number_of_threads_of_torch() -> None:
+    numba = pytest.importorskip("numba")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        kernels.energy(torch.randn(2, 3, 4, 5), 2.0, "sum")
+        assert numba.get_num_threads() == 1
+        torch.set_num_threads(10_000)
+        kernels.energy(torch.randn(2, 3, 4, 5), 2.0, "sum")
+        assert numba.get_num_threads() == numba.config.NUMBA_NUM_THREADS
+    finally:
+        torch.set_num_threads(before)
+
+
+FORKED = """
+import os, torch
+from attention_transfer import kernels
+
+features = torch.randn(4, 8, 16, 16)
+torch.set_num_threads(1)
+
+
+def energy():
+    relative, scale = kernels.energy(features, 2.0, "sum")
+    return relative * scale.view(-1, 1, 1) ** 2
+
+
+want = energy()
+child = os.fork()
+if not child:
+    close = torch.allclose(energy(), want)
+    try:
+        with kernels.use_backend("cpu"):
+            energy()
+    except ValueError as error:
+        os._exit(0 if close and "in a forked process" in str(error) else 3)
+    os._exit(4)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_falls_back_to_the_reference() -> None:
+    pytest.importorskip("numba")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("features", "reason"),
+    [
+        (torch.zeros(1, 1, 2, 2, device="meta"), "it takes dense tensors on the CPU, got .* one on meta"),
+        (torch.zeros(1, 1, 2, 2, dtype=torch.float8_e5m2), "it takes float16, .*, got torch.float8_e5m2"),
+    ],
+)
+def test_the_compiled_backend_says_what_it_does_not_cover(features: Tensor, reason: str) -> None:
+    pytest.importorskip("numba")
+    from attention_transfer.kernels import cpu
+
+    assert re.match(reason, cpu.unsupported(features, 2.0, "sum"))
+
+
+def test_kernels_compile_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    caching = pytest.importorskip("numba.core.caching")
+    from attention_transfer.kernels import cpu
+
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    kernel = cpu._parallel(lambda out: out.fill(3))
+    out = torch.zeros(2)
+    kernel(out.numpy())
+    assert out.tolist() == [3, 3]
 
 
 BACKEND = """
     import torch
     from attention_transfer.kernels import reference
+    from attention_transfer.kernels.reference import gradient
 
     def unsupported(features, p, mapping):
         return None if p == 2 else f"it covers only p = 2, not p = {p:g}"

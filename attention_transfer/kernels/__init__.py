@@ -3,11 +3,12 @@
 Every module in this folder is a backend, named as its file; adding one is adding a file with
 
 - `unsupported(features, p, mapping) -> str | None`: why this backend does not cover the case, or None;
-- `energy(features, p, mapping) -> (energy, scale)`: as the operator below.
+- `energy(features, p, mapping) -> (energy, scale)`: as the operator `energy` below;
+- `gradient(features, scale, grad_energy, grad_features, p, mapping)`: as `energy_gradient` below.
 
 A file that cannot be imported (its package is missing) is passed over. The automatic choice is the first
 backend, in alphabetical order with `reference` last, that covers the case; `use_backend` asks for one by
-name, and then it computes or raises. The gradient is the same closed form for all of them.
+name, and then it computes or raises.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from . import reference
 from .reference import accumulation_dtype
 
 _requested: ContextVar[str | None] = ContextVar("requested_backend", default=None)
@@ -67,10 +69,11 @@ def energy(
 ) -> tuple[Float[Tensor, "b h w"], Float[Tensor, " b"]]:
     """Energy over the channels, relative to a scale of each sample: sum (or max) over c of |A_c / scale|^p.
 
-    `scale` is a positive power of two that the backend chooses so that no energy overflows and no
-    sample's largest energy underflows; the energy proper is `energy * scale**p`. Both are float32, or
-    float64 for float64 features. The gradient flows through the energy; the scale, a step function of the
-    features, has none.
+    `scale` is a positive power of two by which the backend keeps each sample's largest energy within
+    [2^-40, 2^60], so that even its square neither overflows nor vanishes; the energy proper is
+    `energy * scale**p`. An all-zero sample has energy 0, one with NaN or infinity a largest energy that is
+    not finite. Both are float32, or float64 for float64 features. The gradient flows through the energy; the
+    scale, a step function of the features, has none.
     """
     return _backend(features, p, mapping).energy(features, p, mapping)
 
@@ -105,34 +108,81 @@ def _(features: Tensor, p: float, mapping: str) -> tuple[Tensor, Tensor]:
     return features.new_empty((b, h, w), dtype=dtype), features.new_empty((b,), dtype=dtype)
 
 
+@torch.library.custom_op(
+    "attention_transfer::energy_gradient",
+    mutates_args=(),
+    schema="(Tensor features, Tensor scale, Tensor grad_energy, Tensor? grad_features, float p, str mapping)"
+    " -> Tensor",
+)
+def energy_gradient(
+    features: Float[Tensor, "b c h w"],
+    scale: Float[Tensor, " b"],
+    grad_energy: Float[Tensor, "b h w"],
+    grad_features: Float[Tensor, "b c h w"] | None,
+    p: float,
+    mapping: str,
+) -> Float[Tensor, "b c h w"]:
+    """grad_features + p |A|^(p-1) sign(A) / scale^p * grad_energy, summed in one pass over memory.
+
+    For "max" the slope is that of the channel of largest |A|, shared equally by those that tie. The sum is
+    rounded once, to the type of the features. Not differentiable itself: `reference.gradient` is.
+    """
+    backend = _backend(features, p, mapping)
+    return backend.gradient(features, scale, grad_energy, grad_features, p, mapping)
+
+
+@energy_gradient.register_fake
+def _(features: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(features)
+
+
+def pass_energy(
+    features: Float[Tensor, "b c h w"], p: float, mapping: str
+) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b h w"], Float[Tensor, " b"]]:
+    """The features themselves, to be used in their place from here on, with their `energy` and its scale.
+
+    In the backward pass the gradient from above and that of the energy are added in the one pass over
+    memory which the latter takes anyway; without this, autograd adds them in a pass of its own.
+    """
+    return _PassEnergy.apply(features, p, mapping)
+
+
+class _PassEnergy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features: Tensor, p: float, mapping: str) -> tuple[Tensor, Tensor, Tensor]:
+        backend = _backend(features, p, mapping)
+        total, scale = backend.energy(features, p, mapping)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(scale)
+        ctx.save_for_backward(features, scale)
+        ctx.backend, ctx.p, ctx.mapping = backend, p, mapping
+        return features, total, scale
+
+    @staticmethod
+    def backward(ctx, grad_features: Tensor | None, grad_energy: Tensor | None, _grad_scale: None) -> tuple:
+        if grad_energy is None:
+            return grad_features, None, None
+        features, scale = ctx.saved_tensors
+        # with create_graph, the gradient is to be differentiated again
+        backend = reference if torch.is_grad_enabled() else ctx.backend
+        gradient = backend.gradient(features, scale, grad_energy, grad_features, ctx.p, ctx.mapping)
+        return gradient, None, None
+
+
 def _save(ctx, inputs, output) -> None:
     features, ctx.p, ctx.mapping = inputs
     ctx.save_for_backward(features, output[1])
+    ctx.requested = _requested.get()
 
 
 def _gradient(ctx, grad_energy: Float[Tensor, "b h w"], _grad_scale) -> tuple[Tensor, None, None]:
-    """dL/dA = p |A|^(p-1) sign(A) dL/dQ, in ops that autograd can differentiate again."""
     features, scale = ctx.saved_tensors
-    scale = scale.detach().view(-1, 1, 1, 1)
-    relative = features.to(scale.dtype) / scale
-    slope = ctx.p * _signed_power(relative, ctx.p - 1) / scale
-    if ctx.mapping == "max":
-        slope = slope * _share_of_maximum(relative)
-    return (slope * grad_energy.unsqueeze(1)).to(features.dtype), None, None
-
-
-def _signed_power(x: Tensor, q: float) -> Tensor:
-    """sign(x) |x|^q for q >= 0; its derivative at x = 0 is taken as 0 where it would be infinite."""
-    if q == 1:
-        return x
-    return x.sign() * x.abs().where(x != 0, 1).pow(q)
-
-
-def _share_of_maximum(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """1 at the channel of largest |x|, 1/m at each of m equal ones, 0 elsewhere: torch.amax's rule."""
-    size = x.detach().abs()
-    largest = (size == size.amax(1, keepdim=True)).to(x.dtype)
-    return largest / largest.sum(1, keepdim=True)
+    gradient = reference.gradient if torch.is_grad_enabled() else energy_gradient
+    token = _requested.set(ctx.requested)
+    try:
+        return gradient(features, scale, grad_energy, None, ctx.p, ctx.mapping), None, None
+    finally:
+        _requested.reset(token)
 
 
 energy.register_autograd(_gradient, setup_context=_save)

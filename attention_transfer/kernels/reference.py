@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+# What a sample's largest energy is kept within: squares of energies neither overflow nor vanish in float32.
+SMALLEST_ENERGY, LARGEST_ENERGY = 2.0**-40, 2.0**60
 
 
 def unsupported(features: Tensor, p: float, mapping: str) -> str | None:
@@ -17,9 +22,28 @@ def energy(
 ) -> tuple[Float[Tensor, "b h w"], Float[Tensor, " b"]]:
     """See `kernels.energy`."""
     wide = features.to(accumulation_dtype(features.dtype))
-    scale = _power_of_two_below(wide.abs().amax((1, 2, 3)))
+    scale = power_of_two_near(wide.abs().amax((1, 2, 3)))
     powers = (wide / scale.view(-1, 1, 1, 1)).abs().pow(p)
     return (powers.amax(1) if mapping == "max" else powers.sum(1)), scale
+
+
+def gradient(
+    features: Float[Tensor, "b c h w"],
+    scale: Float[Tensor, " b"],
+    grad_energy: Float[Tensor, "b h w"],
+    grad_features: Float[Tensor, "b c h w"] | None,
+    p: float,
+    mapping: str,
+) -> Float[Tensor, "b c h w"]:
+    """See `kernels.energy_gradient`; in ops that autograd can differentiate again."""
+    scale = scale.detach().view(-1, 1, 1, 1)
+    relative = features.to(scale.dtype) / scale
+    slope = p * _signed_power(relative, p - 1) / scale
+    if mapping == "max":
+        slope = slope * _share_of_maximum(relative)
+    gradient = slope * grad_energy.unsqueeze(1)
+    gradient = gradient if grad_features is None else grad_features + gradient
+    return gradient.to(features.dtype)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -27,12 +51,29 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _power_of_two_below(largest: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """The greatest power of two <= each entry; 1 for an entry that is zero or not finite.
+def power_of_two_near(largest: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """The power of two nearest each entry by ratio; 1 for an entry that is zero or not finite.
 
-    Dividing by a power of two is exact, so scaling changes no digit of a result that did not
-    overflow or underflow without it.
+    Dividing by a power of two is exact, so scaling changes no digit of a result that did not overflow or
+    underflow without it. What is left is within sqrt(2) of 1, and its 64th power within 2^32 of 1.
     """
     scalable = (largest > 0) & largest.isfinite()
     largest = largest.where(scalable, 1)
-    return largest / (2 * torch.frexp(largest).mantissa)
+    mantissa, _ = torch.frexp(largest)  # in [1/2, 1)
+    below = largest / (2 * mantissa)
+    above = (2 * below).where(mantissa >= math.sqrt(0.5), below)
+    return above.where(above.isfinite(), below)
+
+
+def _signed_power(x: Tensor, q: float) -> Tensor:
+    """sign(x) |x|^q for q >= 0; its derivative at x = 0 is taken as 0 where it would be infinite."""
+    if q == 1:
+        return x
+    return x.sign() * x.abs().where(x != 0, 1).pow(q)
+
+
+def _share_of_maximum(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """1 at the channel of largest |x|, 1/m at each of m equal ones, 0 elsewhere: torch.amax's rule."""
+    size = x.detach().abs()
+    largest = (size == size.amax(1, keepdim=True)).to(x.dtype)
+    return largest / largest.sum(1, keepdim=True)

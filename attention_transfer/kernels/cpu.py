@@ -1,0 +1,459 @@
+"""The energy on the CPU, compiled by numba: one pass over memory forward, one backward.
+
+A task is one image and a block of positions, so that the block's sums stay in the first-level cache while
+the channels stream by; where channels are contiguous (channels-last), it is one reduction a position.
+float16 and bfloat16 are read as they are and widened in registers. Samples are summed unscaled; only those
+whose energies leave the range that `kernels.energy` promises are summed again, relative to a scale.
+
+numba's threads are not torch's: at each call it is told torch's number of threads. Its simplest threading
+layer must not be entered twice at once, and none works in a forked process: hence a lock, and a refusal.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic, overload
+from torch import Tensor
+
+from . import reference
+from .reference import LARGEST_ENERGY, SMALLEST_ENERGY, accumulation_dtype
+
+BLOCK = 1024  # positions summed at a time: 4 KB of float32
+SLAB = 1 << 16  # elements that plain PyTorch works on at a time, so that its temporaries stay in the cache
+COMPILED_POWERS = (1.0, 2.0, 4.0)
+# numba has neither bfloat16 nor float16 on the CPU: they travel as integers, told apart by their sign
+CARRIERS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+BITS = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
+
+_lock = threading.Lock()
+_process = os.getpid()
+
+
+# --- kernels ------------------------------------------------------------------------------------------------
+#
+# Tensors come as their memory (one flat array) with strides (b, c, row, column); `sizes` is (b, c, rows,
+# columns). Maps are (b, rows * columns), contiguous.
+
+
+@intrinsic
+def _half_to_single(typing_context: Any, bits: Any) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.int16), emit
+
+
+@intrinsic
+def _single_to_half(typing_context: Any, value: Any) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.int16(types.float32), emit
+
+
+@numba.njit
+def _bfloat_to_single(bits):
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@numba.njit
+def _single_to_bfloat(value):
+    bits = np.float32(value).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even
+    return np.uint16(rounded) if value == value else np.uint16(0x7FC0)
+
+
+def _wide(value):
+    """An element as float32 or float64."""
+
+
+@overload(_wide, inline="always")
+def _(value):
+    carriers = {types.uint16: _bfloat_to_single, types.int16: _half_to_single}
+    if value in carriers:
+        widen = carriers[value]
+        return lambda value: widen(value)
+    return lambda value: value
+
+
+def _narrow(value, memory):
+    """A float as an element of `memory`, rounded to nearest."""
+
+
+@overload(_narrow, inline="always")
+def _(value, memory):
+    carriers = {types.uint16: _single_to_bfloat, types.int16: _single_to_half}
+    if memory.dtype in carriers:
+        narrow = carriers[memory.dtype]
+        return lambda value, memory: narrow(value)
+    return lambda value, memory: value
+
+
+@numba.njit
+def _power(x, p):
+    """|x|^p for a compiled p."""
+    if p == 2:
+        return x * x
+    if p == 1:
+        return abs(x)
+    return (x * x) * (x * x)
+
+
+@numba.njit
+def _slope(x, p):
+    """sign(x) |x|^(p-1) for a compiled p."""
+    if p == 2:
+        return x
+    if p == 1:
+        return np.sign(x)
+    return x * x * x
+
+
+_REORDERED = {"reassoc", "contract", "nsz"}  # a sum over contiguous channels is vectorised; NaN stays NaN
+
+
+def _parallel(kernel: Callable) -> Callable:
+    """Compile for all threads, into the disk cache where one can be written."""
+    options = {"parallel": True, "nogil": True, "fastmath": _REORDERED}
+    try:
+        return numba.njit(cache=True, **options)(kernel)
+    except RuntimeError:  # numba found no folder it may write
+        return numba.njit(**options)(kernel)
+
+
+def _entry(factor, k):
+    """Entry `k` of an array, or the one number that holds for every k."""
+
+
+@overload(_entry, inline="always")
+def _(factor, k):
+    if isinstance(factor, types.Array):
+        return lambda factor, k: factor[k]
+    return lambda factor, k: factor
+
+
+@numba.njit
+def _tasks(sizes):
+    return sizes[0] * sizes[2] * ((sizes[3] + BLOCK - 1) // BLOCK)
+
+
+@numba.njit
+def _task(t, sizes):
+    """(image, row, first column, end column) of task `t`."""
+    pieces = (sizes[3] + BLOCK - 1) // BLOCK
+    start = t % pieces * BLOCK
+    return t // pieces // sizes[2], t // pieces % sizes[2], start, min(sizes[3], start + BLOCK)
+
+
+@numba.njit
+def _offset(at, image, row, column):
+    return image * at[0] + row * at[2] + column * at[3]
+
+
+@_parallel
+def _sum_kernel(x, at, sizes, p, total, too_small, too_large):
+    """total = sum over c of |x|^p; what of it leaves the promised range, by task."""
+    for t in numba.prange(_tasks(sizes)):
+        image, row, start, stop = _task(t, sizes)
+        origin = _offset(at, image, row, start)
+        block = total[image, row * sizes[3] + start : row * sizes[3] + stop]
+        _add_powers(block, x, origin, at, sizes[1], p)
+        small = 0
+        large = 0
+        for k in range(len(block)):
+            small += not block[k] >= SMALLEST_ENERGY
+            large += not block[k] <= LARGEST_ENERGY
+        too_small[t], too_large[t] = small == len(block), large > 0
+
+
+@numba.njit
+def _add_powers(block, x, origin, at, channels, p):
+    block[:] = 0
+    if at[1] == 1:  # where a stride is seen to be one, the compiler loads whole vectors
+        for k in range(len(block)):
+            run = x[origin + k * at[3] : origin + k * at[3] + channels]
+            for j in range(channels):
+                block[k] += _power(_wide(run[j]), p)
+        return
+    for j in range(channels):
+        first = origin + j * at[1]
+        if at[3] == 1:
+            run = x[first : first + len(block)]
+            for k in range(len(block)):
+                block[k] += _power(_wide(run[k]), p)
+        else:
+            for k in range(len(block)):
+                block[k] += _power(_wide(x[first + k * at[3]]), p)
+
+
+@_parallel
+def _largest_kernel(bits, at, sizes, mask, largest):
+    """Largest |x| over c. As bits without their sign, floats are in order, and NaN comes last."""
+    for t in numba.prange(_tasks(sizes)):
+        image, row, start, stop = _task(t, sizes)
+        origin = _offset(at, image, row, start)
+        block = largest[image, row * sizes[3] + start : row * sizes[3] + stop]
+        _find_largest(block, bits, origin, at, sizes[1], mask)
+
+
+@numba.njit
+def _find_largest(block, bits, origin, at, channels, mask):
+    block[:] = 0
+    if at[1] == 1:
+        for k in range(len(block)):
+            run = bits[origin + k * at[3] : origin + k * at[3] + channels]
+            for j in range(channels):
+                block[k] = max(block[k], run[j] & mask)
+        return
+    for j in range(channels):
+        first = origin + j * at[1]
+        if at[3] == 1:
+            run = bits[first : first + len(block)]
+            for k in range(len(block)):
+                block[k] = max(block[k], run[k] & mask)
+        else:
+            for k in range(len(block)):
+                block[k] = max(block[k], bits[first + k * at[3]] & mask)
+
+
+@numba.njit
+def _count_ties(ties, largest, bits, origin, at, channels, mask):
+    ties[:] = 0
+    if at[1] == 1:
+        for k in range(len(ties)):
+            run = bits[origin + k * at[3] : origin + k * at[3] + channels]
+            for j in range(channels):
+                ties[k] += (run[j] & mask) == largest[k]
+        return
+    for j in range(channels):
+        first = origin + j * at[1]
+        if at[3] == 1:
+            run = bits[first : first + len(ties)]
+            for k in range(len(ties)):
+                ties[k] += (run[k] & mask) == largest[k]
+        else:
+            for k in range(len(ties)):
+                ties[k] += (bits[first + k * at[3]] & mask) == largest[k]
+
+
+# Gradients. `at` holds the strides of x, above and out, a row each; `add` says whether there is an `above`.
+
+
+@_parallel
+def _sum_gradient_kernel(x, above, out, at, sizes, shrink, p, factor, add):
+    """out = above + sign(x) |x * shrink|^(p-1) * factor."""
+    for t in numba.prange(_tasks(sizes)):
+        image, row, start, stop = _task(t, sizes)
+        factors = factor[image, row * sizes[3] + start : row * sizes[3] + stop]
+        i, a, o = _offsets(at, image, row, start)
+        scale = shrink[image]
+        if at[0, 1] == 1:
+            for k in range(len(factors)):
+                _add_slopes(x, i, above, a, out, o, at[:, 1], sizes[1], scale, p, factors[k], add)
+                i, a, o = i + at[0, 3], a + at[1, 3], o + at[2, 3]
+        else:
+            for _ in range(sizes[1]):
+                _add_slopes(x, i, above, a, out, o, at[:, 3], len(factors), scale, p, factors, add)
+                i, a, o = i + at[0, 1], a + at[1, 1], o + at[2, 1]
+
+
+@numba.njit
+def _add_slopes(x, i, above, a, out, o, steps, count, shrink, p, factor, add):
+    if steps[0] == 1 and steps[1] == 1 and steps[2] == 1:
+        xs, aboves, outs = x[i : i + count], above[a : a + count], out[o : o + count]
+        for k in range(count):
+            slope = _slope(_wide(xs[k]) * shrink, p) * _entry(factor, k)
+            outs[k] = _narrow(_wide(aboves[k]) + slope if add else slope, out)
+    else:
+        for k in range(count):
+            slope = _slope(_wide(x[i + k * steps[0]]) * shrink, p) * _entry(factor, k)
+            out[o + k * steps[2]] = _narrow(_wide(above[a + k * steps[1]]) + slope if add else slope, out)
+
+
+@_parallel
+def _max_gradient_kernel(x, bits, mask, above, out, at, sizes, factor, add):
+    """out = above + sign(x) * factor / ties at the channels of largest |x|, above elsewhere."""
+    for t in numba.prange(_tasks(sizes)):
+        image, row, start, stop = _task(t, sizes)
+        i, a, o = _offsets(at, image, row, start)
+        largest = np.empty(stop - start, bits.dtype)
+        ties = np.empty(stop - start, np.int32)
+        _find_largest(largest, bits, i, at[0], sizes[1], mask)
+        _count_ties(ties, largest, bits, i, at[0], sizes[1], mask)
+        share = factor[image, row * sizes[3] + start : row * sizes[3] + stop] / ties
+        if at[0, 1] == 1:
+            for k in range(stop - start):
+                _add_share(x, bits, mask, i, above, a, out, o, at[:, 1], sizes[1], largest[k], share[k], add)
+                i, a, o = i + at[0, 3], a + at[1, 3], o + at[2, 3]
+        else:
+            for _ in range(sizes[1]):
+                _add_share(x, bits, mask, i, above, a, out, o, at[:, 3], stop - start, largest, share, add)
+                i, a, o = i + at[0, 1], a + at[1, 1], o + at[2, 1]
+
+
+@numba.njit
+def _add_share(x, bits, mask, i, above, a, out, o, steps, count, largest, share, add):
+    zero = _entry(share, 0) * 0
+    if steps[0] == 1 and steps[1] == 1 and steps[2] == 1:
+        xs, sizes, aboves, outs = (
+            x[i : i + count],
+            bits[i : i + count],
+            above[a : a + count],
+            out[o : o + count],
+        )
+        for k in range(count):
+            slope = np.sign(_wide(xs[k])) * _entry(share, k)
+            slope = slope if (sizes[k] & mask) == _entry(largest, k) else zero
+            outs[k] = _narrow(_wide(aboves[k]) + slope if add else slope, out)
+    else:
+        for k in range(count):
+            slope = np.sign(_wide(x[i + k * steps[0]])) * _entry(share, k)
+            slope = slope if (bits[i + k * steps[0]] & mask) == _entry(largest, k) else zero
+            out[o + k * steps[2]] = _narrow(_wide(above[a + k * steps[1]]) + slope if add else slope, out)
+
+
+@numba.njit
+def _offsets(at, image, row, column):
+    return (
+        _offset(at[0], image, row, column),
+        _offset(at[1], image, row, column),
+        _offset(at[2], image, row, column),
+    )
+
+
+# --- launchers ----------------------------------------------------------------------------------------------
+
+
+def _launch(kernel: Callable, *arguments: Any) -> None:
+    with _lock:
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        kernel(*arguments)
+
+
+def _memory(tensor: Tensor, carrier: torch.dtype | None = None) -> np.ndarray:
+    """The memory under a tensor as a flat array."""
+    extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    dtype = carrier or CARRIERS.get(tensor.dtype, tensor.dtype)
+    return tensor.detach().as_strided((extent,), (1,)).view(dtype).numpy()
+
+
+def _geometry(*tensors: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Strides of each tensor and their common sizes; rows that follow without a gap are one long row."""
+    b, c, h, w = tensors[0].shape
+    at = np.array([tensor.stride() for tensor in tensors])
+    if h == 1 or (at[:, 2] == w * at[:, 3]).all():
+        return at, np.array([b, c, 1, h * w])
+    return at, np.array([b, c, h, w])
+
+
+def _sum(
+    features: Float[Tensor, "b c h w"], p: float
+) -> tuple[Float[Tensor, "b h w"], Bool[np.ndarray, " b"]]:
+    """Energies as they are, and which samples' are in the promised range."""
+    b, _, h, w = features.shape
+    total = torch.empty(b, h * w, dtype=accumulation_dtype(features.dtype))
+    at, sizes = _geometry(features)
+    tasks = b * sizes[2] * -(-sizes[3] // BLOCK)
+    small, large = np.empty((2, tasks), bool)
+    _launch(_sum_kernel, _memory(features), at[0], sizes, p, total.numpy(), small, large)
+    in_range = ~(small.reshape(b, -1).all(1) | large.reshape(b, -1).any(1))
+    return total.view(b, h, w), in_range
+
+
+def _largest(features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
+    """Largest |A_c| over c, in the type that energies are summed in."""
+    b, _, h, w = features.shape
+    bits, mask = _bits(features)
+    at, sizes = _geometry(features)
+    largest = np.empty((b, h * w), bits.dtype)
+    _launch(_largest_kernel, bits, at[0], sizes, mask, largest)
+    found = torch.from_numpy(largest).view(features.dtype)
+    return found.view(b, h, w).to(accumulation_dtype(features.dtype))
+
+
+def _bits(features: Tensor) -> tuple[np.ndarray, Any]:
+    """The memory under a tensor as unsigned integers, and the mask that takes out the sign."""
+    bits = _memory(features, BITS[features.itemsize])
+    return bits, bits.dtype.type(2 ** (8 * features.itemsize - 1) - 1)
+
+
+def _rows(maps: Float[Tensor, "b h w"]) -> np.ndarray:
+    return maps.detach().contiguous().view(len(maps), -1).numpy()
+
+
+def _slabs(features: Tensor) -> list[slice]:
+    """Images a few at a time."""
+    step = max(1, SLAB // features[0].numel())
+    return [slice(first, first + step) for first in range(0, len(features), step)]
+
+
+# --- the backend --------------------------------------------------------------------------------------------
+
+
+def unsupported(features: Tensor, p: float, mapping: str) -> str | None:
+    """Dense CPU tensors are covered, outside of forked processes."""
+    if features.device.type != "cpu" or features.layout != torch.strided:
+        return f"it takes dense tensors on the CPU, got a {features.layout} one on {features.device}"
+    if features.dtype not in (*CARRIERS, torch.float32, torch.float64):
+        return f"it takes float16, bfloat16, float32 and float64, got {features.dtype}"
+    if os.getpid() != _process:
+        return "its threads do not work in a forked process: start processes by spawn"
+    return None
+
+
+def energy(
+    features: Float[Tensor, "b c h w"], p: float, mapping: str
+) -> tuple[Float[Tensor, "b h w"], Float[Tensor, " b"]]:
+    """See `kernels.energy`."""
+    if mapping == "max":
+        largest = _largest(features)
+        scale = reference.power_of_two_near(largest.amax((1, 2)))
+        return (largest / scale.view(-1, 1, 1)).pow_(p), scale
+    if p not in COMPILED_POWERS:
+        parts = [reference.energy(features[slab], p, mapping) for slab in _slabs(features)]
+        return torch.cat([part for part, _ in parts]), torch.cat([scale for _, scale in parts])
+    total, in_range = _sum(features, p)
+    scale = torch.ones(len(features), dtype=total.dtype)
+    if not in_range.all():
+        again = torch.from_numpy(np.flatnonzero(~in_range))
+        total[again], scale[again] = reference.energy(features[again], p, mapping)
+    return total, scale
+
+
+def gradient(
+    features: Float[Tensor, "b c h w"],
+    scale: Float[Tensor, " b"],
+    grad_energy: Float[Tensor, "b h w"],
+    grad_features: Float[Tensor, "b c h w"] | None,
+    p: float,
+    mapping: str,
+) -> Float[Tensor, "b c h w"]:
+    """See `kernels.energy_gradient`."""
+    out = torch.empty_like(features)
+    if mapping == "sum" and p not in COMPILED_POWERS:
+        for slab in _slabs(features):
+            above = None if grad_features is None else grad_features[slab]
+            out[slab] = reference.gradient(features[slab], scale[slab], grad_energy[slab], above, p, mapping)
+        return out
+    add = grad_features is not None
+    above = out if grad_features is None else grad_features
+    at, sizes = _geometry(features, above, out)
+    memory = (_memory(above), _memory(out), at, sizes)
+    factor = grad_energy * (p / scale).view(-1, 1, 1)
+    if mapping == "sum":
+        shrink = scale.reciprocal().numpy()
+        _launch(_sum_gradient_kernel, _memory(features), *memory, shrink, p, _rows(factor), add)
+        return out
+    factor = factor * (_largest(features) / scale.view(-1, 1, 1)).pow_(p - 1)
+    _launch(_max_gradient_kernel, _memory(features), *_bits(features), *memory, _rows(factor), add)
+    return out
