@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 SHAPED := functional kernels losses taps pairs distiller preflight augment visualize
 
-.PHONY: help demo test test-slow check clean
+.PHONY: help demo test test-slow check bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ check: $(READY) ## Lint, check the format and the types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(READY) ## Measure the speed against the floor and others, and write docs/speed.md (12 minutes)
+	$(BIN)/attention-transfer bench
 
 clean: ## Remove the virtual environment and caches
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache

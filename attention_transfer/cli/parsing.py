@@ -19,6 +19,7 @@ VERBS = {
     "pairs": "Show which layers of a student and a teacher would be compared",
     "maps": "Draw a model's attention maps over images",
     "report": "Write one HTML page about some runs",
+    "bench": "Measure what attention transfer costs, against the memory floor and others",
 }
 
 

@@ -1,0 +1,15 @@
+"""What stands in the columns `backend` and `against`."""
+
+FLOOR = "floor"
+PROJECT = "this project"
+AUTHORS = "authors' formula"
+TORCHDISTILL = "torchdistill"
+COMPILED = "torch.compile of the authors' formula"
+
+STUDENT = "student alone"
+TEACHER = "teacher forward alone"
+NO_TERM = "student and teacher, no term"
+LIVE = f"{PROJECT}, live"
+CACHED = f"{PROJECT}, cached"
+TERM_ALONE = f"{PROJECT}, the term alone"
+TAPPED = "the student's tapped activations"
