@@ -103,7 +103,8 @@ def run(results: Results, session: Session) -> None:
         rows = measure(case, session, allocator, title)
         session.say(f"{title}: {summary(results.append(rows, session.device))}")
     scaling(results, session, allocator)
-    first_calls(results, session)
+    if not session.quick:
+        first_calls(results, session)
 
 
 def measure(case: Case, session: Session, allocator: str, title: str = "") -> list[Row]:
@@ -279,9 +280,8 @@ print(json.dumps(time.perf_counter() - start))
 
 
 def first_calls(results: Results, session: Session) -> None:
-    """Seconds until the first loss and gradient in a fresh process, without and with what is cached on disk."""
-    backends = {"project": PROJECT} if session.quick else {"project": PROJECT, "compiled": COMPILED}
-    for name, backend in backends.items():
+    """Seconds to the first loss and gradient of a fresh process, with nothing and with all cached on disk."""
+    for name, backend in (("project", PROJECT), ("compiled", COMPILED)):
         if results.has(session.device, benchmark="compile", backend=backend):
             continue
         session.status(f"first call: {backend}")

@@ -156,8 +156,8 @@ def allocated_by(device: torch.device, work: Callable[[], object]) -> tuple[int,
     back to the profiler: outputs and temporaries of torch's own operators, of autograd's accumulation, of
     compiled code and of custom operators, a numba kernel's too, because all get their tensors from it. That
     is exact and independent of the C library, whose resident set tells nothing once freed blocks are kept.
-    Not counted is what code takes from `malloc` by itself: oneDNN's scratch space, and the accumulators of
-    some kilobytes inside a numba kernel. A `TorchDispatchMode` would miss temporaries in custom operators.
+    Not counted is what code takes from `malloc` by itself: oneDNN's scratch space, and a numba kernel's flags
+    and accumulators of a block, some kilobytes. A `TorchDispatchMode` would miss what custom operators drop.
     """
     gc.collect()
     if device.type == "cuda":

@@ -30,11 +30,12 @@ from benchmarks.measuring import (
     interleave,
     keep_freed_memory,
 )
-from benchmarks.names import CACHED, LIVE, NO_TERM, STUDENT, TAPPED, TEACHER, TERM_ALONE, TORCHDISTILL
+from benchmarks.names import LIVE, NO_TERM, STUDENT, TAPPED, TEACHER, TERM_ALONE, TORCHDISTILL
 from benchmarks.rows import Results, Row
 from benchmarks.session import Session
 
 LAYOUT = "channels-last"  # as the command trains
+DTYPES = [torch.float32, torch.bfloat16]
 OPTIMIZER = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 
 Step = Callable[[], object]
@@ -87,7 +88,7 @@ def run(results: Results, session: Session) -> None:
     """Measure each setting in float32 and under bfloat16 autocast, then the defaults of both projects."""
     allocator = keep_freed_memory()
     for name, setting in settings(quick=session.quick).items():
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in DTYPES[: 1 if session.quick else None]:
             case = {"benchmark": "step", "shape": setting.name, "dtype": dtype_name(dtype)}
             if not results.has(session.device, **case):
                 session.status(f"step: {setting.name}, {dtype_name(dtype)}")
@@ -126,7 +127,6 @@ def measure(setting: Setting, dtype: torch.dtype, session: Session, allocator: s
     comparisons = [
         (LIVE, (STUDENT, TEACHER)),
         (LIVE, (STUDENT,)),
-        (CACHED, (STUDENT,)),
         (TORCHDISTILL, (LIVE,)),
     ]
     rows += [_ratio(name, against, samples, common) for name, against in comparisons if name in runs]
@@ -199,7 +199,6 @@ class Bench:
             TEACHER: self._teacher_alone,
             NO_TERM: self._no_term(),
             LIVE: self._trained(self.live, lambda: self.live(self.images, self.labels).loss),
-            CACHED: self._cached(),
         }
         try:
             found[TORCHDISTILL] = torchdistill_step(
@@ -251,14 +250,6 @@ class Bench:
             return F.cross_entropy(logits, self.labels)
 
         return self._trained(student, loss)
-
-    def _cached(self) -> Step:
-        """The teacher's reading of the batch comes from outside, as from the cache on disk."""
-        student = self._student_of(CACHED)
-        with torch.no_grad(), self.autocast():
-            reading = self.live.observe(self.images, self.labels).teacher
-        distiller = at.Distiller(student, None, pairs=self.live.pairs, terms=copy.deepcopy(self.terms))
-        return self._trained(distiller, lambda: distiller(self.images, self.labels, teacher=reading).loss)
 
     def term_alone(self) -> Run:
         """The term on activations such as this step's, without the networks."""

@@ -37,5 +37,6 @@ def _benchmarks(root: Path) -> ModuleType:
             "bench: the benchmarks are not installed with the package. Run it in a checkout of the "
             'repository, after pip install -e ".[bench]".'
         )
-    sys.path.insert(0, str(root))
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
     return importlib.import_module("benchmarks.bench")
