@@ -28,7 +28,7 @@ ALLOWED = {
     "visualize": {"functional", "taps"},
     "training": {"data", "distiller", "functional", "losses", "models", "pairs", "plan"},
 }
-HELPERS = {"_choices", "_extras", "_files", "_outputs", "_tables", "_untouched"}
+HELPERS = {"_choices", "_extras", "_files", "_memory", "_outputs", "_tables", "_untouched"}
 COMPOSERS = {"cli", "__main__", "__init__"}
 HEAVY = ["torchvision", "timm", "lightning", "matplotlib", "jinja2", "pyarrow", "PIL", "jsonargparse", "yaml"]
 

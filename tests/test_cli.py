@@ -43,6 +43,7 @@ def base(image_folder: Path) -> Recipe:
         batch_size=10,
         pad=2,
         accelerator="cpu",
+        precision="32-true",
     )
 
 
@@ -140,6 +141,13 @@ def test_flags_override_the_config_whatever_their_order(
         text = output(capsys, "train", *arguments, "--print-config")
         assert "lr: 0.5\n" in text
         assert "epochs: 7\n" in text
+
+
+def test_switches_need_no_value(capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys, "train", "--compile", "--nesterov", "--print-config")
+    assert "compile: true\n" in text
+    assert "nesterov: true\n" in text
+    assert "compile: false\n" in output(capsys, "train", "--compile", "false", "--print-config")
 
 
 def test_underscores_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,6 +273,22 @@ def test_train_from_flags(base: Recipe, capsys: pytest.CaptureFixture[str]) -> N
     assert f"run folder: {Path('run').absolute()}" in text
     assert Run(Path("run")).finished
     assert "is finished" in output(capsys, "train", "--resume", "run")
+
+
+def test_train_keeps_freed_memory_unless_told_otherwise(
+    base: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attention_transfer.cli.memory.keep_freed_memory", lambda: print("kept"))
+    arguments = ["train", "--data", base.data, "--student", "wrn-10-1", "--method", "none", "--epochs", "1"]
+    arguments += ["--max-train", "20", "--batch-size", "10", "--accelerator", "cpu", "--output", "run"]
+    text = output(capsys, *arguments, "--keep-memory", "false")
+    assert re.search(r"^speed: .*, channels-last, freed memory \w+", text, re.MULTILINE)
+    assert "kept\n" not in text
+    Path("run/result.json").unlink()
+    assert "kept\n" not in output(capsys, "train", "--resume", "run", "--keep_memory=false")
+    Path("run/result.json").unlink()
+    assert output(capsys, "train", "--resume", "run").startswith("kept\nspeed: ")
+    assert output(capsys, *arguments, "--overwrite").startswith("kept\nspeed: ")
 
 
 def test_evaluate_a_run_equals_its_result(alone: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,7 @@ def base(image_folder: Path) -> Recipe:
         batch_size=10,
         pad=2,
         accelerator="cpu",
+        precision="32-true",
     )
 
 
@@ -308,7 +309,7 @@ def test_images_that_do_not_fit_in_memory_are_streamed(
     said: list[str] = []
     recipe = replace(base, epochs=1, image_size=16, num_workers=workers, output=str(tmp_path / "run"))
     assert train(recipe, say=said.append).result["method"] == "at"
-    assert "streamed" in said[0]
+    assert any("streamed" in line for line in said)
 
 
 def test_teacher_of_other_classes(base: Recipe, tmp_path: Path) -> None:

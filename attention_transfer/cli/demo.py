@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attention_transfer._tables import format_table
+from attention_transfer.cli.memory import add_memory_flag, govern_memory
 from attention_transfer.cli.output import StatusLine
 from attention_transfer.cli.parsing import PROGRAM, parse, verb_parser
 from attention_transfer.cli.report import SIMILARITY_IMAGES
@@ -25,19 +26,21 @@ def run(arguments: list[str]) -> None:
         "--output", default="runs/demo", help="Folder for the runs; finished ones are reused."
     )
     parser.add_argument("--overwrite", action="store_true", help="Start over.")
+    add_memory_flag(parser)
     flags = parse(parser, arguments)
     folder = Path(flags.output)
-    runs = _train(folder, flags.overwrite)
+    runs = _train(folder, flags.overwrite, flags.keep_memory)
     print("\n" + _comparison(runs))
     _write_pages(folder, [run.folder for group in runs.students.values() for run in group])
 
 
-def _train(folder: Path, overwrite: bool) -> DemoRuns:
+def _train(folder: Path, overwrite: bool, keep_memory: bool) -> DemoRuns:
     """Train what is not there yet, and on Ctrl-C say how to go on."""
     line = StatusLine()
     try:
         from attention_transfer.training import demo
 
+        govern_memory(demo.TEACHER, keep=keep_memory)
         runs = demo.run(folder, overwrite=overwrite, say=line.print, progress=line.show)
     except (Interrupted, KeyboardInterrupt):
         line.clear()

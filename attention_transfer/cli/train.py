@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from attention_transfer._extras import require
+from attention_transfer.cli.memory import add_memory_flag, govern_memory
 from attention_transfer.cli.parsing import PROGRAM, UsageError, one_line, parse, verb_parser
 from attention_transfer.training.recipe import Recipe, field_types
 from attention_transfer.training.run import Interrupted, Run
 
+_OPTIONS = ("config", "print_config", "resume", "overwrite", "keep_memory")  # flags that no recipe holds
+
 
 def run(arguments: list[str]) -> None:
     flags = parse(_recipe_parser(_config_of(arguments)), arguments).as_dict()
-    options = {name: flags.pop(name) for name in ("config", "print_config", "resume", "overwrite")}
+    options = {name: flags.pop(name) for name in _OPTIONS}
     recipe = Recipe.from_mapping(flags)
     if options["print_config"]:
         print(recipe.to_yaml(), end="")
@@ -25,14 +28,15 @@ def run(arguments: list[str]) -> None:
     if options["resume"]:
         _check_alone(arguments)
         folder = Path(options["resume"])
-        _start(folder, lambda: _resume(folder))
+        _start(folder, lambda: _resume(folder, options["keep_memory"]))
         return
-    _start(recipe.folder, lambda: _train_new(recipe, options["overwrite"]))
+    _start(recipe.folder, lambda: _train_new(recipe, options["overwrite"], options["keep_memory"]))
 
 
 def _check_alone(arguments: list[str]) -> None:
     """A resumed run follows its own recipe: other flags would be ignored without a word."""
-    others = [word for word in arguments if word.startswith("--") and not word.startswith("--resume")]
+    allowed = ("--resume", "--keep-memory", "--keep_memory")
+    others = [word for word in arguments if word.startswith("--") and not word.startswith(allowed)]
     if others:
         raise UsageError(
             f"train: --resume goes on with the run's own recipe, got {others[0]} beside it. "
@@ -40,20 +44,22 @@ def _check_alone(arguments: list[str]) -> None:
         )
 
 
-def _train_new(recipe: Recipe, overwrite: bool) -> Run:
+def _train_new(recipe: Recipe, overwrite: bool, keep_memory: bool) -> Run:
     from attention_transfer.training.fit import train
 
+    govern_memory(recipe, keep=keep_memory)
     return train(recipe, overwrite=overwrite)
 
 
-def _resume(folder: Path) -> Run:
+def _resume(folder: Path, keep_memory: bool) -> Run:
     run = Run(folder)
-    _ = run.recipe  # an answer before the long imports
+    recipe = run.recipe  # an answer before the long imports
     if run.finished:
         print(f"{folder} is finished; nothing is left to do.")
         return run
     from attention_transfer.training.fit import resume
 
+    govern_memory(recipe, keep=keep_memory)
     return resume(folder)
 
 
@@ -123,13 +129,15 @@ def _recipe_parser(defaults: Recipe) -> Any:
     parser.add_argument("--print-config", action="store_true", help="Print the recipe as YAML and stop.")
     parser.add_argument("--resume", help="Go on with this interrupted run folder.")
     parser.add_argument("--overwrite", action="store_true", help="Delete an earlier run in the same folder.")
+    add_memory_flag(parser)
     parser.usage = f"{PROGRAM} train [flags]"  # the whole list would fill the screen
     recipe = parser.add_argument_group("recipe")
     types, texts = field_types(), _field_texts()
     for field in fields(Recipe):
         flag = "--" + field.name.replace("_", "-")
         default = getattr(defaults, field.name)
-        recipe.add_argument(flag, type=types[field.name], default=default, help=texts[field.name])
+        bare: dict[str, Any] = {"nargs": "?", "const": True} if types[field.name] is bool else {}
+        recipe.add_argument(flag, type=types[field.name], default=default, help=texts[field.name], **bare)
     return parser
 
 

@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from attention_transfer._outputs import logits_of
 from attention_transfer.data import Augment, Views
 from attention_transfer.distiller import Distiller
 from attention_transfer.training.recipe import Recipe
+from attention_transfer.training.speed import uncompiled
 
 FINITE_CHECK_EVERY = 50  # steps; looking at a loss makes the host wait for the device
 
@@ -91,7 +93,8 @@ class DistillationModule(LightningModule):
         inputs = self._augmented(images, *rows).contiguous(memory_format=torch.channels_last)
         if self.global_step == 0:
             self._preflight(inputs, labels)
-        out = self.distiller(inputs, labels)
+        with self._uncompiled_if_partial(labels):
+            out = self.distiller(inputs, labels)
         if batch_idx % FINITE_CHECK_EVERY == 0:
             self._check_finite(out.loss.item())
         wrong = (out.logits.detach().argmax(1) != labels).float().mean()
@@ -105,6 +108,10 @@ class DistillationModule(LightningModule):
             return self.augment(images)
         return self.augment.view(images, rows[0], self.views, self.views.of_epoch(self.current_epoch))
 
+    def _uncompiled_if_partial(self, labels: Tensor) -> AbstractContextManager[object]:
+        """A last batch of fewer images is not worth minutes of compiling once more."""
+        return uncompiled(self.recipe.compile and len(labels) < self.recipe.batch_size)
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.clock.step_has_ended(len(batch[1]))
 
@@ -115,7 +122,8 @@ class DistillationModule(LightningModule):
         self, batch: tuple[UInt8[Tensor, "b c h w"], Int[Tensor, " b"]], batch_idx: int
     ) -> None:
         images, labels = batch
-        logits = logits_of(self.student(self.augment.normalise(images)), user="train").float()
+        with self._uncompiled_if_partial(labels):
+            logits = logits_of(self.student(self.augment.normalise(images)), user="train").float()
         wrong = (logits.argmax(1) != labels).float().mean()
         self.validation_totals.add(
             {"loss": F.cross_entropy(logits, labels), "error": 100 * wrong}, len(labels)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from attention_transfer import _choices as choices
 
 Method = Literal["none", "at", "kd", "at+kd"]
+Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"]
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,10 @@ class Recipe:
     """Seed of the validation split and of the images that --max-train picks; the run's seed if not given."""
     view_seed: int | None = None
     """Seed of the fixed views, which students of any seed share; 0 if not given."""
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"] = "auto"
-    """Arithmetic: "auto" is bf16-mixed on a GPU that has it, and 32-true elsewhere."""
+    precision: Precision = "auto"
+    """Arithmetic: "auto" is bf16-mixed on a GPU or CPU that computes in bfloat16, and 32-true elsewhere."""
+    compile: bool = False
+    """Compile student and teacher, which takes a minute or more at the start. Needs a C++ compiler."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """The kind of device to train on."""
     devices: int | None = None
