@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from . import kernels
 from ._outputs import logits_of
 from ._untouched import untouched
-from .losses import Observation, Term, names_at_pairs
+from .losses import Energy, Observation, Reading, Term, names_at_pairs
 from .pairs import Pair, suggest_pairs
 from .plan import Plan, PlanRow
 from .preflight import Preflight, check_models, check_observation, check_terms, statistics_kept
@@ -41,16 +43,17 @@ class Distiller(nn.Module):
 
     Args:
         student: gives logits (b, k): a tensor, an object with `.logits`, or a tuple that begins with them.
-        teacher: any model of the same images, or None for the student alone. Its classes may differ unless a
-            term compares logits.
+        teacher: any model of the same images. Its classes may differ unless a term compares logits. None for
+            the student alone, or where each call is given the teacher's `Reading`, such as from a cache.
         pairs: "auto" lets `suggest_pairs` choose from `example_input`; or `Pair`s, or tuples of two names.
         terms: the terms beside the cross-entropy.
         example_input: a batch (b, channels, height, width) as the student will see it.
         teacher_transform: from the student's input to the teacher's, where they differ; see `InputTransform`.
+        teacher_dtype: the precision of the teacher's arithmetic, by autocast; None follows the student's.
 
     Raises:
-        ValueError: if pairs are "auto" without example_input, if terms lack a teacher, or if the teacher
-            shares parameters with the student.
+        ValueError: if pairs are "auto" without example_input or a teacher, or if the teacher shares
+            parameters with the student.
     """
 
     def __init__(
@@ -62,15 +65,17 @@ class Distiller(nn.Module):
         terms: Iterable[Term] = (),
         example_input: Images | None = None,
         teacher_transform: Callable[[Images], Images] | None = None,
+        teacher_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.terms = nn.ModuleList(terms)
+        self.teacher_dtype = teacher_dtype
         self._outside = (teacher, teacher_transform)  # in a tuple, so that neither becomes a submodule
-        self._check_teacher()
         if teacher is not None:
+            self._check_apart(teacher)
             teacher.requires_grad_(False).eval()
-        self.pairs = self._resolve(pairs, example_input) if self._terms(of_features=True) else []
+        self.pairs = self._resolve(pairs, example_input) if self._terms(at_pairs=True) else []
         self._plan = self._measure(example_input)
 
     @property
@@ -81,29 +86,50 @@ class Distiller(nn.Module):
     def teacher_transform(self) -> Callable[[Images], Images] | None:
         return self._outside[1]
 
-    def forward(self, x: Images, y: Int[Tensor, " b"]) -> Output:
-        """One pass of student and teacher over a batch: loss, its terms by name, and the student's logits."""
-        seen = self.observe(x, y)
-        terms = self.addends(seen)
-        return Output(torch.stack(list(terms.values())).sum(), terms, seen.student_logits)
+    def forward(self, x: Images, y: Int[Tensor, " b"], *, teacher: Reading | None = None) -> Output:
+        """One pass of student and teacher over a batch: loss, its terms by name, and the student's logits.
 
-    def observe(self, x: Images, y: Int[Tensor, " b"]) -> Observation:
-        """Run student and teacher on the batch, and keep what the terms read."""
-        student_logits, student_features = _run(self.student, [pair.student for pair in self.pairs], x)
-        teacher_logits, teacher_features = None, list[Tensor]()
-        if self.teacher is not None and self.terms:
-            with torch.no_grad():
-                images = self.teacher_transform(x) if self.teacher_transform else x
-                teacher_logits, teacher_features = _run(
-                    self.teacher, [pair.teacher for pair in self.pairs], images
-                )
-        return Observation(self.pairs, student_features, teacher_features, student_logits, teacher_logits, y)
+        Args:
+            x: the images, as the student sees them.
+            y: the labels.
+            teacher: what a teacher made of these very images, in place of running it now.
+        """
+        seen = self.observe(x, y, teacher=teacher)
+        terms = self.addends(seen)
+        return Output(torch.stack(list(terms.values())).sum(), terms, seen.student.logits)
+
+    def observe(
+        self,
+        x: Images,
+        y: Int[Tensor, " b"],
+        *,
+        teacher: Reading | None = None,
+        keep_features: bool = False,
+    ) -> Observation:
+        """Run student and teacher on the batch, and keep what the terms read; all activations if asked."""
+        keep_features |= any(term.needs_features for term in self._terms())
+        energies = list(dict.fromkeys(term.energy for term in self._terms() if term.energy))
+        student = _read(self.student, [pair.student for pair in self.pairs], x, energies, keep_features)
+        if self.terms and teacher is None:
+            teacher = self._ask_teacher(x, energies, keep_features)
+        return Observation(self.pairs, student, teacher, y)
+
+    def _ask_teacher(self, x: Images, energies: list[Energy], keep_features: bool) -> Reading:
+        if self.teacher is None:
+            raise ValueError(
+                f"Distiller: expected a teacher for {list(self.terms)}, got None. Pass one to the Distiller, "
+                "or its reading of these images to each call: distiller(x, y, teacher=reading)."
+            )
+        names = [pair.teacher for pair in self.pairs]
+        with torch.no_grad(), _precision(self.teacher_dtype, x.device):
+            images = self.teacher_transform(x) if self.teacher_transform else x
+            return _read(self.teacher, names, images, energies, keep_features)
 
     def addends(self, seen: Observation) -> dict[str, Float[Tensor, ""]]:
         """The loss as its named terms: "ce" and what each term contributes."""
         terms = self._terms()
         weight = math.prod(term.cross_entropy_weight for term in terms)
-        addends = {"ce": weight * F.cross_entropy(seen.student_logits, seen.labels)}
+        addends = {"ce": weight * F.cross_entropy(seen.student.logits, seen.labels)}
         for term in terms:
             contributions = term.contributions(seen)
             if twice := addends.keys() & contributions.keys():
@@ -115,7 +141,7 @@ class Distiller(nn.Module):
         """The layer pairs with shapes, resizing and weights; after `preflight`, with gradient shares too."""
         return self._plan
 
-    def preflight(self, x: Images, y: Int[Tensor, " b"]) -> Preflight:
+    def preflight(self, x: Images, y: Int[Tensor, " b"], *, teacher: Reading | None = None) -> Preflight:
         """Check one real batch for every way in which distillation fails without a word.
 
         Nothing is changed by it: no gradient, statistic or random state. Run it before the first step.
@@ -128,7 +154,7 @@ class Distiller(nn.Module):
         """
         check_models(self.student, self.teacher)
         with torch.enable_grad(), untouched(self.student), statistics_kept(self.teacher):
-            seen = self.observe(x, y)
+            seen = self.observe(x, y, teacher=teacher, keep_features=True)
             check_observation(seen, x)
             report = check_terms(self.addends(seen), seen, self._plan_of(seen))
         self._plan = report.plan
@@ -146,17 +172,13 @@ class Distiller(nn.Module):
                 module._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
-    def _terms(self, *, of_features: bool = False) -> list[Term]:
+    def _terms(self, *, at_pairs: bool = False) -> list[Term]:
         terms = cast("list[Term]", list(self.terms))
-        return [term for term in terms if term.needs_features] if of_features else terms
+        return [term for term in terms if term.energy or term.needs_features] if at_pairs else terms
 
-    def _check_teacher(self) -> None:
-        if self.teacher is None:
-            if self.terms:
-                raise ValueError(f"Distiller: expected a teacher for {list(self.terms)}, got None.")
-            return
+    def _check_apart(self, teacher: nn.Module) -> None:
         own = {id(parameter) for parameter in self.student.parameters()}
-        if any(id(parameter) in own for parameter in self.teacher.parameters()):
+        if any(id(parameter) in own for parameter in teacher.parameters()):
             raise ValueError(
                 "Distiller: expected a teacher apart from the student, got shared parameters, which freezing "
                 "the teacher would freeze. Pass copy.deepcopy(student) to distil a model into itself."
@@ -167,17 +189,21 @@ class Distiller(nn.Module):
     ) -> list[Pair]:
         if pairs != "auto":
             return [pair if isinstance(pair, Pair) else Pair(*pair) for pair in pairs]
+        if self.teacher is None:
+            raise ValueError(
+                f'Distiller: expected a teacher for {list(self.terms)} with pairs="auto", got None. Pass the '
+                "teacher; or, where its readings come from elsewhere, name the layers."
+            )
         if example_input is None:
             raise ValueError(
                 'Distiller: expected example_input with pairs="auto", got None. Pass a batch of images, '
                 "or name the layers: pairs=[(student layer, teacher layer), ...]."
             )
-        assert self.teacher is not None  # there are terms
         seen_by_teacher = self.teacher_transform(example_input) if self.teacher_transform else None
         return suggest_pairs(self.student, self.teacher, example_input, seen_by_teacher)
 
     def _measure(self, example_input: Images | None) -> Plan:
-        if example_input is None or not self.pairs:
+        if example_input is None or not self.pairs or self.teacher is None:
             return self._plan_of(None)
         labels = torch.zeros(len(example_input), dtype=torch.long, device=example_input.device)
         with torch.no_grad(), untouched(self.student, training=False):
@@ -185,7 +211,7 @@ class Distiller(nn.Module):
 
     def _plan_of(self, seen: Observation | None) -> Plan:
         """The plan with the shapes that one observation had."""
-        terms = self._terms(of_features=True)
+        terms = self._terms(at_pairs=True)
         resize = next((term.resize for term in terms if term.resize), None)
         rows = []
         for index, pair in enumerate(self.pairs):
@@ -193,16 +219,11 @@ class Distiller(nn.Module):
                 names_at_pairs(term.name, self.pairs)[index]: term.weight * pair.weight for term in terms
             }
             row = PlanRow(pair, resize=resize, weights=weights)
-            if seen is not None:
-                shapes = (_shape(seen.student_features[index]), _shape(seen.teacher_features[index]))
+            if seen is not None and seen.teacher is not None:
+                shapes = (seen.student.shapes[index], seen.teacher.shapes[index])
                 row = replace(row, student_shape=shapes[0], teacher_shape=shapes[1])
             rows.append(row)
         return Plan(rows, [str(term) for term in self.terms])
-
-
-def _shape(features: Float[Tensor, "b c h w"]) -> tuple[int, int, int]:
-    _, c, h, w = features.shape
-    return c, h, w
 
 
 class InputTransform(nn.Module):
@@ -235,13 +256,44 @@ class InputTransform(nn.Module):
         return F.interpolate(x, self.size, mode="bilinear", antialias=True, align_corners=False)
 
 
-def _run(
-    model: nn.Module, names: list[str], x: Images
-) -> tuple[Float[Tensor, "b _"], list[Float[Tensor, "b _ _ _"]]]:
-    """Logits, and the features at each of `names`, which may repeat."""
+def _precision(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:
+    """Autocast to `dtype`, or none of it for float32; None leaves things as they are."""
+    if dtype is None:
+        return nullcontext()
+    low = dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(device.type, dtype=dtype if low else None, enabled=low)
+
+
+class _Layer(NamedTuple):
+    """What is read of one layer."""
+
+    energies: list[Float[Tensor, "b h w"]]
+    features: Float[Tensor, "b c h w"] | None
+    shape: tuple[int, int, int]
+
+
+def _read(
+    model: nn.Module, names: list[str], x: Images, energies: list[Energy], keep_features: bool
+) -> Reading:
+    """The model's logits, and what is read at each of `names`, which may repeat."""
     if not names:
-        return logits_of(model(x), user="Distiller"), []
-    with Taps(model, list(dict.fromkeys(names))) as taps:
+        return Reading(logits_of(model(x), user="Distiller"))
+
+    def read(features: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], _Layer]:
+        passed, found = features, []
+        for kind in energies:
+            passed, energy, _ = kernels.pass_energy(passed, kind.p, kind.mapping)
+            found.append(energy)
+        _, c, h, w = features.shape
+        return passed, _Layer(found, features if keep_features else None, (c, h, w))
+
+    with Taps(model, list(dict.fromkeys(names)), read=read) as taps:
         logits = logits_of(model(x), user="Distiller")
-        features = taps.pop()
-    return logits, [features[name] for name in names]
+        found = taps.pop()
+    layers = [found[name] for name in names]
+    return Reading(
+        logits,
+        {kind: [layer.energies[index] for layer in layers] for index, kind in enumerate(energies)},
+        [layer.features for layer in layers] if keep_features else (),
+        [layer.shape for layer in layers],
+    )

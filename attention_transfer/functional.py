@@ -102,12 +102,37 @@ def attention_transfer_loss(
             f"attention_transfer_loss: expected a weight for each of {len(students)} pairs, "
             f"got {len(factors)}."
         )
-    terms = [
-        factor * _DISTANCES[form](_unit(q_s) - _unit(q_t))
-        for factor, a_s, a_t in zip(factors, students, teachers, strict=True)
-        for q_s, q_t in [_energies_of_equal_size(a_s, a_t, float(p), mapping, resize)]
-    ]
-    return beta * torch.stack(terms).sum()
+    terms = []
+    for factor, a_s, a_t in zip(factors, students, teachers, strict=True):
+        _check_pair(a_s, a_t, resize)
+        energies = [kernels.energy(features, float(p), mapping)[0] for features in (a_s, a_t)]
+        terms.append(loss_of_energies(*energies, beta=beta * factor, form=form, resize=resize))
+    return torch.stack(terms).sum()
+
+
+def loss_of_energies(
+    student: Float[Tensor, "b _ _"],
+    teacher: Float[Tensor, "b _ _"],
+    *,
+    beta: float,
+    form: Form = "paper",
+    resize: Side | None = None,
+) -> Float[Tensor, ""]:
+    """The attention-transfer term of one pair, from energies: `attention_transfer_loss` after its first step.
+
+    Args:
+        student, teacher: energies, each sample's up to a positive factor, which normalisation takes out.
+        beta, form, resize: as in `attention_transfer_loss`.
+
+    Raises:
+        ValueError: on unequal batch sizes or, without resize, (h, w).
+    """
+    _check_sizes(student.shape, teacher.shape, resize)
+    if resize == "student":
+        student = resize_maps(student, teacher.shape[1:])
+    elif resize == "teacher":
+        teacher = resize_maps(teacher, student.shape[1:])
+    return beta * _DISTANCES[form](_unit(student) - _unit(teacher))
 
 
 def convert_beta(
@@ -243,20 +268,6 @@ def _caffe_distance(difference: Float[Tensor, "b h w"]) -> Float[Tensor, ""]:
 _DISTANCES = {"paper": _paper_distance, "code": _code_distance, "caffe": _caffe_distance}
 
 
-def _energies_of_equal_size(
-    student: Tensor, teacher: Tensor, p: float, mapping: str, resize: Side | None
-) -> tuple[Float[Tensor, "b h w"], Float[Tensor, "b h w"]]:
-    """Energies of one pair, up to a scale of each sample that normalisation takes out again."""
-    _check_pair(student, teacher, resize)
-    q_s, _ = kernels.energy(student, p, mapping)
-    q_t, _ = kernels.energy(teacher, p, mapping)
-    if resize == "student":
-        q_s = resize_maps(q_s, q_t.shape[1:])
-    elif resize == "teacher":
-        q_t = resize_maps(q_t, q_s.shape[1:])
-    return q_s, q_t
-
-
 def resize_maps(maps: Float[Tensor, "b h w"], size: Sequence[int]) -> Float[Tensor, "b height width"]:
     """Maps of another size: area average along an axis that shrinks, bilinear along one that grows."""
     if maps.shape[1:] == tuple(size):
@@ -305,15 +316,22 @@ def _check_pair(student: Tensor, teacher: Tensor, resize: Side | None) -> None:
     function = "attention_transfer_loss"
     _check_features(function, "student activations", student)
     _check_features(function, "teacher activations", teacher)
-    if student.shape[0] != teacher.shape[0]:
+    sizes = [(len(features), *features.shape[2:]) for features in (student, teacher)]
+    _check_sizes(*sizes, resize)
+
+
+def _check_sizes(student: Sequence[int], teacher: Sequence[int], resize: Side | None) -> None:
+    """(b, h, w) of both sides."""
+    function = "attention_transfer_loss"
+    if student[0] != teacher[0]:
         raise ValueError(
-            f"{function}: expected equal batch sizes, got student {student.shape[0]} and teacher "
-            f"{teacher.shape[0]}. Feed both the same images."
+            f"{function}: expected equal batch sizes, got student {student[0]} and teacher {teacher[0]}. "
+            "Feed both the same images."
         )
-    if resize is None and student.shape[2:] != teacher.shape[2:]:
+    if resize is None and student[1:] != teacher[1:]:
         raise ValueError(
-            f"{function}: expected equal (h, w), got student {tuple(student.shape[2:])} and teacher "
-            f'{tuple(teacher.shape[2:])}. Tap layers of equal stride, or pass resize="student".'
+            f"{function}: expected equal (h, w), got student {tuple(student[1:])} and teacher "
+            f'{tuple(teacher[1:])}. Tap layers of equal stride, or pass resize="student".'
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping as Mappings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -16,19 +17,46 @@ from .functional import (
     attention_transfer_loss,
     check_loss_options,
     distillation_loss,
+    loss_of_energies,
 )
 from .pairs import Pair
 
 
 @dataclass(frozen=True)
+class Energy:
+    """What an attention map is made of: sum (or max) over the channels of |A|^p, as `attention_map` says."""
+
+    p: float = 2.0
+    mapping: Mapping = "sum"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one model made of a batch.
+
+    Attributes:
+        logits: its answers.
+        energies: by kind, one entry a pair; each sample's up to a positive factor, which the terms take out.
+        features: activations, one entry a pair, where a term or the preflight asks for them; else empty.
+        shapes: (c, h, w) of the layer of each pair.
+    """
+
+    logits: Float[Tensor, "b _"]
+    energies: Mappings[Energy, Sequence[Float[Tensor, "b _ _"]]] = field(default_factory=dict)
+    features: Sequence[Float[Tensor, "b _ _ _"]] = ()
+    shapes: Sequence[tuple[int, int, int]] = ()
+
+
+@dataclass(frozen=True)
 class Observation:
-    """What one forward pass of student and teacher on the same images left behind, for the terms to read."""
+    """What one forward pass of student and teacher on the same images left behind, for the terms to read.
+
+    The student's part is in its autograd graph; the teacher's may come from a cache.
+    """
 
     pairs: Sequence[Pair]
-    student_features: Sequence[Float[Tensor, "b _ _ _"]]  # one entry a pair, in the student's autograd graph
-    teacher_features: Sequence[Float[Tensor, "b _ _ _"]]
-    student_logits: Float[Tensor, "b k"]
-    teacher_logits: Float[Tensor, "b _"] | None
+    student: Reading
+    teacher: Reading | None
     labels: Int[Tensor, " b"]
 
 
@@ -47,7 +75,8 @@ class Term(nn.Module):
     """An addend of the distillation loss. A term of your own: subclass, and say what it contributes."""
 
     name: str
-    needs_features = False
+    energy: Energy | None = None  # the kind of energy that it reads at each layer pair
+    needs_features = False  # whether it reads activations there, which a cache of maps does not hold
     resize: Side | None = None  # whose maps it resizes where sizes differ
     cross_entropy_weight = 1.0  # the factor that this term puts on the cross-entropy
 
@@ -70,8 +99,6 @@ class AttentionTransfer(Term):
         name: what its contributions are called: "at/<student layer>".
     """
 
-    needs_features = True
-
     def __init__(
         self,
         beta: float,
@@ -86,6 +113,7 @@ class AttentionTransfer(Term):
         check_loss_options("AttentionTransfer", beta, p, mapping, form, resize)
         self.beta, self.p, self.mapping, self.form, self.resize = beta, p, mapping, form, resize
         self.name = name
+        self.energy = Energy(float(p), mapping)
 
     @property
     def weight(self) -> float:
@@ -107,13 +135,15 @@ class AttentionTransfer(Term):
         )
 
     def contributions(self, seen: Observation) -> dict[str, Float[Tensor, ""]]:
-        features = zip(seen.pairs, seen.student_features, seen.teacher_features, strict=True)
-        values = [self._of_pair(pair, student, teacher) for pair, student, teacher in features]
+        assert self.energy is not None and seen.teacher is not None
+        sides = (seen.student.energies[self.energy], seen.teacher.energies[self.energy])
+        values = [self._of_pair(*energies) for energies in zip(seen.pairs, *sides, strict=True)]
         return dict(zip(names_at_pairs(self.name, seen.pairs), values, strict=True))
 
     def _of_pair(self, pair: Pair, student: Tensor, teacher: Tensor) -> Float[Tensor, ""]:
+        beta = self.beta * pair.weight
         try:
-            return self(student, teacher, [pair.weight])
+            return loss_of_energies(student, teacher, beta=beta, form=self.form, resize=self.resize)
         except ValueError as error:
             raise ValueError(f"{error} (At the pair {pair.student} <- {pair.teacher}.)") from None
 
@@ -155,9 +185,8 @@ class KnowledgeDistillation(Term):
         return self.alpha * distillation_loss(student_logits, teacher_logits, temperature=self.temperature)
 
     def contributions(self, seen: Observation) -> dict[str, Float[Tensor, ""]]:
-        if seen.teacher_logits is None:
-            raise ValueError("KnowledgeDistillation: expected a teacher, got none.")
-        return {self.name: self(seen.student_logits, seen.teacher_logits)}
+        assert seen.teacher is not None
+        return {self.name: self(seen.student.logits, seen.teacher.logits)}
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, temperature={self.temperature}"

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .functional import attention_map
-from .losses import Observation
+from .losses import Observation, Reading
 from .pairs import Pair
 from .plan import Plan
 
@@ -75,6 +74,19 @@ def statistics_kept(teacher: nn.Module | None) -> Iterator[None]:
         )
 
 
+def _sides(seen: Observation) -> dict[str, Reading]:
+    return {"student": seen.student} | ({} if seen.teacher is None else {"teacher": seen.teacher})
+
+
+def _names(seen: Observation, side: str) -> list[str]:
+    return [getattr(pair, side) for pair in seen.pairs]
+
+
+def _layers(reading: Reading) -> Sequence[Tensor]:
+    """Something of each layer that is zero where the activation is: a cached teacher has no activations."""
+    return reading.features or next(iter(reading.energies.values()), ())
+
+
 # --- faults -------------------------------------------------------------------------------------------------
 
 
@@ -104,7 +116,7 @@ def _check_teacher(teacher: nn.Module | None) -> None:
 
 
 def _check_labels(seen: Observation) -> None:
-    classes = seen.student_logits.shape[1]
+    classes = seen.student.logits.shape[1]
     lowest, highest = int(seen.labels.min()), int(seen.labels.max())
     if lowest < 0 or highest >= classes:
         raise ValueError(
@@ -115,14 +127,10 @@ def _check_labels(seen: Observation) -> None:
 
 def _check_finite(seen: Observation, x: Tensor) -> None:
     tensors = {"the images": x}
-    for pair, student, teacher in zip(seen.pairs, seen.student_features, seen.teacher_features, strict=True):
-        tensors |= {
-            f"the student's activation at {pair.student}": student,
-            f"the teacher's activation at {pair.teacher}": teacher,
-        }
-    tensors["the student's logits"] = seen.student_logits
-    if seen.teacher_logits is not None:
-        tensors["the teacher's logits"] = seen.teacher_logits
+    for side, reading in _sides(seen).items():
+        layers = zip(_names(seen, side), _layers(reading), strict=False)
+        tensors |= {f"the {side}'s activation at {name}": layer for name, layer in layers}
+        tensors[f"the {side}'s logits"] = reading.logits
     for what, tensor in tensors.items():
         if bad := int((~tensor.isfinite()).sum()):
             raise ValueError(
@@ -132,7 +140,7 @@ def _check_finite(seen: Observation, x: Tensor) -> None:
 
 
 def _check_features(seen: Observation) -> None:
-    for pair, student in zip(seen.pairs, seen.student_features, strict=True):
+    for pair, student in zip(seen.pairs, seen.student.features, strict=False):
         if not student.requires_grad:
             raise ValueError(
                 f"preflight: expected an activation with a gradient at the student's {pair.student}, got one "
@@ -157,7 +165,7 @@ Gradients = Sequence[Tensor | None]
 
 def _gradients(addend: Float[Tensor, ""], seen: Observation) -> Gradients:
     """d(addend)/d(activation) at each pair of the student."""
-    sources = [_source(features) for features in seen.student_features]
+    sources = [_source(features) for features in seen.student.features]
     if not sources or not addend.requires_grad:
         return [None] * len(sources)
     return torch.autograd.grad(addend, sources, retain_graph=True, allow_unused=True)
@@ -200,8 +208,10 @@ def _why_dead(addend: Tensor) -> str:
 
 
 def _warn_of_teacher(seen: Observation) -> Iterator[str]:
-    logits = seen.teacher_logits
-    if logits is None or logits.shape[1] != seen.student_logits.shape[1] or logits.shape[1] < 2:
+    if seen.teacher is None:
+        return
+    logits = seen.teacher.logits
+    if logits.shape[1] != seen.student.logits.shape[1] or logits.shape[1] < 2:
         return
     loss, chance = F.cross_entropy(logits, seen.labels).item(), math.log(logits.shape[1])
     if loss > WORSE_THAN_CHANCE * chance:
@@ -213,13 +223,9 @@ def _warn_of_teacher(seen: Observation) -> Iterator[str]:
 
 
 def _warn_of_maps(seen: Observation) -> Iterator[str]:
-    sides = {
-        "student": zip(seen.student_features, (pair.student for pair in seen.pairs), strict=True),
-        "teacher": zip(seen.teacher_features, (pair.teacher for pair in seen.pairs), strict=True),
-    }
-    for side, features in sides.items():
-        for activation, name in features:
-            blank = (attention_map(activation.detach()).flatten(1).amax(1) == 0).float().mean().item()
+    for side, reading in _sides(seen).items():
+        for name, layer in zip(_names(seen, side), _layers(reading), strict=False):
+            blank = (layer.detach().flatten(1).count_nonzero(1) == 0).float().mean().item()
             if blank:
                 yield f"the {side}'s activation at {name} is zero everywhere on {blank:.0%} of the images."
 

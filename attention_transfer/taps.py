@@ -11,6 +11,9 @@ Forward hooks are the right tool, with three traps that this module closes:
 * An in-place operation after the tap rewrites what was tapped. A tensor counts its in-place writes
   (`Tensor._version`); the count is read when the tap fires and again when the model returns. Both readings
   are traced into a compiled graph, where alone the count is still true.
+
+What is tapped may be read on the spot (`read=`), which frees it at once, and lets a module's output be
+replaced by one that has passed through an autograd function.
 """
 
 from __future__ import annotations
@@ -111,6 +114,15 @@ class Layout(NamedTuple):
             tensor = tensor[:, self.prefix :].unflatten(1, self.hw)
         return tensor.permute(0, 3, 1, 2)
 
+    def restore(self, view: Float[Tensor, "b c h w"]) -> Tensor | None:
+        """The tensor of which `view` is the view; None where the view left something out."""
+        if self.kind == "nchw":
+            return view
+        if self.prefix:
+            return None
+        channels_last = view.permute(0, 2, 3, 1)
+        return channels_last if self.kind == "nhwc" else channels_last.flatten(1, 2)
+
     def shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """(c, h, w) of the map in a tensor of this `shape`."""
         return (shape[1] if self.kind == "nchw" else shape[-1], *self.hw)
@@ -206,13 +218,17 @@ def version(tensor: Tensor) -> int:
 _WATCHING: WeakKeyDictionary[nn.Module, CodeType] = WeakKeyDictionary()
 
 
+Read = Callable[[Float[Tensor, "b c h w"]], tuple[Float[Tensor, "b c h w"], Any]]
+
+
 class _Firing(NamedTuple):
     """One call of a tapped module."""
 
     key: str
-    output: Tensor | None
+    output: Tensor | None  # None when there is no tensor in it, or it was read and is not needed any more
     kind: str  # the type's name, for the message when there is no tensor in it
     version: int
+    found: Any = None  # what was read of it on the spot
 
 
 @dataclass(frozen=True)
@@ -255,10 +271,17 @@ class Taps:
     **Checkpointing**: recomputations during backward are ignored. Inside a reentrant checkpoint the outputs
     have `requires_grad == False`, and no gradient can flow through them: use `use_reentrant=False`.
 
+    **Reading on the spot**: `read(features) -> (features, found)` is called with each map as soon as its
+    module has run, and `pop` gives what it found in place of the map, which is then not kept. What it returns
+    as features takes their place in the model: the same tensor, or one passed through an autograd function.
+    In compiled code and under checkpointing, maps are read when they are popped, and nothing is replaced; nor
+    is it where the map is a part of the output (a tuple, tokens with a prefix).
+
     Args:
         model: any module. A DataParallel over several devices is refused: it runs copies of the model.
         names: dotted names, each optionally with `#k`.
         layout: "auto", "nchw", "nhwc", "tokens" or "tokens+K" (K prefix tokens), or a dict of name to it.
+        read: what to read of each map, instead of keeping it.
 
     Raises:
         ValueError: unknown or repeated name, unknown layout; the message lists near matches.
@@ -266,7 +289,12 @@ class Taps:
     """
 
     def __init__(
-        self, model: nn.Module, names: Sequence[str], *, layout: str | Mapping[str, str] = "auto"
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        *,
+        layout: str | Mapping[str, str] = "auto",
+        read: Read | None = None,
     ) -> None:
         if isinstance(names, str):
             raise TypeError(f"Taps: expected a list of names, got the string {names!r}. Pass [{names!r}].")
@@ -278,6 +306,7 @@ class Taps:
         self._root = unwrap(model)
         self._modules = {tap.path: resolve(model, tap.path) for tap in self._taps}
         self._has_layer_norm = has_layer_norm(self._root)
+        self._read = read
         self._open = False
         self._undo: list[Callable[[], None]] = []
         self._forget()
@@ -306,8 +335,10 @@ class Taps:
         self._forget()
         self._open = False
 
-    def pop(self) -> dict[str, Float[Tensor, "b c h w"]]:
-        """The maps of the latest forward pass, by name in the order given, and forget them.
+    def pop(self) -> dict[str, Any]:
+        """The maps (b, c, h, w) of the latest forward pass, by name in the order given, and forget them.
+
+        With `read`, what was read of them.
 
         Raises:
             RuntimeError: outside of the `with` block.
@@ -326,9 +357,20 @@ class Taps:
         maps = {}
         for tap in self._taps:
             firing = self._select(tap, [firing for firing in fired if firing.key == tap.path])
-            tensor = _intact(tap.name, firing, final[id(firing)])
-            maps[tap.name] = self._layout(tap, tensor, hw).view(tensor)
+            if firing.output is not None:
+                _check_intact(tap.name, firing, final[id(firing)])
+            maps[tap.name] = self._read_late(tap, firing, hw) if firing.found is None else firing.found
         return maps
+
+    def _read_late(self, tap: _Tap, firing: _Firing, hw: tuple[int, int] | None) -> Any:
+        """The map of a firing, or what is read of it."""
+        if firing.output is None:
+            raise ValueError(
+                f"Taps.pop: expected {tap.name!r} to return a tensor, or a tuple or dict with one, got "
+                f"{firing.kind}. Tap another module."
+            )
+        view = self._layout(tap, firing.output, hw).view(firing.output)
+        return view if self._read is None else self._read(view)[1]
 
     # Hooks: also traced by torch.compile, so they are plain appends and assignments to fresh lists.
 
@@ -354,14 +396,33 @@ class Taps:
         return watched
 
     def _record(self, key: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             if _recomputing():
-                return
+                return None
             tensor = first_tensor(output)
+            if tensor is not None and self._read is not None and not _deferred():
+                return self._read_now(key, tensor, output)
             count = 0 if tensor is None else version(tensor)
             self._fired.append(_Firing(key, tensor, type(output).__name__, count))
+            return None
 
         return hook
+
+    def _read_now(self, key: str, tensor: Tensor, output: Any) -> Any:
+        """Read a map as its module has just run; what the module's output is replaced by, or None."""
+        assert self._read is not None
+        call = sum(firing.key == key for firing in self._fired)
+        tap = next((tap for tap in self._taps if tap.path == key and tap.call in (None, call)), None)
+        if tap is None:
+            self._fired.append(_Firing(key, None, type(output).__name__, 0))
+            return None
+        layout = self._layout(tap, tensor, self._input_hw)
+        view = layout.view(tensor)
+        passed, found = self._read(view)
+        # with a gradient, the tensor is kept anyway, and must be intact in the backward pass
+        kept = tensor if tensor.requires_grad else None
+        self._fired.append(_Firing(key, kept, type(output).__name__, version(tensor), found))
+        return layout.restore(passed) if passed is not view and output is tensor else None
 
     def _set_forward(self, module: nn.Module, forward: Callable) -> None:
         """Give the module a `forward` of its own, so that compiled code sees that taps are open."""
@@ -420,19 +481,24 @@ def _recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _intact(name: str, firing: _Firing, end_version: int) -> Tensor:
-    if firing.output is None:
-        raise ValueError(
-            f"Taps.pop: expected {name!r} to return a tensor, or a tuple or dict with one, got "
-            f"{firing.kind}. Tap another module."
-        )
+def _deferred() -> bool:
+    """Whether reading must wait for `pop`: compiled code cannot, and checkpointed code must not do it twice.
+
+    Checkpointing packs what is saved for the backward pass, and so do others, such as offloading.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _check_intact(name: str, firing: _Firing, end_version: int) -> None:
+    assert firing.output is not None
     if max(end_version, version(firing.output)) > firing.version:
         raise ValueError(
             f"Taps.pop: expected the output of {name!r} unchanged, got one that was overwritten in place "
             "after the tap, such as by ReLU(inplace=True). Tap that ReLU itself, or build the model with "
             "inplace=False."
         )
-    return firing.output
 
 
 def _parse(name: str, layout: str | Mapping[str, str]) -> _Tap:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small_net import Net
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attention_transfer import (
     AttentionTransfer,
@@ -20,6 +22,7 @@ from attention_transfer import (
     attention_transfer_loss,
     distillation_loss,
 )
+from attention_transfer.losses import Energy, Observation, Term
 
 PAIRS = [Pair("first", "first"), Pair("second", "second", weight=0.5)]
 
@@ -78,8 +81,151 @@ def test_teacher_that_somebody_put_in_training_mode_is_put_back(distiller) -> No
 
 
 def test_teacher_keeps_no_graph_even_where_the_images_need_a_gradient(distiller, batch) -> None:
-    seen = distiller.observe(batch[0].requires_grad_(), batch[1])
-    assert not any(tensor.requires_grad for tensor in (seen.teacher_logits, *seen.teacher_features))
+    teacher = distiller.observe(batch[0].requires_grad_(), batch[1], keep_features=True).teacher
+    kept = (teacher.logits, *teacher.features, *teacher.energies[Energy()])
+    assert len(kept) == 5 and not any(tensor.requires_grad for tensor in kept)
+
+
+def test_activations_of_the_teacher_are_freed_at_once_and_the_students_are_not_copied(
+    distiller, batch
+) -> None:
+    outputs = {}
+    for side in ("student", "teacher"):
+        first = getattr(distiller, side).get_submodule("first")
+        first.register_forward_hook(
+            lambda module, args, output, side=side: outputs.update({side: weakref.ref(output)})
+        )
+    seen = distiller.observe(*batch)
+    assert outputs["teacher"]() is None and not seen.teacher.features and not seen.student.features
+    loss = sum(distiller.addends(seen).values())
+    assert outputs["student"]() is not None
+    stored = {tensor.untyped_storage().data_ptr() for tensor in saved_for_backward(loss)}
+    assert outputs["student"]().untyped_storage().data_ptr() in stored
+    size = outputs["student"]().numel()
+    at_least = sum(tensor.numel() for tensor in saved_for_backward(distiller.student(batch[0]).sum()))
+    assert sum(tensor.numel() for tensor in saved_for_backward(loss)) < at_least + size
+
+
+def saved_for_backward(loss: Tensor) -> list[Tensor]:
+    """The tensors that the graph of a loss keeps, each storage once."""
+    found, seen, nodes = {}, set(), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        names = [name for name in dir(node) if name.startswith("_saved_")]
+        values = [getattr(node, name) for name in names] + list(getattr(node, "saved_tensors", ()))
+        for value in values:
+            for tensor in value if isinstance(value, tuple | list) else [value]:
+                if isinstance(tensor, Tensor):
+                    found[tensor.untyped_storage().data_ptr()] = tensor
+        nodes += [next_node for next_node, _ in node.next_functions]
+    return list(found.values())
+
+
+def test_a_reading_from_elsewhere_gives_the_loss_of_the_teacher_it_came_from(distiller, batch) -> None:
+    teacher = distiller.observe(*batch).teacher
+    terms = [AttentionTransfer(2.0), KnowledgeDistillation(0.25, 3.0)]
+    without = Distiller(distiller.student, None, pairs=PAIRS, terms=terms)
+    want, got = distiller(*batch), without(*batch, teacher=teacher)
+    assert want.terms.keys() == got.terms.keys()
+    assert got.loss == want.loss
+    report = without.preflight(*batch, teacher=teacher)
+    assert report.plan.rows[0].teacher_shape == (6, 8, 8)
+
+
+def test_the_precision_of_the_teacher_is_its_own(batch) -> None:
+    built = Distiller(
+        Net(4), Net(6), pairs=PAIRS, terms=[KnowledgeDistillation()], teacher_dtype=torch.bfloat16
+    )
+    seen = built.observe(*batch)
+    assert seen.teacher.logits.dtype == torch.bfloat16 and seen.student.logits.dtype == torch.float32
+    built.teacher_dtype = torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        seen = built.observe(*batch)
+    assert seen.teacher.logits.dtype == torch.float32 and seen.student.logits.dtype == torch.bfloat16
+
+
+class Distance(Term):
+    """A term of somebody's own, over activations."""
+
+    name, needs_features = "distance", True
+
+    def contributions(self, seen: Observation) -> dict[str, Tensor]:
+        sides = zip(seen.student.features, seen.teacher.features, strict=True)
+        return {self.name: sum((own.mean() - other.mean()).square() for own, other in sides)}
+
+
+def test_a_term_over_activations_is_given_them(batch) -> None:
+    built = Distiller(Net(4), Net(6), pairs=PAIRS, terms=[Distance(), AttentionTransfer(1.0)])
+    built.preflight(*batch)
+    out = built(*batch)
+    assert {"distance", "ce"} < set(out.terms)
+    out.loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["nchw", "nhwc", "tokens", "prefixed", "tuple", "checkpointed", "compiled"])
+def test_gradients_are_the_same_however_the_map_lies_in_the_output(kind: str) -> None:
+    """With the tap's activation passed on, or read late, against the plain function on its activation."""
+    torch.manual_seed(0)
+    student, teacher = Odd(kind), Odd(kind)
+    x, y = torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 1])
+    built = Distiller(student, teacher, pairs=[("body", "body")], terms=[AttentionTransfer(5.0)])
+    called = built.student
+    if kind == "compiled":
+        called.compile(backend="eager")
+    with Taps(teacher, ["body"]) as taps, torch.no_grad():
+        teacher(x)
+        target = taps.pop()["body"]
+    built(x, y).loss.backward()
+    got = [parameter.grad for parameter in student.parameters()]
+    plain = Odd(kind)
+    plain.load_state_dict(student.state_dict())
+    with Taps(plain, ["body"]) as taps:
+        logits = plain(x)
+        features = taps.pop()["body"]
+    loss = F.cross_entropy(logits, y) + attention_transfer_loss(features, target, beta=5.0)
+    want = torch.autograd.grad(loss, list(plain.parameters()))
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+class Body(nn.Module):
+    """A convolution whose map comes in some layout."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.conv = kind, nn.Conv2d(3, 5, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> object:
+        x = self.conv(x)
+        match self.kind:
+            case "nhwc":
+                return x.permute(0, 2, 3, 1)
+            case "tokens":
+                return x.flatten(2).transpose(1, 2)
+            case "prefixed":
+                tokens = x.flatten(2).transpose(1, 2)
+                return torch.cat([tokens.mean(1, keepdim=True), tokens], 1)
+            case "tuple":
+                return x, x.mean()
+        return x
+
+
+class Odd(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.body, self.head = kind, Body(kind), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "checkpointed":
+            x = checkpoint(lambda x: self.body(x).sin(), x, use_reentrant=False)
+        else:
+            x = self.body(x)
+        x = (x[0] if isinstance(x, tuple) else x).sin()
+        channels_last = self.kind in ("nhwc", "tokens", "prefixed")
+        return self.head(x.flatten(1, -2).mean(1) if channels_last else x.flatten(2).mean(2))
 
 
 def test_teacher_is_outside_of_parameters_and_state(distiller) -> None:
@@ -219,6 +365,8 @@ def test_refuses_what_cannot_work(batch) -> None:
         ValueError, match=r"Distiller: expected a teacher for .*AttentionTransfer.*, got None"
     ):
         Distiller(Net(4), None, terms=[AttentionTransfer(1.0)])
+    with pytest.raises(ValueError, match=r"Distiller: expected a teacher for .*, got None\. Pass one to the"):
+        Distiller(Net(4), None, pairs=PAIRS, terms=[AttentionTransfer(1.0)])(*batch)
     student = Net(4)
     with pytest.raises(ValueError, match="Distiller: expected a teacher apart from the student"):
         Distiller(student, student, pairs=PAIRS, terms=[AttentionTransfer(1.0)])

@@ -5,23 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attention_transfer.functional import attention_transfer_loss, distillation_loss
-from attention_transfer.losses import AttentionTransfer, KnowledgeDistillation, Observation
+from attention_transfer.functional import attention_map, attention_transfer_loss, distillation_loss
+from attention_transfer.losses import AttentionTransfer, Energy, KnowledgeDistillation, Observation, Reading
 from attention_transfer.pairs import Pair
 
 
-def observation(pairs: list[Pair], **changes: object) -> Observation:
-    features = [torch.randn(2, 3, 4, 4) for _ in pairs]
+def reading(channels: int, size: int, pairs: list[Pair]) -> Reading:
+    features = [torch.randn(2, channels, size, size) for _ in pairs]
+    energies = [attention_map(layer, norm=None) for layer in features]
+    return Reading(torch.randn(2, 7), {Energy(): energies}, features, [(channels, size, size)] * len(pairs))
+
+
+def observation(pairs: list[Pair], *, teacher_size: int = 4) -> Observation:
     return Observation(
-        **{
-            "pairs": pairs,
-            "student_features": features,
-            "teacher_features": [torch.randn(2, 5, 4, 4) for _ in pairs],
-            "student_logits": torch.randn(2, 7),
-            "teacher_logits": torch.randn(2, 7),
-            "labels": torch.tensor([0, 6]),
-            **changes,
-        }
+        pairs, reading(3, 4, pairs), reading(5, teacher_size, pairs), labels=torch.tensor([0, 6])
     )
 
 
@@ -39,7 +36,7 @@ def test_attention_transfer_is_the_function_with_its_options() -> None:
 def test_attention_transfer_contributes_each_pair_by_its_weight() -> None:
     seen = observation([Pair("a", "x", weight=0.5), Pair("b", "y")])
     contributions = AttentionTransfer(beta=2.0).contributions(seen)
-    want = attention_transfer_loss(seen.student_features[0], seen.teacher_features[0], beta=1.0)
+    want = attention_transfer_loss(seen.student.features[0], seen.teacher.features[0], beta=1.0)
     assert list(contributions) == ["at/a", "at/b"]
     torch.testing.assert_close(contributions["at/a"], want)
 
@@ -51,7 +48,7 @@ def test_a_student_layer_in_two_pairs_has_two_names() -> None:
 
 def test_knowledge_distillation_leaves_the_rest_to_the_labels() -> None:
     term, seen = KnowledgeDistillation(alpha=0.3, temperature=2.0), observation([])
-    want = 0.3 * distillation_loss(seen.student_logits, seen.teacher_logits, temperature=2.0)
+    want = 0.3 * distillation_loss(seen.student.logits, seen.teacher.logits, temperature=2.0)
     assert term.contributions(seen) == {"kd": want}
     assert term.cross_entropy_weight == pytest.approx(0.7)
 
@@ -69,6 +66,6 @@ def test_terms_refuse_bad_options_when_they_are_built() -> None:
 
 
 def test_an_error_at_a_pair_names_the_pair() -> None:
-    seen = observation([Pair("a", "x")], teacher_features=[torch.randn(2, 5, 8, 8)])
+    seen = observation([Pair("a", "x")], teacher_size=8)
     with pytest.raises(ValueError, match=r"got student \(4, 4\) and teacher \(8, 8\).*At the pair a <- x"):
         AttentionTransfer(beta=1.0).contributions(seen)

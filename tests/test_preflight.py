@@ -48,10 +48,10 @@ def test_shares_are_the_norms_of_the_gradients(batch) -> None:
     student = Net(4).eval()
     built = distiller(student)
     row = built.preflight(x, y).plan.rows[1]
-    seen = built.observe(x, y)
+    seen = built.observe(x, y, keep_features=True)
     addends = built.addends(seen)
     norms = {
-        name: torch.autograd.grad(addends[name], seen.student_features[1], retain_graph=True)[0].norm()
+        name: torch.autograd.grad(addends[name], seen.student.features[1], retain_graph=True)[0].norm()
         for name in ("ce", "at/second")
     }
     assert row.shares["ce"] == pytest.approx((norms["ce"] / sum(norms.values())).item(), rel=1e-5)

@@ -522,3 +522,41 @@ def test_inductor(net: Net, x: Tensor) -> None:
         with Taps(compiled, ["layer1", "layer2"]) as taps:
             check_step(compiled, taps, ["layer1", "layer2"], x)
     torch._dynamo.reset()
+
+
+# --- reading on the spot ------------------------------------------------------------------------------------
+
+
+def scaled(features: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Goes on with twice the features, and keeps their shape."""
+    return 2 * features, tuple(features.shape)
+
+
+def test_what_is_read_takes_the_place_of_the_map_and_the_features_of_the_output() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid()), torch.randn(2, 3, 8, 8)
+    with Taps(model, ["0"], read=scaled) as taps:
+        got = model(x)
+        assert taps.pop() == {"0": (2, 4, 8, 8)}
+    assert torch.equal(got, model[1](2 * model[0](x)))
+
+
+def test_only_the_call_that_is_meant_is_read() -> None:
+    shared = nn.Identity()
+    model = nn.Sequential(shared, nn.Conv2d(3, 5, 1), shared, nn.AvgPool2d(2), shared)
+    with Taps(model, ["0#1"], read=scaled) as taps:
+        got = model(torch.ones(1, 3, 8, 8))
+        assert taps.pop() == {"0#1": (1, 5, 8, 8)}
+    torch.testing.assert_close(got, 2 * model(torch.ones(1, 3, 8, 8)))
+
+
+def test_a_layer_overwritten_after_it_was_read_is_refused_if_its_gradient_would_be_wrong() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True))
+    x = torch.randn(2, 3, 8, 8)
+    with Taps(model, ["0"], read=lambda features: (features, features.sum())) as taps:
+        model(x)
+        with pytest.raises(ValueError, match="expected the output of '0' unchanged, got one that was overw"):
+            taps.pop()
+        with torch.no_grad():  # what was read is right, and there is no backward pass
+            want = model[0](x).sum()
+            model(x)
+            torch.testing.assert_close(taps.pop()["0"], want)

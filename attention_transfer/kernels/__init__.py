@@ -144,6 +144,8 @@ def pass_energy(
     In the backward pass the gradient from above and that of the energy are added in the one pass over
     memory which the latter takes anyway; without this, autograd adds them in a pass of its own.
     """
+    if torch.compiler.is_compiling():  # a backend is no code that can be traced
+        return features, *energy(features, p, mapping)
     return _PassEnergy.apply(features, p, mapping)
 
 
@@ -156,7 +158,7 @@ class _PassEnergy(torch.autograd.Function):
         ctx.mark_non_differentiable(scale)
         ctx.save_for_backward(features, scale)
         ctx.backend, ctx.p, ctx.mapping = backend, p, mapping
-        return features, total, scale
+        return features.detach(), total, scale  # not a view: that would forbid what follows to be in place
 
     @staticmethod
     def backward(ctx, grad_features: Tensor | None, grad_energy: Tensor | None, _grad_scale: None) -> tuple:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from llvmlite import ir
-from numba.core import types
+from numba.core import config, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
@@ -124,7 +124,7 @@ _REORDERED = {"reassoc", "contract", "nsz"}  # a sum over contiguous channels is
 
 def _parallel(kernel: Callable) -> Callable:
     """Compile for all threads, into the disk cache where one can be written."""
-    options = {"parallel": True, "nogil": True, "fastmath": _REORDERED}
+    options: dict[str, Any] = {"parallel": True, "nogil": True, "fastmath": _REORDERED}
     try:
         return numba.njit(cache=True, **options)(kernel)
     except RuntimeError:  # numba found no folder it may write
@@ -336,7 +336,7 @@ def _offsets(at, image, row, column):
 
 def _launch(kernel: Callable, *arguments: Any) -> None:
     with _lock:
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         kernel(*arguments)
 
 
