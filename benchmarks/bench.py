@@ -42,11 +42,12 @@ def bench(
         KeyboardInterrupt: on Ctrl-C; the rows of all cases that were complete are kept.
     """
     session = Session(find_device(device), quick=quick)
-    name = "quick" if quick else session.device.type
-    results = Results(output or FOLDER / f"{name}.csv")
+    file = FOLDER / f"{'quick' if quick else session.device.type}.csv"
+    results = Results(output or file)
     try:
-        for chosen in what or WHAT:
-            WHAT[chosen](results, session)
+        for name, run in WHAT.items():  # in this order: kernels are the first to see freed memory as it is
+            if name in (what or WHAT):
+                run(results, session)
     except KeyboardInterrupt:
         session.line.clear()
         print(f"\nStopped; {len(results.rows)} rows are in {results.path}.", file=sys.stderr)

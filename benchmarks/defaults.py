@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.measuring import Samples, dtype_name, interleave
+from benchmarks.measuring import Samples, allocator, dtype_name, interleave
 from benchmarks.names import PROJECT, TORCHDISTILL
 from benchmarks.rows import ROOT, Results, Row
 from benchmarks.session import Session
 
-TURNS = 3
+TURNS, SECONDS = 3, 5
 
 
 def run(name: str, shape: str, results: Results, session: Session) -> None:
@@ -80,7 +80,7 @@ def worker(side: str, setting: str, quick: bool, device: str) -> dict[str, Any]:
     samples = interleave(
         {side: timed},
         torch.device(device),
-        seconds=0 if quick else 8,
+        seconds=0 if quick else SECONDS,
         rounds=(2, 2) if quick else (5, 60),
         warm_up=3,
         evict_bytes=0,
@@ -89,26 +89,18 @@ def worker(side: str, setting: str, quick: bool, device: str) -> dict[str, Any]:
 
 
 def _project(setting: Any, device: torch.device) -> tuple[Callable[[], object], dict[str, str]]:
-    from benchmarks.measuring import keep_freed_memory
-    from benchmarks.step import LIVE, Bench
-
-    allocator = keep_freed_memory()
-    bench = Bench(setting, command_precision(), device)
-    told = {
-        "dtype": dtype_name(bench.dtype),
-        "layout": "channels-last",
-        "form": "code",
-        "allocator": allocator,
-    }
-    return bench.steps()[LIVE], told
-
-
-def command_precision() -> torch.dtype:
-    """The arithmetic that `attention-transfer train` chooses here when it is not told."""
-    from attention_transfer.training.fit import choose_precision
+    """As `attention-transfer train` sets itself up when it is told nothing."""
+    from attention_transfer._memory import keep_freed_memory
     from attention_transfer.training.recipe import Recipe
+    from attention_transfer.training.speed import choose_speed
+    from benchmarks.step import LAYOUT, LIVE, Bench
 
-    return torch.bfloat16 if choose_precision(Recipe()) == "bf16-mixed" else torch.float32
+    if device.type == "cpu":
+        keep_freed_memory()
+    speed = choose_speed(Recipe(accelerator=device.type))
+    dtype = torch.bfloat16 if speed.precision == "bf16-mixed" else torch.float32
+    told = {"dtype": dtype_name(dtype), "layout": LAYOUT, "form": "code", "allocator": allocator(device)}
+    return Bench(setting, dtype, device).steps()[LIVE], told
 
 
 def _torchdistill(setting: Any, device: torch.device) -> tuple[Callable[[], object], dict[str, str]]:
@@ -119,7 +111,7 @@ def _torchdistill(setting: Any, device: torch.device) -> tuple[Callable[[], obje
     images, labels = setting.images_and_labels(device)
     pairs = at.suggest_pairs(student, teacher, images[:2])
     step = torchdistill_step(pairs, student, teacher, images, labels, contextlib.nullcontext)
-    return step, {"dtype": "float32", "layout": "nchw", "form": "code", "allocator": "default"}
+    return step, {"dtype": "float32", "layout": "nchw", "form": "code", "allocator": allocator(device)}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ buffer larger than the caches is read, so that all find their inputs in memory, 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import os
 import random
@@ -20,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from attention_transfer._memory import freed_memory
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library reports its own comings and goings
 CACHES = 256 * 2**20  # bytes; more than the last-level cache of what this runs on
@@ -184,17 +185,9 @@ def _allocated_on_gpu(device: torch.device, work: Callable[[], object]) -> tuple
     return torch.cuda.max_memory_allocated(device) - before, after - before
 
 
-def keep_freed_memory() -> str:
-    """Let this process keep blocks that are freed, on glibc; how freed memory is treated from now on.
-
-    What `MALLOC_MMAP_MAX_=0` and `MALLOC_TRIM_THRESHOLD_=-1` do in the environment, for a process under way.
-    """
-    trim_threshold, mmap_max, never = -1, -4, -1  # glibc's malloc.h
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return "default"
-    return "kept" if mallopt(mmap_max, 0) and mallopt(trim_threshold, never) else "default"
+def allocator(device: torch.device) -> str:
+    """The column of that name: what this process does with freed memory now."""
+    return "kept" if device.type == "cuda" else freed_memory().removeprefix("freed memory ")
 
 
 # --- shapes -------------------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ def kernels(rows: Sequence[Row]) -> Any:
         row
         for row in rows
         if (row.benchmark, row.op, row.against, row.form) == ("kernels", "both", FLOOR, "code")
+        and row.allocator == "kept"
     ]
     if not found:
         return None

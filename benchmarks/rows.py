@@ -33,7 +33,7 @@ class Row:
     layout: str = ""
     form: str = ""
     allocator: str = ""
-    """kept: freed blocks stay with the process; default: as the C library does."""
+    """What becomes of freed memory: kept by the process, or given back by the C library's defaults."""
     against: str = ""
     p50: float | None = None
     p20: float | None = None

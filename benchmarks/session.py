@@ -20,7 +20,7 @@ class Session:
 
     @property
     def seconds(self) -> float:
-        return 0.0 if self.quick else 5.0
+        return 0.0 if self.quick else 4.0
 
     @property
     def rounds(self) -> tuple[int, int]:

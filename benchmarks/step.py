@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import attention_transfer as at
 from attention_transfer._extras import require
+from attention_transfer._memory import keep_freed_memory
 from benchmarks import contenders, defaults
 from benchmarks.kernels import not_measured
 from benchmarks.measuring import (
@@ -26,9 +27,9 @@ from benchmarks.measuring import (
     Samples,
     Stopwatch,
     allocated_by,
+    allocator,
     dtype_name,
     interleave,
-    keep_freed_memory,
 )
 from benchmarks.names import LIVE, NO_TERM, STUDENT, TAPPED, TEACHER, TERM_ALONE, TORCHDISTILL
 from benchmarks.rows import Results, Row
@@ -86,18 +87,18 @@ def settings(*, quick: bool) -> dict[str, Setting]:
 
 def run(results: Results, session: Session) -> None:
     """Measure each setting in float32 and under bfloat16 autocast, then the defaults of both projects."""
-    allocator = keep_freed_memory()
+    keep_freed_memory()
     for name, setting in settings(quick=session.quick).items():
         for dtype in DTYPES[: 1 if session.quick else None]:
             case = {"benchmark": "step", "shape": setting.name, "dtype": dtype_name(dtype)}
             if not results.has(session.device, **case):
                 session.status(f"step: {setting.name}, {dtype_name(dtype)}")
-                results.append(measure(setting, dtype, session, allocator), session.device)
+                results.append(measure(setting, dtype, session), session.device)
                 session.say(f"step: {setting.name}, {dtype_name(dtype)}: {summary(results.rows)}")
         defaults.run(name, setting.name, results, session)
 
 
-def measure(setting: Setting, dtype: torch.dtype, session: Session, allocator: str) -> list[Row]:
+def measure(setting: Setting, dtype: torch.dtype, session: Session) -> list[Row]:
     """Rows of one setting: times, peak memory, and the ratios that the targets speak of."""
     bench = Bench(setting, dtype, session.device)
     steps = bench.steps()
@@ -116,7 +117,7 @@ def measure(setting: Setting, dtype: torch.dtype, session: Session, allocator: s
         "dtype": dtype_name(dtype),
         "layout": LAYOUT,
         "form": "code",
-        "allocator": allocator,
+        "allocator": allocator(session.device),
     }
     rows = [
         _row("step", name, samples, common, allocated_by(session.device, step)[0])

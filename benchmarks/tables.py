@@ -98,24 +98,23 @@ def targets(rows: Sequence[Row]) -> str:
 
 def kernels(rows: Sequence[Row]) -> str:
     """Times of the floor, and how many times that the contenders take."""
-    groups = dict.fromkeys((row.device, row.dtype, row.form) for row in rows if row.benchmark == "kernels")
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row.benchmark == "kernels":
+            groups.setdefault((row.device, row.dtype, row.form, row.allocator), []).append(row)
+    kept_first = sorted(groups.items(), key=lambda group: group[0][-1] != "kept")
     return "\n\n".join(
-        f"**{device}, {dtype}, form `{form}`**\n\n{_kernel_table(rows, device, dtype, form)}"
-        for device, dtype, form in groups
+        f"**{device}, {dtype}, form `{form}`, freed memory {allocator}**\n\n{_kernel_table(found)}"
+        for (device, dtype, form, allocator), found in kept_first
     )
 
 
-def _kernel_table(rows: Sequence[Row], device: str, dtype: str, form: str) -> str:
-    chosen = [
-        row
-        for row in rows
-        if (row.benchmark, row.device, row.dtype, row.form) == ("kernels", device, dtype, form)
-    ]
+def _kernel_table(rows: Sequence[Row]) -> str:
     cells = []
-    for shape, layout in dict.fromkeys((row.shape, row.layout) for row in chosen):
+    for shape, layout in dict.fromkeys((row.shape, row.layout) for row in rows):
         case = {
             (row.backend, row.op, row.against): row
-            for row in chosen
+            for row in rows
             if (row.shape, row.layout) == (shape, layout)
         }
         floor = case[FLOOR, "both", ""]
@@ -148,7 +147,7 @@ def memory(rows: Sequence[Row]) -> str:
         row
         for row in rows
         if (row.benchmark, row.op, row.against, row.form) == ("kernels", "both", FLOOR, "code")
-        and row.dtype == "float32"
+        and (row.dtype, row.allocator) == ("float32", "kept")
     ]
     backends = dict.fromkeys(row.backend for row in found)
     cells = []
