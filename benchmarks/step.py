@@ -31,7 +31,7 @@ from benchmarks.measuring import (
     dtype_name,
     interleave,
 )
-from benchmarks.names import LIVE, NO_TERM, STUDENT, TAPPED, TEACHER, TERM_ALONE, TORCHDISTILL
+from benchmarks.names import CACHED, LIVE, NO_TERM, STUDENT, TAPPED, TEACHER, TERM_ALONE, TORCHDISTILL
 from benchmarks.rows import Results, Row
 from benchmarks.session import Session
 
@@ -128,6 +128,7 @@ def measure(setting: Setting, dtype: torch.dtype, session: Session) -> list[Row]
     comparisons = [
         (LIVE, (STUDENT, TEACHER)),
         (LIVE, (STUDENT,)),
+        (CACHED, (STUDENT,)),
         (TORCHDISTILL, (LIVE,)),
     ]
     rows += [_ratio(name, against, samples, common) for name, against in comparisons if name in runs]
@@ -200,6 +201,7 @@ class Bench:
             TEACHER: self._teacher_alone,
             NO_TERM: self._no_term(),
             LIVE: self._trained(self.live, lambda: self.live(self.images, self.labels).loss),
+            CACHED: self._cached(),
         }
         try:
             found[TORCHDISTILL] = torchdistill_step(
@@ -251,6 +253,13 @@ class Bench:
             return F.cross_entropy(logits, self.labels)
 
         return self._trained(student, loss)
+
+    def _cached(self) -> Step:
+        """The teacher's reading of the batch comes from outside, as from the cache on disk."""
+        alone = at.Distiller(self._student_of(CACHED), None, pairs=self.live.pairs, terms=self.terms)
+        with torch.no_grad(), self.autocast():
+            reading = copy.deepcopy(self.live).observe(self.images, self.labels).teacher
+        return self._trained(alone, lambda: alone(self.images, self.labels, teacher=reading).loss)
 
     def term_alone(self) -> Run:
         """The term on activations such as this step's, without the networks."""

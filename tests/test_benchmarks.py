@@ -22,6 +22,7 @@ from benchmarks import contenders, kernels, measuring, rows, step, tables, targe
 from benchmarks.contenders import Floor, Inputs, make_inputs  # noqa: E402
 from benchmarks.names import (  # noqa: E402
     AUTHORS,
+    CACHED,
     COMPILED,
     FLOOR,
     LIVE,
@@ -81,11 +82,12 @@ def test_the_gradient_from_above_is_in_the_result() -> None:
 def test_whole_steps_train_the_same_student() -> None:
     benchmark = step.Bench(step.QUICK["tiny"], torch.float32, CPU)
     steps = benchmark.steps()
-    for name in (LIVE, TORCHDISTILL, STUDENT):
+    for name in (LIVE, CACHED, TORCHDISTILL, STUDENT):
         steps[name]()
     live = benchmark.students[LIVE].state_dict()
-    for key, value in benchmark.students[TORCHDISTILL].state_dict().items():
-        torch.testing.assert_close(value, live[key], rtol=1e-4, atol=1e-6)
+    for name in (CACHED, TORCHDISTILL):
+        for key, value in benchmark.students[name].state_dict().items():
+            torch.testing.assert_close(value, live[key], rtol=1e-4, atol=1e-6)
     alone = benchmark.students[STUDENT].state_dict()
     assert not torch.allclose(alone["conv0.weight"], live["conv0.weight"], rtol=1e-4, atol=1e-6)
 
