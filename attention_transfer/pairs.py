@@ -79,7 +79,7 @@ class Stage:
 
 def suggest_pairs(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | Sequence[Stage],
     example_input: Float[Tensor, "b c h w"],
     teacher_input: Float[Tensor, "b_t c_t h_t w_t"] | None = None,
 ) -> list[Pair]:
@@ -91,7 +91,7 @@ def suggest_pairs(
 
     Args:
         student: any module.
-        teacher: any module.
+        teacher: any module, or what `stages_to_store` found of one that is no longer at hand.
         example_input: images that both networks accept; only shape, dtype and the first two images matter.
         teacher_input: images for the teacher where it expects another size.
 
@@ -99,8 +99,11 @@ def suggest_pairs(
         ValueError: if a network cannot run on the input, has no stages, or no resolution is common to both.
     """
     ours = _survey(student, example_input, user="suggest_pairs", role="student")
-    images = example_input if teacher_input is None else teacher_input
-    theirs = _survey(teacher, images, user="suggest_pairs", role="teacher")
+    if isinstance(teacher, nn.Module):
+        images = example_input if teacher_input is None else teacher_input
+        theirs = _survey(teacher, images, user="suggest_pairs", role="teacher")
+    else:
+        theirs = _stored_survey(teacher)
     if ours.blocks and theirs.blocks:
         return _pairs_by_depth(ours.blocks, theirs.blocks)
     at_level = {stage.level: stage for stage in theirs.stages}
@@ -135,10 +138,28 @@ def stage_ends(model: nn.Module, example_input: Float[Tensor, "b c h w"]) -> lis
     return _survey(model, example_input, user="stage_ends", role="model").stages
 
 
+def stages_to_store(model: nn.Module, example_input: Float[Tensor, "b c h w"]) -> list[Stage]:
+    """All that `suggest_pairs` may pair a student with: stand-ins for a teacher that will not be at hand.
+
+    The stage ends; for a network of a single resolution, up to four of its repeated blocks.
+
+    Raises:
+        ValueError: as `stage_ends`.
+    """
+    survey = _survey(model, example_input, user="stages_to_store", role="model")
+    return _spread(survey.blocks, min(MAX_DEPTH_PAIRS, len(survey.blocks))) or survey.stages
+
+
 @dataclass(frozen=True)
 class _Survey:
     stages: list[Stage]
     blocks: list[Stage]  # the repeated blocks, for a network of a single resolution only
+
+
+def _stored_survey(stages: Sequence[Stage]) -> _Survey:
+    """The survey that `stages_to_store` was taken from: only blocks come several to a level."""
+    of_one_level = len(stages) > 1 and len({stage.level for stage in stages}) == 1
+    return _Survey(list(stages), list(stages) if of_one_level else [])
 
 
 def _survey(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Survey:
@@ -159,11 +180,13 @@ def _survey(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Surve
 
 def _pairs_by_depth(ours: Sequence[Stage], theirs: Sequence[Stage]) -> list[Pair]:
     count = min(MAX_DEPTH_PAIRS, len(ours), len(theirs))
+    both = zip(_spread(ours, count), _spread(theirs, count), strict=True)
+    return [Pair(mine.name, other.name) for mine, other in both]
 
-    def spread(blocks: Sequence[Stage]) -> list[str]:
-        return [blocks[round((i + 1) * len(blocks) / count) - 1].name for i in range(count)]
 
-    return [Pair(mine, other) for mine, other in zip(spread(ours), spread(theirs), strict=True)]
+def _spread(blocks: Sequence[Stage], count: int) -> list[Stage]:
+    """`count` evenly spaced blocks that include the last."""
+    return [blocks[round((i + 1) * len(blocks) / count) - 1] for i in range(count)]
 
 
 def _strides(stages: Sequence[Stage]) -> str:

@@ -26,7 +26,8 @@ ALLOWED = {
     "models": set(),
     "data": set(),
     "visualize": {"functional", "taps"},
-    "training": {"data", "distiller", "functional", "losses", "models", "pairs", "plan"},
+    "cache": {"data", "pairs"},
+    "training": {"cache", "data", "distiller", "functional", "losses", "models", "pairs", "plan"},
 }
 HELPERS = {"_choices", "_extras", "_files", "_memory", "_outputs", "_tables", "_untouched"}
 COMPOSERS = {"cli", "__main__", "__init__"}

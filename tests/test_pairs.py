@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from attention_transfer.models.nin import NetworkInNetwork
 from attention_transfer.models.wide_resnet import WideResNet
-from attention_transfer.pairs import Pair, Stage, stage_ends, suggest_pairs
+from attention_transfer.pairs import Pair, Stage, stage_ends, stages_to_store, suggest_pairs
 from attention_transfer.taps import Taps
 
 
@@ -114,8 +114,12 @@ PAIRED = {
 
 @pytest.mark.parametrize("student, teacher, size", PAIRED)
 def test_pairs_across_models(student: str, teacher: str, size: int) -> None:
-    pairs = suggest_pairs(build(student), build(teacher), images(size))
+    one, other = build(student), build(teacher)
+    pairs = suggest_pairs(one, other, images(size))
     assert [(pair.student, pair.teacher) for pair in pairs] == PAIRED[student, teacher, size]
+    assert suggest_pairs(one, stages_to_store(other, images(size)), images(size)) == pairs
+    back = suggest_pairs(other, one, images(size))
+    assert suggest_pairs(other, stages_to_store(one, images(size)), images(size)) == back
 
 
 def test_the_teachers_input_may_have_another_size() -> None:
