@@ -7,3 +7,4 @@ from typing import Literal
 Mapping = Literal["sum", "max"]
 Form = Literal["paper", "code", "caffe"]
 Side = Literal["student", "teacher"]
+Stored = Literal["float16", "uint8"]

@@ -6,16 +6,15 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from .._choices import Stored
 from .._files import write_atomically
 from ..pairs import Stage
 
 FILE = "cache.json"
 KIND = "attention-transfer teacher cache"
 FORMAT = 1
-
-Dtype = Literal["float16", "uint8"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Manifest:
     layers: tuple[Stage, ...]
     p: float
     mapping: str
-    dtype: Dtype
+    dtype: Stored
     precision: str
     data: str
     images: int
@@ -130,7 +129,7 @@ class Manifest:
         counts = [getattr(manifest, name) for name in _COUNTS]
         if not all(isinstance(count, int) and count >= 1 for count in (*counts, len(layers))):
             raise ValueError(f"{', '.join(_COUNTS)}: {counts}")
-        if manifest.dtype not in get_args(Dtype):
+        if manifest.dtype not in get_args(Stored):
             raise ValueError(f"dtype {manifest.dtype}")
         return manifest
 

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from .manifest import Dtype, Manifest
+from .._choices import Stored
+from .manifest import Manifest
 
 LEVELS = 255  # of uint8, from 0 to a map's own maximum
 
@@ -29,7 +30,7 @@ class Layout:
 
     classes: int
     sizes: tuple[tuple[int, int], ...]  # (h, w) of each layer's map
-    dtype: Dtype
+    dtype: Stored
 
     @classmethod
     def of(cls, manifest: Manifest) -> Layout:

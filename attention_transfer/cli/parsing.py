@@ -19,6 +19,7 @@ VERBS = {
     "pairs": "Show which layers of a student and a teacher would be compared",
     "maps": "Draw a model's attention maps over images",
     "report": "Write one HTML page about some runs",
+    "cache": "Store what a teacher sees in every image, to train any number of students from it",
     "bench": "Measure what attention transfer costs, against the memory floor and others",
 }
 
@@ -27,12 +28,12 @@ class UsageError(ValueError):
     """A command line that does not parse."""
 
 
-def verb_parser(verb: str, usage: str) -> Any:
-    """A parser for one verb's arguments; `usage` is an example of a call."""
+def verb_parser(verb: str, usage: str, summary: str | None = None) -> Any:
+    """A parser for one verb's arguments; `usage` is an example of a call, `summary` what it does."""
     jsonargparse = require("jsonargparse", extra="train", user=verb)
     return jsonargparse.ArgumentParser(
         prog=f"{PROGRAM} {verb}",
-        description=f"{VERBS[verb]}. Example: {usage}",
+        description=f"{summary or VERBS[verb]}. Example: {usage}",
         exit_on_error=False,
     )
 
@@ -56,7 +57,7 @@ def _dashed(argument: str) -> str:
 
 
 def _explain(parser: Any, message: str) -> str:
-    verb = parser.prog.split()[-1]
+    verb = parser.prog.removeprefix(f"{PROGRAM} ")
     if unknown := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
         flags = [option for action in parser._actions for option in action.option_strings]
         flag = unknown[1].partition("=")[0]

@@ -132,7 +132,7 @@ def _recipe_parser(defaults: Recipe) -> Any:
     add_memory_flag(parser)
     parser.usage = f"{PROGRAM} train [flags]"  # the whole list would fill the screen
     recipe = parser.add_argument_group("recipe")
-    types, texts = field_types(), _field_texts()
+    types, texts = field_types(), field_texts("train")
     for field in fields(Recipe):
         flag = "--" + field.name.replace("_", "-")
         default = getattr(defaults, field.name)
@@ -141,9 +141,9 @@ def _recipe_parser(defaults: Recipe) -> Any:
     return parser
 
 
-def _field_texts() -> dict[str, str]:
-    """The docstring of each field of the recipe."""
-    docstring_parser = require("docstring_parser", extra="train", user="train")
+def field_texts(user: str) -> dict[str, str]:
+    """The docstring of each field of the recipe, on behalf of a verb."""
+    docstring_parser = require("docstring_parser", extra="train", user=user)
     parsed = docstring_parser.parse_from_object(Recipe)
     return {parameter.arg_name: one_line(parameter.description or "") for parameter in parsed.params}
 

@@ -70,6 +70,7 @@ def build_views(recipe: Recipe) -> Views | None:
 class Teacher:
     """A teacher with its weights, and how the student's input becomes its own."""
 
+    name: str
     model: nn.Module
     classes: int
     transform: InputTransform | None
@@ -86,16 +87,23 @@ def build_teacher(recipe: Recipe, splits: Splits, train_first: Callable[[], Run]
     named = Run(Path(recipe.teacher))
     if named.exists:
         teacher = _teacher_of_run(named, splits)
+    elif named.folder.is_file():
+        teacher = _teacher_of_file(named.folder, splits)
     elif recipe.teacher_weights is None:
         teacher = _teacher_of_run(train_first(), splits)
     else:
         teacher = _teacher_of_weights(recipe, splits)
-    if "kd" in recipe.method and teacher.classes != splits.num_classes:
+    check_classes(recipe, teacher.classes, splits)
+    return teacher
+
+
+def check_classes(recipe: Recipe, classes: int, splits: Splits) -> None:
+    """Raise ValueError if the method compares answers and the teacher has other classes than the data."""
+    if "kd" in recipe.method and classes != splits.num_classes:
         raise ValueError(
             f'train: method "{recipe.method}" compares answers: expected a teacher of {splits.num_classes} '
-            f"classes, as the data, got {teacher.classes}. Attention maps need no equal classes: --method at."
+            f"classes, as the data, got {classes}. Attention maps need no equal classes: --method at."
         )
-    return teacher
 
 
 def _teacher_of_run(run: Run, splits: Splits) -> Teacher:
@@ -109,13 +117,24 @@ def _teacher_of_run(run: Run, splits: Splits) -> Teacher:
     return _teacher_of_card(card, run.folder, splits)
 
 
+def _teacher_of_file(weights: Path, splits: Splits) -> Teacher:
+    card = ModelCard.read(weights)
+    if card is None:
+        raise ValueError(
+            f"train: {weights} does not say which model it belongs to. "
+            f"Pass --teacher NAME --teacher-weights {weights}"
+        )
+    return _teacher_of_card(card, weights, splits)
+
+
 def _teacher_of_card(card: ModelCard, weights: str | Path, splits: Splits) -> Teacher:
     if card.in_channels != splits.in_channels:
         raise ValueError(
             f"train: expected a teacher of images with {splits.in_channels} channels, as the data, got one "
             f"of {card.in_channels} in {weights}. Pass a teacher that was trained on such images."
         )
-    return Teacher(card.build(weights), len(card.classes), _input_transform(splits, card.mean, card.std))
+    transform = _input_transform(splits, card.mean, card.std)
+    return Teacher(card.model, card.build(weights), len(card.classes), transform)
 
 
 def _teacher_of_weights(recipe: Recipe, splits: Splits) -> Teacher:
@@ -127,7 +146,8 @@ def _teacher_of_weights(recipe: Recipe, splits: Splits) -> Teacher:
             return _teacher_of_card(card, weights, splits)
     classes = recipe.teacher_classes or splits.num_classes
     model = _build(name, weights, splits, classes)
-    return Teacher(model, classes, _pretrained_transform(model, splits) if weights == "pretrained" else None)
+    transform = _pretrained_transform(model, splits) if weights == "pretrained" else None
+    return Teacher(name, model, classes, transform)
 
 
 def _pretrained_transform(model: nn.Module, splits: Splits) -> InputTransform | None:

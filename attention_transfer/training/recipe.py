@@ -33,7 +33,7 @@ class Recipe:
     student_weights: str | None = None
     """Weights to start the student from: a file, a run folder, or "pretrained". Random if not given."""
     teacher: str | None = "wrn-16-2"
-    """The model to learn from: a run folder, or a name. A name without --teacher-weights is trained first."""
+    """The model to learn from: a run folder, its weights, or a name; without weights it is trained first."""
     teacher_weights: str | None = None
     """The teacher's weights: a safetensors file, a checkpoint, a run folder, or "pretrained"."""
     teacher_classes: int | None = None
@@ -256,6 +256,16 @@ def field_types() -> dict[str, Any]:
     """The declared type of every recipe field."""
     return typing.get_type_hints(Recipe)
 
+
+IMAGES = ("validation", "max_train", "split_seed", "image_size")
+"""The fields that say which images there are; with a cache they are the cache's."""
+
+CACHED = (
+    *("data", "data_root", *IMAGES, "image_column", "label_column", "pad", "flip", "view_seed"),
+    *("teacher", "teacher_weights", "teacher_classes", "p", "mapping"),
+    *("batch_size", "num_workers", "precision", "accelerator"),
+)
+"""The fields that a cache is built by, besides the number of views, which may grow."""
 
 _ALONE: dict[str, Any] = {"method": "none", "teacher": None}
 _TEACHING = {

@@ -1,0 +1,154 @@
+"""Building a teacher cache from the part of a recipe that concerns images and teacher."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
+
+from attention_transfer._choices import Stored
+from attention_transfer.cache import Cache, Filler, Layout, Manifest, megabytes
+from attention_transfer.data import Batches, Splits, Views, data_fingerprint
+from attention_transfer.training.build import VALIDATION, build_teacher, load_splits
+from attention_transfer.training.onlooker import Onlooker
+from attention_transfer.training.recipe import CACHED, IMAGES, Recipe
+
+SHARD_BYTES = 64 << 20  # seconds of work, so that a kill costs no more
+
+Say = Callable[[str], None]
+
+
+def build_cache(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    layers: Sequence[str] | None = None,
+    dtype: Stored = "float16",
+    say: Say,
+    progress: Say = lambda line: None,
+) -> Cache:
+    """Store what the recipe's teacher sees in every view of every training image; go on if some is there.
+
+    Args:
+        recipe: images, augmentation, views (one if not given), teacher, p, mapping and precision count.
+        folder: where the cache is, or is to be.
+        layers: the teacher's layers; by default all that any student may be paired with.
+        dtype: of the stored maps.
+        say: takes a line for each thing that is to be known.
+        progress: takes lines, each of which replaces the one before.
+
+    Raises:
+        ValueError: if settings, teacher and images do not fit each other, or the cache that is there.
+        FileExistsError: if the folder holds other files.
+        OSError: if it does not fit on the disk, or cannot be written; what is stored is whole.
+    """
+    recipe = _settled(recipe)
+    splits = load_splits(recipe)
+    say(str(splits))
+    teacher = build_teacher(recipe, splits, lambda: _no_weights(recipe))
+    assert teacher is not None  # the recipe's method has one
+    onlooker = Onlooker.of(recipe, splits, teacher, layers)
+    settings = {name: getattr(recipe, name) for name in CACHED}
+    manifest = describe(recipe, splits, onlooker, dtype)
+    cache = Cache.create(folder, replace(manifest, settings=settings | {"layers": layers, "dtype": dtype}))
+    _fill(cache, recipe, splits, onlooker, say, progress)
+    return cache
+
+
+def _settled(recipe: Recipe) -> Recipe:
+    """The recipe with what it leaves open about the images filled in, so that students can be held to it."""
+    return replace(
+        recipe.resolved(),
+        views=recipe.views or 1,
+        view_seed=recipe.view_seed or 0,
+        split_seed=recipe.seed if recipe.split_seed is None else recipe.split_seed,
+        validation=VALIDATION if recipe.validation is None else recipe.validation,
+    )
+
+
+def _no_weights(recipe: Recipe) -> NoReturn:
+    raise ValueError(
+        f"cache: expected a trained teacher, got {recipe.teacher} without weights. "
+        "Pass a run folder or a weights file, or --teacher-weights too."
+    )
+
+
+def describe(recipe: Recipe, splits: Splits, onlooker: Onlooker, dtype: Stored) -> Manifest:
+    """The facts about the cache that a settled recipe makes."""
+    manifest = Manifest(
+        teacher=onlooker.teacher.name,
+        teacher_fingerprint=onlooker.weights,
+        teacher_input=onlooker.input,
+        classes=onlooker.classes,
+        layers=onlooker.layers,
+        p=recipe.p,
+        mapping=recipe.mapping,
+        dtype=dtype,
+        precision=onlooker.precision,
+        data=data_fingerprint(splits.train),
+        images=len(splits.train),
+        shape=splits.shape,
+        mean=splits.mean,
+        std=splits.std,
+        pad=onlooker.augment.pad,
+        flip=onlooker.augment.flip,
+        view_seed=recipe.view_seed or 0,
+        views=recipe.views or 1,
+        shard_images=1,
+        source={name: getattr(recipe, name) for name in IMAGES},
+        version=version("attention-transfer"),
+    )
+    return replace(manifest, shard_images=max(1, SHARD_BYTES // Layout.of(manifest).bytes))
+
+
+def _fill(cache: Cache, recipe: Recipe, splits: Splits, onlooker: Onlooker, say: Say, progress: Say) -> None:
+    views = Views(cache.manifest.views, cache.manifest.view_seed)
+    batches = Batches(
+        splits.train,
+        recipe.batch_size,
+        shuffle=False,
+        device=onlooker.device,
+        workers=recipe.num_workers,
+        views=views,
+    )
+    filler = Filler(cache, batches, lambda images, rows, view: onlooker(images, rows, view, views))
+    if filler.todo:
+        _announce(filler, say)
+        filler.run(_Meter(filler.images, progress))
+
+
+def _announce(filler: Filler, say: Say) -> None:
+    """What is to be done, and what it will take, before it starts."""
+    facts, size = filler.cache.manifest, filler.cache.layout.bytes
+    layers = ", ".join(f"{stage.name} {'x'.join(map(str, stage.shape[1:]))}" for stage in facts.layers)
+    say(f"{facts.teacher} at {layers}; {facts.precision}, stored as {facts.dtype}: {size:,} bytes a record")
+    rate = filler.images_per_second()
+    say(
+        f"{filler.images:,} of {facts.images * facts.views:,} records to go: {megabytes(filler.bytes)}, "
+        f"about {_duration(filler.images / rate)} at {rate:,.0f} images/s"
+    )
+
+
+class _Meter:
+    """Says how far it is."""
+
+    def __init__(self, total: int, show: Say) -> None:
+        self.total, self.show = total, show
+        self.done, self.start = 0, time.perf_counter()
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        rate = self.done / (time.perf_counter() - self.start)
+        left = _duration((self.total - self.done) / rate)
+        self.show(f"{self.done:,} of {self.total:,} records, {rate:,.0f} images/s, {left} left")
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as "40 s", "3 min" or "2 h 10 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
