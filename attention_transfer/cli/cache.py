@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from attention_transfer._choices import Stored
 from attention_transfer._tables import format_table
+from attention_transfer.cli.memory import add_memory_flag, govern_memory
 from attention_transfer.cli.output import StatusLine
 from attention_transfer.cli.parsing import PROGRAM, VERBS, UsageError, parse, suggest, verb_parser
 from attention_transfer.cli.train import field_texts
@@ -51,7 +52,7 @@ def _overview() -> str:
 
 def _build(arguments: list[str]) -> None:
     flags = parse(_build_parser(), arguments).as_dict()
-    resumed, output = flags.pop("resume"), flags.pop("output")
+    resumed, output, keep_memory = (flags.pop(name) for name in ("resume", "output", "keep_memory"))
     if resumed:
         _check_alone(arguments)
         flags, output = _settings_of(Path(resumed), flags["views"]), resumed
@@ -60,15 +61,16 @@ def _build(arguments: list[str]) -> None:
     layers, dtype = flags.pop("layers"), flags.pop("dtype")
     recipe = Recipe.from_mapping(flags | {"views": flags["views"] or VIEWS})
     names = None if layers == "auto" else layers.split(",")
-    _start(Path(output), recipe, names, dtype)
+    _start(Path(output), recipe, names, dtype, keep_memory)
 
 
-def _start(folder: Path, recipe: Recipe, layers: list[str] | None, dtype: Stored) -> None:
+def _start(folder: Path, recipe: Recipe, layers: list[str] | None, dtype: Stored, keep_memory: bool) -> None:
     """Build, and on Ctrl-C say how to go on."""
     line = StatusLine()
     try:
         from attention_transfer.training.caching import build_cache
 
+        govern_memory(recipe, keep=keep_memory)
         cache = build_cache(recipe, folder, layers=layers, dtype=dtype, say=line.print, progress=line.show)
     except KeyboardInterrupt:
         line.clear()
@@ -83,9 +85,8 @@ def _start(folder: Path, recipe: Recipe, layers: list[str] | None, dtype: Stored
 
 def _check_alone(arguments: list[str]) -> None:
     """A cache that is gone on with keeps its settings: other flags would be ignored without a word."""
-    others = [
-        word for word in arguments if word.startswith("-") and not word.startswith(("--resume", "--views"))
-    ]
+    allowed = ("--resume", "--views", "--keep")
+    others = [word for word in arguments if word.startswith("-") and not word.startswith(allowed)]
     if others:
         raise UsageError(
             f"cache build: --resume goes on with the cache's own settings, got {others[0]} beside it. "
@@ -114,6 +115,7 @@ def _build_parser() -> Any:
     parser.add_argument(
         "--dtype", choices=get_args(Stored), default="float16", help="How maps are stored; uint8 halves them."
     )
+    add_memory_flag(parser)
     _add_recipe_fields(parser)
     return parser
 

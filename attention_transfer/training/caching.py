@@ -15,6 +15,7 @@ from attention_transfer.data import Batches, Splits, Views, data_fingerprint
 from attention_transfer.training.build import VALIDATION, build_teacher, load_splits
 from attention_transfer.training.onlooker import Onlooker
 from attention_transfer.training.recipe import CACHED, IMAGES, Recipe
+from attention_transfer.training.speed import choose_speed
 
 SHARD_BYTES = 64 << 20  # seconds of work, so that a kill costs no more
 
@@ -45,9 +46,11 @@ def build_cache(
         FileExistsError: if the folder holds other files.
         OSError: if it does not fit on the disk, or cannot be written; what is stored is whole.
     """
-    recipe = _settled(recipe)
+    speed = choose_speed(recipe)
+    recipe = replace(_settled(recipe), precision=speed.precision)
     splits = load_splits(recipe)
     say(str(splits))
+    say(str(speed))
     teacher = build_teacher(recipe, splits, lambda: _no_weights(recipe))
     assert teacher is not None  # the recipe's method has one
     onlooker = Onlooker.of(recipe, splits, teacher, layers)
@@ -124,7 +127,7 @@ def _announce(filler: Filler, say: Say) -> None:
     """What is to be done, and what it will take, before it starts."""
     facts, size = filler.cache.manifest, filler.cache.layout.bytes
     layers = ", ".join(f"{stage.name} {'x'.join(map(str, stage.shape[1:]))}" for stage in facts.layers)
-    say(f"{facts.teacher} at {layers}; {facts.precision}, stored as {facts.dtype}: {size:,} bytes a record")
+    say(f"{facts.teacher} at {layers}, as {facts.dtype}: {size:,} bytes a record")
     rate = filler.images_per_second()
     say(
         f"{filler.images:,} of {facts.images * facts.views:,} records to go: {megabytes(filler.bytes)}, "

@@ -19,8 +19,8 @@ from attention_transfer.models import fingerprint
 from attention_transfer.pairs import Stage, stages_to_store
 from attention_transfer.taps import Taps
 from attention_transfer.training.build import Teacher, build_augment
-from attention_transfer.training.fit import choose_precision
-from attention_transfer.training.recipe import Recipe
+from attention_transfer.training.recipe import Precision, Recipe
+from attention_transfer.training.speed import device_of, prepare
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -42,12 +42,12 @@ class Onlooker:
     augment: Augment
     p: float
     mapping: Any
-    precision: str
+    precision: Precision
     device: torch.device
 
     @classmethod
     def of(cls, recipe: Recipe, splits: Splits, teacher: Teacher, layers: Sequence[str] | None) -> Onlooker:
-        """The teacher on the recipe's device; `layers` are by default all that a student may be paired with.
+        """The teacher of a settled recipe on its device; `layers` are by default all that may be paired.
 
         Raises:
             ValueError: if a layer is unknown, or no layer has maps.
@@ -58,11 +58,11 @@ class Onlooker:
         seen = transform(example) if transform else example
         names = [stage.name for stage in stages_to_store(model, seen)] if layers is None else layers
         classes, stages = _probe(model, names, seen)
-        device, precision = torch.device(_device(recipe)), str(choose_precision(recipe))
+        device, precision = torch.device(device_of(recipe)), recipe.precision
         for module in (model, transform):
             if module is not None:
                 module.to(device, torch.float64 if precision == "64-true" else torch.float32)
-        model.to(memory_format=torch.channels_last)
+        prepare(model, compiled=False)
         augment = build_augment(recipe, splits).to(device)
         return cls(teacher, weights, classes, stages, augment, recipe.p, recipe.mapping, precision, device)
 
@@ -90,12 +90,6 @@ class Onlooker:
     def _arithmetic(self) -> AbstractContextManager[object]:
         half = HALF.get(self.precision)
         return torch.autocast(self.device.type, half) if half else nullcontext()
-
-
-def _device(recipe: Recipe) -> str:
-    if recipe.accelerator != "auto":
-        return recipe.accelerator
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _tapped(
