@@ -22,7 +22,7 @@ ALLOWED = {
     "losses": {"functional", "pairs"},
     "plan": {"pairs"},
     "preflight": {"functional", "losses", "pairs", "plan"},
-    "distiller": {"losses", "pairs", "plan", "preflight", "taps"},
+    "distiller": {"kernels", "losses", "pairs", "plan", "preflight", "taps"},
     "models": set(),
     "data": set(),
     "visualize": {"functional", "taps"},

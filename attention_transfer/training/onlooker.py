@@ -73,10 +73,15 @@ class Onlooker:
         """Logits, and the map at each layer, of a view of the images at `rows`."""
         x = self.augment.view(images, rows, views, view).contiguous(memory_format=torch.channels_last)
         x = x.double() if self.precision == "64-true" else x
-        with self._arithmetic():
+        names = [stage.name for stage in self.layers]
+        with self._arithmetic(), Taps(self.teacher.model, names, read=self._map) as taps:
             x = self.teacher.transform(x) if self.teacher.transform else x
-            logits, features = _tapped(self.teacher.model, [stage.name for stage in self.layers], x)
-        return logits, [attention_map(each, p=self.p, mapping=self.mapping) for each in features]
+            logits = logits_of(self.teacher.model(x), user="cache")
+            maps = taps.pop()
+        return logits, [maps[name] for name in names]
+
+    def _map(self, features: Float[Tensor, "b c h w"]) -> tuple[Tensor, Float[Tensor, "b h w"]]:
+        return features, attention_map(features, p=self.p, mapping=self.mapping)
 
     @property
     def input(self) -> list[Any] | None:
@@ -92,21 +97,16 @@ class Onlooker:
         return torch.autocast(self.device.type, half) if half else nullcontext()
 
 
-def _tapped(
-    model: nn.Module, names: Sequence[str], x: Tensor
-) -> tuple[Float[Tensor, "b _"], list[Float[Tensor, "b _ _ _"]]]:
-    with Taps(model, list(names)) as taps:
-        logits = logits_of(model(x), user="cache")
-        features = taps.pop()
-    return logits, [features[name] for name in names]
-
-
 @torch.no_grad()
 def _probe(
     model: nn.Module, names: Sequence[str], x: Float[Tensor, "b c h w"]
 ) -> tuple[int, tuple[Stage, ...]]:
     """The number of logits, and the layers of these names as they are on images such as x."""
-    logits, features = _tapped(model, names, x)
-    shapes = [(found.shape[1], found.shape[2], found.shape[3]) for found in features]
+    with Taps(model, list(names)) as taps:
+        classes = logits_of(model(x), user="cache").shape[1]
+        features = taps.pop()
+    shapes = [
+        (found.shape[1], found.shape[2], found.shape[3]) for found in (features[name] for name in names)
+    ]
     strides = [math.sqrt(math.prod(x.shape[2:]) / (h * w)) for _, h, w in shapes]
-    return logits.shape[1], tuple(map(Stage, names, shapes, strides))
+    return classes, tuple(map(Stage, names, shapes, strides))
