@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from attention_transfer.training import Interrupted, Recipe, Run, evaluate_model, resume, train
 from attention_transfer.training.callbacks import StopOnSignal
 from attention_transfer.training.card import ModelCard
-from attention_transfer.training.module import Totals, build_schedule, step_seed
+from attention_transfer.training.module import Totals, build_schedule, seed_generators, step_seed
 from attention_transfer.training.recipe import field_types, parse_pairs
 
 # A teacher of one epoch knows less than chance, and the preflight rightly says so.
@@ -567,6 +567,14 @@ def test_totals_weigh_batches_by_their_size() -> None:
     totals.add({"loss": torch.tensor(1.0)}, 30)
     totals.add({"loss": torch.tensor(4.0)}, 10)
     assert totals.means() == {"loss": pytest.approx(1.75)}
+
+
+def test_seeding_without_the_devices_that_are_not_used_draws_the_same_numbers() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(5)
+    torch.rand(3)
+    seed_generators(7, torch.device("cpu"))
+    assert torch.equal(torch.rand(5), expected)
 
 
 def test_step_seeds_differ() -> None:
