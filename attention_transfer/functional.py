@@ -7,7 +7,7 @@ Komodakis, "Paying More Attention to Attention" (ICLR 2017).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import kernels
 from ._choices import Form, Mapping, Side
-from .kernels.reference import accumulation_dtype
+from .kernels.reference import accumulation_dtype, unit
 
 Activations = Float[Tensor, "b _ _ _"] | Sequence[Float[Tensor, "b _ _ _"]]  # channels and sizes may differ
 
@@ -52,7 +52,7 @@ def attention_map(
     energy, scale = kernels.energy(features, float(p), mapping)
     if norm is None:
         return energy * scale.view(-1, 1, 1) ** p
-    return _unit(energy)
+    return unit(energy)
 
 
 def attention_transfer_loss(
@@ -132,7 +132,17 @@ def loss_of_energies(
         student = resize_maps(student, teacher.shape[1:])
     elif resize == "teacher":
         teacher = resize_maps(teacher, student.shape[1:])
-    return beta * _DISTANCES[form](_unit(student) - _unit(teacher))
+    squared, factor = _FORMS[form]
+    n = student.shape[1] * student.shape[2]
+    return beta * factor(n) * kernels.distance(student, teacher, squared=squared).mean()
+
+
+# Each form is a factor times the mean over b of ||D||_2, or of its square: (squared, factor at n positions).
+_FORMS: dict[Form, tuple[bool, Callable[[int], float]]] = {
+    "paper": (False, lambda n: 1 / 2),
+    "code": (True, lambda n: 1 / n),
+    "caffe": (True, lambda n: 1 / 2),
+}
 
 
 def convert_beta(
@@ -198,74 +208,7 @@ def distillation_loss(
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
-# --- maps and distances, with their closed-form gradients ---------------------------------------------------
-
-
-class _L2Norm(torch.autograd.Function):
-    """||x||_2 of each row; d||x||/dx = x/||x||, and 0 where x = 0."""
-
-    @staticmethod
-    def forward(x: Float[Tensor, "b n"]) -> Float[Tensor, "b 1"]:
-        relative, largest = _relative(x)
-        return largest * torch.linalg.vector_norm(relative, dim=1, keepdim=True)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad: Float[Tensor, "b 1"]) -> Float[Tensor, "b n"]:
-        (x,) = ctx.saved_tensors
-        return grad * _L2Normalise.apply(x)
-
-
-class _L2Normalise(torch.autograd.Function):
-    """y = x/||x||_2 of each row, 0 where x = 0; dL/dx = (g - y <y, g>)/||x|| with g = dL/dy.
-
-    The Jacobian (I - y y^T)/||x|| is symmetric and never built.
-    """
-
-    @staticmethod
-    def forward(x: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
-        relative, _ = _relative(x)
-        norm = torch.linalg.vector_norm(relative, dim=1, keepdim=True)
-        return relative / norm.where(norm != 0, 1)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
-        (x,) = ctx.saved_tensors
-        y, norm = _L2Normalise.apply(x), _L2Norm.apply(x)
-        tangent = grad - y * (y * grad).sum(1, keepdim=True)
-        return tangent * (norm != 0) / norm.where(norm != 0, 1)
-
-
-def _relative(x: Float[Tensor, "b n"]) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b 1"]]:
-    """Each row over its largest size, whose squares neither overflow nor vanish; and that size."""
-    largest = x.abs().amax(1, keepdim=True)
-    return x / largest.where(largest != 0, 1), largest
-
-
-def _unit(energy: Float[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
-    return _L2Normalise.apply(energy.flatten(1)).view_as(energy)
-
-
-def _paper_distance(difference: Float[Tensor, "b h w"]) -> Float[Tensor, ""]:
-    return _L2Norm.apply(difference.flatten(1)).mean() / 2
-
-
-def _code_distance(difference: Float[Tensor, "b h w"]) -> Float[Tensor, ""]:
-    return difference.square().mean()
-
-
-def _caffe_distance(difference: Float[Tensor, "b h w"]) -> Float[Tensor, ""]:
-    return difference.square().sum() / (2 * difference.shape[0])
-
-
-_DISTANCES = {"paper": _paper_distance, "code": _code_distance, "caffe": _caffe_distance}
+# --- maps of unequal size -----------------------------------------------------------------------------------
 
 
 def resize_maps(maps: Float[Tensor, "b h w"], size: Sequence[int]) -> Float[Tensor, "b height width"]:
@@ -316,8 +259,7 @@ def _check_pair(student: Tensor, teacher: Tensor, resize: Side | None) -> None:
     function = "attention_transfer_loss"
     _check_features(function, "student activations", student)
     _check_features(function, "teacher activations", teacher)
-    sizes = [(len(features), *features.shape[2:]) for features in (student, teacher)]
-    _check_sizes(*sizes, resize)
+    _check_sizes((len(student), *student.shape[2:]), (len(teacher), *teacher.shape[2:]), resize)
 
 
 def _check_sizes(student: Sequence[int], teacher: Sequence[int], resize: Side | None) -> None:

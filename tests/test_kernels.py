@@ -158,7 +158,9 @@ def test_fused_gradient_is_that_of_the_reference(
     torch.testing.assert_close(gradient.double(), want, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 1, 1500), (2, 2, 40, 60), (1, 70, 3, 3)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (2, 3, 1, 1500), (2, 2, 40, 60), (1, 70, 3, 3), (4, 16, 32, 33)]
+)
 @pytest.mark.parametrize("layout", [*LAYOUTS, "cropped", "expanded"])
 def test_every_shape_and_stride_is_read_without_a_copy(shape: tuple[int, ...], layout: str) -> None:
     whole = torch.randn(shape)
@@ -221,7 +223,7 @@ def test_passing_on_can_be_differentiated_twice(p: float, mapping: str) -> None:
 
 
 def test_the_energy_may_be_computed_from_many_threads_at_once() -> None:
-    features = [torch.randn(4, 8, 16, 16) for _ in range(8)]
+    features = [torch.randn(4, 8, 32, 64) for _ in range(8)]
     want = [kernels.energy(each, 2.0, "sum")[0] for each in features]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(20):
@@ -229,49 +231,41 @@ def test_the_energy_may_be_computed_from_many_threads_at_once() -> None:
             assert all(map(torch.equal, got, want))
 
 
-def test_the_compiled_backend_heeds_the_number_of_threads_of_torch() -> None:
+def test_the_compiled_backend_heeds_the_number_of_threads_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     numba = pytest.importorskip("numba")
-    before = torch.get_num_threads()
+    from attention_transfer.kernels import cpu
+
+    used = []
+    monkeypatch.setattr(cpu._sum_kernel, "serial", lambda *_: used.append(1))
+    monkeypatch.setattr(cpu._sum_kernel, "parallel", lambda *_: used.append(numba.get_num_threads()))
+    most, before = numba.config.NUMBA_NUM_THREADS, torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        kernels.energy(torch.randn(2, 3, 4, 5), 2.0, "sum")
-        assert numba.get_num_threads() == 1
-        torch.set_num_threads(10_000)
-        kernels.energy(torch.randn(2, 3, 4, 5), 2.0, "sum")
-        assert numba.get_num_threads() == numba.config.NUMBA_NUM_THREADS
+        for threads in (1, 2, 10_000):
+            torch.set_num_threads(threads)
+            cpu._sum_kernel(cpu.GRAIN)
+            cpu._sum_kernel(cpu.GRAIN - 1)
     finally:
         torch.set_num_threads(before)
+    assert used == [1, 1, min(2, most), 1, most, 1]
 
 
 FORKED = """
 import os, torch
 from attention_transfer import kernels
 
-features = torch.randn(4, 8, 16, 16)
-torch.set_num_threads(1)
-
-
-def energy():
-    relative, scale = kernels.energy(features, 2.0, "sum")
-    return relative * scale.view(-1, 1, 1) ** 2
-
-
-want = energy()
-child = os.fork()
-if not child:
-    close = torch.allclose(energy(), want)
-    try:
-        with kernels.use_backend("cpu"):
-            energy()
-    except ValueError as error:
-        os._exit(0 if close and "in a forked process" in str(error) else 3)
-    os._exit(4)
+features = torch.randn(4, 8, 64, 64)
+torch.set_num_threads(2)
+with kernels.use_backend("cpu"):
+    want = kernels.energy(features, 2.0, "sum")[0]
+    child = os.fork()
+    if not child:
+        os._exit(0 if torch.equal(kernels.energy(features, 2.0, "sum")[0], want) else 3)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_process_falls_back_to_the_reference() -> None:
+def test_the_compiled_backend_works_in_a_forked_process() -> None:
     pytest.importorskip("numba")
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -296,16 +290,73 @@ def test_kernels_compile_where_no_cache_can_be_written(monkeypatch: pytest.Monke
     from attention_transfer.kernels import cpu
 
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
-    kernel = cpu._parallel(lambda out: out.fill(3))
+    kernel = cpu._Kernel(lambda out: out.fill(3))
     out = torch.zeros(2)
-    kernel(out.numpy())
+    kernel(1, out.numpy())
     assert out.tolist() == [3, 3]
+
+
+# --- distances of maps --------------------------------------------------------------------------------------
+
+
+def maps() -> tuple[Tensor, Tensor]:
+    """Energies whose samples are far apart, one that is zero on either side, and one equal pair."""
+    student, teacher = torch.rand(6, 5, 7, dtype=torch.float64), torch.rand(6, 5, 7, dtype=torch.float64)
+    student[1] *= 2.0**40
+    teacher[2] *= 2.0**-30
+    student[3], teacher[4], student[5] = 0, 0, teacher[5]
+    return student, teacher
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_distance_and_its_gradient_are_those_of_the_plain_formula(
+    backend: str, dtype: torch.dtype, squared: bool
+) -> None:
+    student, teacher = (each.to(dtype).transpose(1, 2).requires_grad_() for each in maps())
+    plain = [each.detach().double().requires_grad_() for each in (student, teacher)]
+    y_s, y_t = (
+        each.flatten(1) / each.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-300) for each in plain
+    )
+    want = (y_s - y_t).square().sum(1) if squared else (y_s - y_t).norm(dim=1)
+    upstream = torch.tensor([1.0, -2.0, 3.0, 0.5, 0.25, 4.0], dtype=dtype)
+    with kernels.use_backend(backend):
+        got = kernels.distance(student, teacher, squared=squared)
+        grads = torch.autograd.grad(got, (student, teacher), upstream)
+    tolerance = {"rtol": 1e-5 if dtype == torch.float32 else 1e-12, "atol": 0.0}
+    torch.testing.assert_close(got.double(), want, **tolerance)
+    assert got[5] == 0 and all(grad[5].count_nonzero() == 0 for grad in grads)
+    assert grads[0][3].count_nonzero() == 0 and grads[1][4].count_nonzero() == 0  # zero maps stay
+    wanted = torch.autograd.grad(want, plain, upstream.double())
+    for energy, grad, each, zero in zip(plain, grads, wanted, (3, 4), strict=True):
+        rows = [row for row in range(5) if row != zero]
+        norm = energy.detach()[rows].flatten(1).norm(dim=1).view(-1, 1, 1)  # gradients go by one over it
+        tolerance["atol"] = tolerance["rtol"]
+        torch.testing.assert_close(grad[rows] * norm, each[rows] * norm, check_dtype=False, **tolerance)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_distance_can_be_differentiated_twice(squared: bool) -> None:
+    inputs = [torch.rand(2, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(lambda *maps: kernels.distance(*maps, squared=squared), inputs)
+    assert torch.autograd.gradgradcheck(lambda *maps: kernels.distance(*maps, squared=squared), inputs)
+
+
+def test_distance_of_a_map_that_is_not_finite_is_not_finite() -> None:
+    student, teacher = maps()
+    for bad in (float("inf"), float("nan")):
+        student[0, 1, 2] = bad
+        assert not kernels.distance(student, teacher, squared=False)[0].isfinite()
+
+
+# --- the seam -----------------------------------------------------------------------------------------------
 
 
 BACKEND = """
     import torch
     from attention_transfer.kernels import reference
-    from attention_transfer.kernels.reference import gradient
+    from attention_transfer.kernels.reference import distance, distance_gradient, gradient
 
     def unsupported(features, p, mapping):
         return None if p == 2 else f"it covers only p = 2, not p = {p:g}"

@@ -4,7 +4,9 @@ Every module in this folder is a backend, named as its file; adding one is addin
 
 - `unsupported(features, p, mapping) -> str | None`: why this backend does not cover the case, or None;
 - `energy(features, p, mapping) -> (energy, scale)`: as the operator `energy` below;
-- `gradient(features, scale, grad_energy, grad_features, p, mapping)`: as `energy_gradient` below.
+- `gradient(features, scale, grad_energy, grad_features, p, mapping)`: as `energy_gradient` below;
+- `distance(student, teacher, squared)`: as `distance` below, of two maps of energies;
+- `distance_gradient(student, teacher, grad, squared)`: `grad` times its derivative by the student's map.
 
 A file that cannot be imported (its package is missing) is passed over. The automatic choice is the first
 backend, in alphabetical order with `reference` last, that covers the case; `use_backend` asks for one by
@@ -169,6 +171,40 @@ class _PassEnergy(torch.autograd.Function):
         backend = reference if torch.is_grad_enabled() else ctx.backend
         gradient = backend.gradient(features, scale, grad_energy, grad_features, ctx.p, ctx.mapping)
         return gradient, None, None
+
+
+def distance(
+    student: Float[Tensor, "b h w"], teacher: Float[Tensor, "b h w"], *, squared: bool
+) -> Float[Tensor, " b"]:
+    """How far apart two attention maps are: ||Q_S/||Q_S|| - Q_T/||Q_T||||_2 of each sample, or its square.
+
+    Takes energies in the range that `energy` keeps them in. All norms are L2; a map of zeros stays zero.
+    """
+    if torch.compiler.is_compiling():
+        return reference.distance(student, teacher, squared)
+    return _Distance.apply(student, teacher, squared)
+
+
+class _Distance(torch.autograd.Function):
+    @staticmethod
+    def forward(student: Tensor, teacher: Tensor, squared: bool) -> Tensor:
+        return _backend(student.unsqueeze(1), 2.0, "sum").distance(student, teacher, squared)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        student, teacher, ctx.squared = inputs
+        ctx.save_for_backward(student, teacher)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        student, teacher = ctx.saved_tensors
+        backend = reference if torch.is_grad_enabled() else _backend(student.unsqueeze(1), 2.0, "sum")
+        pairs = [(student, teacher), (teacher, student)]
+        grads = [
+            backend.distance_gradient(*pair, grad, ctx.squared) if needed else None
+            for pair, needed in zip(pairs, ctx.needs_input_grad, strict=False)
+        ]
+        return *grads, None
 
 
 def _save(ctx, inputs, output) -> None:

@@ -5,8 +5,10 @@ the channels stream by; where channels are contiguous (channels-last), it is one
 float16 and bfloat16 are read as they are and widened in registers. Samples are summed unscaled; only those
 whose energies leave the range that `kernels.energy` promises are summed again, relative to a scale.
 
-numba's threads are not torch's: at each call it is told torch's number of threads. Its simplest threading
-layer must not be entered twice at once, and none works in a forked process: hence a lock, and a refusal.
+Each kernel is compiled twice. Small tensors, and all of them where torch has one thread, are computed in
+the caller's thread; the others by numba's threads, which are not torch's but are told their number at each
+call. numba's simplest threading layer must not be entered twice at once, hence a lock; none works in a
+forked process, which computes in the caller's thread.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numba
@@ -28,6 +31,7 @@ from torch import Tensor
 from . import reference
 from .reference import LARGEST_ENERGY, SMALLEST_ENERGY, accumulation_dtype
 
+GRAIN = 1 << 15  # elements from which on threads pay
 BLOCK = 1024  # positions summed at a time: 4 KB of float32
 SLAB = 1 << 16  # elements that plain PyTorch works on at a time, so that its temporaries stay in the cache
 COMPILED_POWERS = (1.0, 2.0, 4.0)
@@ -119,16 +123,37 @@ def _slope(x, p):
     return x * x * x
 
 
-_REORDERED = {"reassoc", "contract", "nsz"}  # a sum over contiguous channels is vectorised; NaN stays NaN
+class _Kernel:
+    """A function compiled for one thread and for all, each when it is first used."""
+
+    def __init__(self, function: Callable) -> None:
+        self.serial = _compile(function, f"{function.__name__}_serial", parallel=False)
+        self.parallel = _compile(function, f"{function.__name__}_parallel", parallel=True)
+
+    def __call__(self, elements: int, *arguments: Any) -> None:
+        """Run over `elements` elements of a tensor."""
+        threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        if threads == 1 or elements < GRAIN or os.getpid() != _process:
+            self.serial(*arguments)
+            return
+        with _lock:
+            numba.set_num_threads(threads)
+            self.parallel(*arguments)
 
 
-def _parallel(kernel: Callable) -> Callable:
-    """Compile for all threads, into the disk cache where one can be written."""
-    options: dict[str, Any] = {"parallel": True, "nogil": True, "fastmath": _REORDERED}
+def _compile(function: Callable, name: str, *, parallel: bool) -> Callable:
+    """Compile into the disk cache, where one can be written; it tells functions apart by their names.
+
+    Sums may be reordered, so that they are vectorised; a product and a sum are not contracted, so that the
+    difference of equal numbers is zero; NaN stays NaN.
+    """
+    options: dict[str, Any] = {"parallel": parallel, "nogil": True, "fastmath": {"reassoc", "nsz"}}
+    named = FunctionType(function.__code__, function.__globals__, name)
+    named.__qualname__ = name
     try:
-        return numba.njit(cache=True, **options)(kernel)
+        return numba.njit(cache=True, **options)(named)
     except RuntimeError:  # numba found no folder it may write
-        return numba.njit(**options)(kernel)
+        return numba.njit(**options)(named)
 
 
 def _entry(factor, k):
@@ -160,7 +185,7 @@ def _offset(at, image, row, column):
     return image * at[0] + row * at[2] + column * at[3]
 
 
-@_parallel
+@_Kernel
 def _sum_kernel(x, at, sizes, p, total, too_small, too_large):
     """total = sum over c of |x|^p; what of it leaves the promised range, by task."""
     for t in numba.prange(_tasks(sizes)):
@@ -196,7 +221,7 @@ def _add_powers(block, x, origin, at, channels, p):
                 block[k] += _power(_wide(x[first + k * at[3]]), p)
 
 
-@_parallel
+@_Kernel
 def _largest_kernel(bits, at, sizes, mask, largest):
     """Largest |x| over c. As bits without their sign, floats are in order, and NaN comes last."""
     for t in numba.prange(_tasks(sizes)):
@@ -249,7 +274,7 @@ def _count_ties(ties, largest, bits, origin, at, channels, mask):
 # Gradients. `at` holds the strides of x, above and out, a row each; `add` says whether there is an `above`.
 
 
-@_parallel
+@_Kernel
 def _sum_gradient_kernel(x, above, out, at, sizes, shrink, p, factor, add):
     """out = above + sign(x) |x * shrink|^(p-1) * factor."""
     for t in numba.prange(_tasks(sizes)):
@@ -280,7 +305,7 @@ def _add_slopes(x, i, above, a, out, o, steps, count, shrink, p, factor, add):
             out[o + k * steps[2]] = _narrow(_wide(above[a + k * steps[1]]) + slope if add else slope, out)
 
 
-@_parallel
+@_Kernel
 def _max_gradient_kernel(x, bits, mask, above, out, at, sizes, factor, add):
     """out = above + sign(x) * factor / ties at the channels of largest |x|, above elsewhere."""
     for t in numba.prange(_tasks(sizes)):
@@ -331,13 +356,48 @@ def _offsets(at, image, row, column):
     )
 
 
+@_Kernel
+def _distance_kernel(student, teacher, squared, out):
+    """||y_S - y_T||, or its square, with y the energies (b, n) over their norm."""
+    for i in numba.prange(len(out)):
+        shrink_s, shrink_t = _shrink(student[i]), _shrink(teacher[i])
+        total = 0.0
+        for k in range(student.shape[1]):
+            difference = student[i, k] * shrink_s - teacher[i, k] * shrink_t
+            total += difference * difference
+        out[i] = total if squared else np.sqrt(total)
+
+
+@_Kernel
+def _distance_gradient_kernel(student, teacher, grad, squared, out):
+    """grad * dl/dy_S, carried through the normalisation: (l' - y_S <y_S, l'>)/||Q_S||."""
+    for i in numba.prange(len(out)):
+        shrink_s, shrink_t = _shrink(student[i]), _shrink(teacher[i])
+        total = 0.0
+        along = 0.0
+        for k in range(student.shape[1]):
+            y = student[i, k] * shrink_s
+            difference = y - teacher[i, k] * shrink_t
+            total += difference * difference
+            along += y * difference
+        factor = 2 * grad[i] * shrink_s
+        if not squared:
+            factor = grad[i] * shrink_s / np.sqrt(total) if total != 0 else 0 * shrink_s
+        for k in range(student.shape[1]):
+            y = student[i, k] * shrink_s
+            out[i, k] = factor * (y - teacher[i, k] * shrink_t - y * along)
+
+
+@numba.njit(fastmath={"reassoc", "nsz"})
+def _shrink(energy):
+    """1/||energy||, and 0 for a map of zeros."""
+    total = 0.0
+    for k in range(len(energy)):
+        total += np.float64(energy[k]) * energy[k]
+    return 1 / np.sqrt(total) if total != 0 else 0.0
+
+
 # --- launchers ----------------------------------------------------------------------------------------------
-
-
-def _launch(kernel: Callable, *arguments: Any) -> None:
-    with _lock:
-        numba.set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-        kernel(*arguments)
 
 
 def _memory(tensor: Tensor, carrier: torch.dtype | None = None) -> np.ndarray:
@@ -365,7 +425,7 @@ def _sum(
     at, sizes = _geometry(features)
     tasks = b * sizes[2] * -(-sizes[3] // BLOCK)
     small, large = np.empty((2, tasks), bool)
-    _launch(_sum_kernel, _memory(features), at[0], sizes, p, total.numpy(), small, large)
+    _sum_kernel(features.numel(), _memory(features), at[0], sizes, p, total.numpy(), small, large)
     in_range = ~(small.reshape(b, -1).all(1) | large.reshape(b, -1).any(1))
     return total.view(b, h, w), in_range
 
@@ -376,7 +436,7 @@ def _largest(features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
     bits, mask = _bits(features)
     at, sizes = _geometry(features)
     largest = np.empty((b, h * w), bits.dtype)
-    _launch(_largest_kernel, bits, at[0], sizes, mask, largest)
+    _largest_kernel(features.numel(), bits, at[0], sizes, mask, largest)
     found = torch.from_numpy(largest).view(features.dtype)
     return found.view(b, h, w).to(accumulation_dtype(features.dtype))
 
@@ -401,13 +461,11 @@ def _slabs(features: Tensor) -> list[slice]:
 
 
 def unsupported(features: Tensor, p: float, mapping: str) -> str | None:
-    """Dense CPU tensors are covered, outside of forked processes."""
+    """Dense CPU tensors are covered."""
     if features.device.type != "cpu" or features.layout != torch.strided:
         return f"it takes dense tensors on the CPU, got a {features.layout} one on {features.device}"
     if features.dtype not in (*CARRIERS, torch.float32, torch.float64):
         return f"it takes float16, bfloat16, float32 and float64, got {features.dtype}"
-    if os.getpid() != _process:
-        return "its threads do not work in a forked process: start processes by spawn"
     return None
 
 
@@ -452,8 +510,27 @@ def gradient(
     factor = grad_energy * (p / scale).view(-1, 1, 1)
     if mapping == "sum":
         shrink = scale.reciprocal().numpy()
-        _launch(_sum_gradient_kernel, _memory(features), *memory, shrink, p, _rows(factor), add)
+        _sum_gradient_kernel(features.numel(), _memory(features), *memory, shrink, p, _rows(factor), add)
         return out
     factor = factor * (_largest(features) / scale.view(-1, 1, 1)).pow_(p - 1)
-    _launch(_max_gradient_kernel, _memory(features), *_bits(features), *memory, _rows(factor), add)
+    _max_gradient_kernel(features.numel(), _memory(features), *_bits(features), *memory, _rows(factor), add)
+    return out
+
+
+def distance(
+    student: Float[Tensor, "b h w"], teacher: Float[Tensor, "b h w"], squared: bool
+) -> Float[Tensor, " b"]:
+    """See `kernels.distance`."""
+    out = torch.empty(len(student), dtype=student.dtype)
+    _distance_kernel(student.numel(), _rows(student), _rows(teacher), squared, out.numpy())
+    return out
+
+
+def distance_gradient(
+    student: Float[Tensor, "b h w"], teacher: Float[Tensor, "b h w"], grad: Float[Tensor, " b"], squared: bool
+) -> Float[Tensor, "b h w"]:
+    """d(distance)/d(student), times `grad`."""
+    out = torch.empty(student.shape, dtype=student.dtype)
+    grads = grad.contiguous().numpy()
+    _distance_gradient_kernel(student.numel(), _rows(student), _rows(teacher), grads, squared, _rows(out))
     return out

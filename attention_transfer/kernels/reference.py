@@ -1,4 +1,4 @@
-"""The energy in plain PyTorch: the oracle of every other backend, and the one that covers every case."""
+"""Energies and distances in plain PyTorch: the oracle of every other backend, and the one for every case."""
 
 from __future__ import annotations
 
@@ -44,6 +44,89 @@ def gradient(
     gradient = slope * grad_energy.unsqueeze(1)
     gradient = gradient if grad_features is None else grad_features + gradient
     return gradient.to(features.dtype)
+
+
+def distance(
+    student: Float[Tensor, "b h w"], teacher: Float[Tensor, "b h w"], squared: bool
+) -> Float[Tensor, " b"]:
+    """See `kernels.distance`; in ops that autograd can differentiate twice."""
+    difference = (unit(student) - unit(teacher)).flatten(1)
+    return difference.square().sum(1) if squared else L2Norm.apply(difference).squeeze(1)
+
+
+def distance_gradient(
+    student: Float[Tensor, "b h w"], teacher: Float[Tensor, "b h w"], grad: Float[Tensor, " b"], squared: bool
+) -> Float[Tensor, "b h w"]:
+    """d(distance)/d(student), times `grad`; in ops that autograd can differentiate again."""
+    energy = student.flatten(1)
+    y = L2Normalise.apply(energy)
+    difference = y - L2Normalise.apply(teacher.flatten(1))
+    slope = 2 * difference if squared else L2Normalise.apply(difference)
+    return l2_normalise_gradient(energy, grad.unsqueeze(1) * slope).view_as(student)
+
+
+# --- maps ---------------------------------------------------------------------------------------------------
+
+
+def unit(energy: Float[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
+    """Each sample's map over its L2 norm, 0 where the map is 0."""
+    return L2Normalise.apply(energy.flatten(1)).view_as(energy)
+
+
+class L2Norm(torch.autograd.Function):
+    """||x||_2 of each row; d||x||/dx = x/||x||, and 0 where x = 0."""
+
+    @staticmethod
+    def forward(x: Float[Tensor, "b n"]) -> Float[Tensor, "b 1"]:
+        relative, largest = _relative(x)
+        return largest * torch.linalg.vector_norm(relative, dim=1, keepdim=True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Float[Tensor, "b 1"]) -> Float[Tensor, "b n"]:
+        (x,) = ctx.saved_tensors
+        return grad * L2Normalise.apply(x)
+
+
+class L2Normalise(torch.autograd.Function):
+    """y = x/||x||_2 of each row, 0 where x = 0; dL/dx = (g - y <y, g>)/||x|| with g = dL/dy.
+
+    The Jacobian (I - y y^T)/||x|| is symmetric and never built.
+    """
+
+    @staticmethod
+    def forward(x: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+        relative, _ = _relative(x)
+        norm = torch.linalg.vector_norm(relative, dim=1, keepdim=True)
+        return relative / norm.where(norm != 0, 1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+        (x,) = ctx.saved_tensors
+        return l2_normalise_gradient(x, grad)
+
+
+def l2_normalise_gradient(x: Float[Tensor, "b n"], grad: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+    """(g - y <y, g>)/||x|| with y = x/||x||, 0 where x = 0; in ops that autograd can differentiate again."""
+    y, norm = L2Normalise.apply(x), L2Norm.apply(x)
+    tangent = grad - y * (y * grad).sum(1, keepdim=True)
+    return tangent * (norm != 0) / norm.where(norm != 0, 1)
+
+
+def _relative(x: Float[Tensor, "b n"]) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b 1"]]:
+    """Each row over its largest size, whose squares neither overflow nor vanish; and that size."""
+    largest = x.abs().amax(1, keepdim=True)
+    return x / largest.where(largest != 0, 1), largest
+
+
+# --- scales and slopes --------------------------------------------------------------------------------------
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
