@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from attention_transfer import build_model
 from attention_transfer.training import Interrupted, Recipe, resume, speed, train
+from attention_transfer.training.build import Teacher, build_distiller
 from attention_transfer.training.callbacks import StopOnSignal
 from attention_transfer.training.speed import choose_speed, computes_in_bfloat16, device_of
 
@@ -88,6 +90,24 @@ def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = choose_speed(replace(STUDENT_ALONE, accelerator="cpu", precision="64-true"))
     assert chosen.precision == "64-true"
     assert str(chosen).startswith("speed: 64-true (as asked), channels-last")
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("auto", torch.float32), ("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)],
+)
+def test_the_teacher_computes_in_the_precision_asked_for(
+    base: Recipe, precision: str, dtype: torch.dtype
+) -> None:
+    recipe = replace(base, teacher_precision=precision)
+    student, teacher = (build_model("wrn-10-1", num_classes=3) for _ in range(2))
+    images = torch.randn(2, 3, 16, 16)
+    distiller = build_distiller(recipe, student, Teacher("wrn-10-1", teacher, 3, None), images)
+    seen = distiller.observe(images, torch.tensor([0, 1]))
+    assert (seen.student.logits.dtype, seen.teacher.logits.dtype) == (torch.float32, dtype)
+    said = ", teacher bf16-mixed (as asked), channels-last"
+    assert (said in str(choose_speed(recipe))) == (precision == "bf16-mixed")
+    assert recipe.alone() == base.alone()
 
 
 @pytest.mark.parametrize(

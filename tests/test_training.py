@@ -504,6 +504,10 @@ def test_yaml_that_writes_numbers_as_text(tmp_path: Path) -> None:
         ({"views": 0}, "Recipe: expected views >= 1, got 0. Change --views."),
         ({"split_seed": -1}, "Recipe: expected split_seed from 0 to 2^32 - 1, got -1."),
         ({"view_seed": 1}, "Recipe: view_seed=1 is of fixed views, got none. Pass --views, such as 4."),
+        (
+            {"precision": "64-true", "teacher_precision": "bf16-mixed"},
+            'Recipe: precision "64-true" puts the teacher in float64 too, got teacher_precision "bf16-',
+        ),
         ({"studnet": "x"}, "Recipe: unknown field 'studnet'. Did you mean student"),
         (
             {"teacher": None},

@@ -19,6 +19,7 @@ from attention_transfer.training.card import ModelCard
 from attention_transfer.training.recipe import Recipe, parse_pairs
 from attention_transfer.training.run import Run
 
+TEACHER_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 VALIDATION = 0.1  # share of the training images where the recipe leaves it open
 
 
@@ -184,6 +185,7 @@ def build_distiller(
         terms=build_terms(recipe),
         example_input=example,
         teacher_transform=teacher.transform,
+        teacher_dtype=TEACHER_DTYPES.get(recipe.teacher_precision),
     )
 
 

@@ -114,6 +114,8 @@ class Recipe:
     """Seed of the fixed views, which students of any seed share; 0 if not given."""
     precision: Precision = "auto"
     """Arithmetic: "auto" is bf16-mixed on a GPU or CPU that computes in bfloat16, and 32-true elsewhere."""
+    teacher_precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """Arithmetic of the teacher's forward pass; "auto" is the student's."""
     compile: bool = False
     """Compile student and teacher, which takes a minute or more at the start. Needs a C++ compiler."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -135,7 +137,15 @@ class Recipe:
                 raise ValueError(f"Recipe: expected {name} {expected}, got {value}. Change {_flag(name)}.")
         self._check_teacher()
         self._check_views()
+        self._check_teacher_precision()
         parse_pairs(self.pairs)
+
+    def _check_teacher_precision(self) -> None:
+        if self.precision == "64-true" and self.teacher_precision != "auto":
+            raise ValueError(
+                f'Recipe: precision "64-true" puts the teacher in float64 too, got teacher_precision '
+                f'"{self.teacher_precision}". Leave --teacher-precision out.'
+            )
 
     def _check_views(self) -> None:
         if self.view_seed is not None and self.views is None:
@@ -269,8 +279,8 @@ CACHED = (
 
 _ALONE: dict[str, Any] = {"method": "none", "teacher": None}
 _TEACHING = {
-    *("method", "teacher", "teacher_weights", "teacher_classes", "teacher_epochs", "output"),
-    *("pairs", "beta", "form", "p", "mapping", "resize", "alpha", "temperature"),
+    *("method", "teacher", "teacher_weights", "teacher_classes", "teacher_epochs", "teacher_precision"),
+    *("pairs", "beta", "form", "p", "mapping", "resize", "alpha", "temperature", "output"),
 }
 
 _MAYBE_PATHS = ("data", "data_root", "teacher", "teacher_weights", "student_weights")

@@ -1,7 +1,8 @@
 """What a run does to be fast on the device that it finds, by a rule that can be read here.
 
 * Arithmetic, where the recipe's precision is "auto": bf16-mixed on a GPU or CPU that computes in bfloat16
-  itself (on x86: AVX512-BF16 or AMX), 32-true elsewhere. Emulated bfloat16 is slower than float32.
+  itself (on x86: AVX512-BF16 or AMX), 32-true elsewhere. Emulated bfloat16 is slower than float32. The
+  teacher computes as the student does, unless another precision is asked of it.
 * Layout: models and images are channels-last, always: convolutions are faster so, 1.2 to 1.4 times on a CPU.
 * Compiled code on request only: compiling takes longer than a short run.
 * Freed memory is kept, by the command and on a CPU: see `_memory`.
@@ -32,10 +33,13 @@ class Speed:
     device: Device
     precision: Precision
     reason: str
+    teacher: str
     compiled: bool
 
     def __str__(self) -> str:
-        chosen = [f"{self.precision} ({self.reason})", "channels-last"]
+        chosen = [f"{self.precision} ({self.reason})"]
+        chosen += [f"teacher {self.teacher} (as asked)"] if self.teacher != "auto" else []
+        chosen += ["channels-last"]
         chosen += [freed_memory()] if self.device == "cpu" else []
         return "speed: " + ", ".join([*chosen, "compiled" if self.compiled else "not compiled"])
 
@@ -54,7 +58,7 @@ def choose_speed(recipe: Recipe) -> Speed:
         reason = f"this {NAMES[device]} has {'' if fast else 'no known '}bfloat16 arithmetic"
     if recipe.compile:
         check_compiler(device)
-    return Speed(device, precision, reason, recipe.compile)
+    return Speed(device, precision, reason, recipe.teacher_precision, recipe.compile)
 
 
 def device_of(recipe: Recipe) -> Device:
