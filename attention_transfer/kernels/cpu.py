@@ -156,17 +156,6 @@ def _compile(function: Callable, name: str, *, parallel: bool) -> Callable:
         return numba.njit(**options)(named)
 
 
-def _entry(factor, k):
-    """Entry `k` of an array, or the one number that holds for every k."""
-
-
-@overload(_entry, inline="always")
-def _(factor, k):
-    if isinstance(factor, types.Array):
-        return lambda factor, k: factor[k]
-    return lambda factor, k: factor
-
-
 @numba.njit
 def _tasks(sizes):
     return sizes[0] * sizes[2] * ((sizes[3] + BLOCK - 1) // BLOCK)
@@ -272,6 +261,7 @@ def _count_ties(ties, largest, bits, origin, at, channels, mask):
 
 
 # Gradients. `at` holds the strides of x, above and out, a row each; `add` says whether there is an `above`.
+# A run is contiguous in all three: channels of one position, or positions of one channel.
 
 
 @_Kernel
@@ -279,30 +269,26 @@ def _sum_gradient_kernel(x, above, out, at, sizes, shrink, p, factor, add):
     """out = above + sign(x) |x * shrink|^(p-1) * factor."""
     for t in numba.prange(_tasks(sizes)):
         image, row, start, stop = _task(t, sizes)
-        factors = factor[image, row * sizes[3] + start : row * sizes[3] + stop]
+        block = factor[image, row * sizes[3] + start : row * sizes[3] + stop]
         i, a, o = _offsets(at, image, row, start)
-        scale = shrink[image]
-        if at[0, 1] == 1:
-            for k in range(len(factors)):
-                _add_slopes(x, i, above, a, out, o, at[:, 1], sizes[1], scale, p, factors[k], add)
+        small = shrink[image]
+        if _unit(at, 1):
+            for k in range(len(block)):
+                xs, aboves, outs = _runs(x, i, above, a, out, o, sizes[1])
+                for j in range(len(xs)):
+                    outs[j] = _plus(aboves[j], _slope(_wide(xs[j]) * small, p) * block[k], add, out)
                 i, a, o = i + at[0, 3], a + at[1, 3], o + at[2, 3]
         else:
             for _ in range(sizes[1]):
-                _add_slopes(x, i, above, a, out, o, at[:, 3], len(factors), scale, p, factors, add)
+                if _unit(at, 3):
+                    xs, aboves, outs = _runs(x, i, above, a, out, o, len(block))
+                    for k in range(len(block)):
+                        outs[k] = _plus(aboves[k], _slope(_wide(xs[k]) * small, p) * block[k], add, out)
+                else:
+                    for k in range(len(block)):
+                        slope = _slope(_wide(x[i + k * at[0, 3]]) * small, p) * block[k]
+                        out[o + k * at[2, 3]] = _plus(above[a + k * at[1, 3]], slope, add, out)
                 i, a, o = i + at[0, 1], a + at[1, 1], o + at[2, 1]
-
-
-@numba.njit
-def _add_slopes(x, i, above, a, out, o, steps, count, shrink, p, factor, add):
-    if steps[0] == 1 and steps[1] == 1 and steps[2] == 1:
-        xs, aboves, outs = x[i : i + count], above[a : a + count], out[o : o + count]
-        for k in range(count):
-            slope = _slope(_wide(xs[k]) * shrink, p) * _entry(factor, k)
-            outs[k] = _narrow(_wide(aboves[k]) + slope if add else slope, out)
-    else:
-        for k in range(count):
-            slope = _slope(_wide(x[i + k * steps[0]]) * shrink, p) * _entry(factor, k)
-            out[o + k * steps[2]] = _narrow(_wide(above[a + k * steps[1]]) + slope if add else slope, out)
 
 
 @_Kernel
@@ -316,35 +302,48 @@ def _max_gradient_kernel(x, bits, mask, above, out, at, sizes, factor, add):
         _find_largest(largest, bits, i, at[0], sizes[1], mask)
         _count_ties(ties, largest, bits, i, at[0], sizes[1], mask)
         share = factor[image, row * sizes[3] + start : row * sizes[3] + stop] / ties
-        if at[0, 1] == 1:
-            for k in range(stop - start):
-                _add_share(x, bits, mask, i, above, a, out, o, at[:, 1], sizes[1], largest[k], share[k], add)
+        if _unit(at, 1):
+            for k in range(len(share)):
+                xs, aboves, outs = _runs(x, i, above, a, out, o, sizes[1])
+                magnitudes = bits[i : i + sizes[1]]
+                for j in range(len(xs)):
+                    slope = _share(_wide(xs[j]), magnitudes[j] & mask, largest[k], share[k])
+                    outs[j] = _plus(aboves[j], slope, add, out)
                 i, a, o = i + at[0, 3], a + at[1, 3], o + at[2, 3]
         else:
             for _ in range(sizes[1]):
-                _add_share(x, bits, mask, i, above, a, out, o, at[:, 3], stop - start, largest, share, add)
+                if _unit(at, 3):
+                    xs, aboves, outs = _runs(x, i, above, a, out, o, len(share))
+                    magnitudes = bits[i : i + len(share)]
+                    for k in range(len(share)):
+                        slope = _share(_wide(xs[k]), magnitudes[k] & mask, largest[k], share[k])
+                        outs[k] = _plus(aboves[k], slope, add, out)
+                else:
+                    for k in range(len(share)):
+                        here = i + k * at[0, 3]
+                        slope = _share(_wide(x[here]), bits[here] & mask, largest[k], share[k])
+                        out[o + k * at[2, 3]] = _plus(above[a + k * at[1, 3]], slope, add, out)
                 i, a, o = i + at[0, 1], a + at[1, 1], o + at[2, 1]
 
 
 @numba.njit
-def _add_share(x, bits, mask, i, above, a, out, o, steps, count, largest, share, add):
-    zero = _entry(share, 0) * 0
-    if steps[0] == 1 and steps[1] == 1 and steps[2] == 1:
-        xs, sizes, aboves, outs = (
-            x[i : i + count],
-            bits[i : i + count],
-            above[a : a + count],
-            out[o : o + count],
-        )
-        for k in range(count):
-            slope = np.sign(_wide(xs[k])) * _entry(share, k)
-            slope = slope if (sizes[k] & mask) == _entry(largest, k) else zero
-            outs[k] = _narrow(_wide(aboves[k]) + slope if add else slope, out)
-    else:
-        for k in range(count):
-            slope = np.sign(_wide(x[i + k * steps[0]])) * _entry(share, k)
-            slope = slope if (bits[i + k * steps[0]] & mask) == _entry(largest, k) else zero
-            out[o + k * steps[2]] = _narrow(_wide(above[a + k * steps[1]]) + slope if add else slope, out)
+def _share(x, magnitude, largest, share):
+    return np.sign(x) * share if magnitude == largest else 0 * share
+
+
+@numba.njit
+def _plus(above, slope, add, out):
+    return _narrow(_wide(above) + slope if add else slope, out)
+
+
+@numba.njit
+def _unit(at, axis):
+    return at[0, axis] == 1 and at[1, axis] == 1 and at[2, axis] == 1
+
+
+@numba.njit
+def _runs(x, i, above, a, out, o, count):
+    return x[i : i + count], above[a : a + count], out[o : o + count]
 
 
 @numba.njit
