@@ -249,6 +249,25 @@ def test_the_compiled_backend_heeds_the_number_of_threads_of_torch(monkeypatch: 
     assert used == [1, 1, min(2, most), 1, most, 1]
 
 
+THREADS = """
+import torch
+from attention_transfer import kernels
+
+torch.set_num_threads(2)
+with kernels.use_backend("cpu"):
+    kernels.energy(torch.randn(4, 8, 64, 64), 2.0, "sum")
+assert torch.get_num_threads() == 2, torch.get_num_threads()
+"""
+
+
+def test_the_compiled_backend_leaves_the_number_of_threads_of_torch_alone() -> None:
+    pytest.importorskip("numba")
+    environment = os.environ | {"NUMBA_NUM_THREADS": "4"}
+    command = [sys.executable, "-W", "ignore", "-c", THREADS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 FORKED = """
 import os, torch
 from attention_transfer import kernels

@@ -6,8 +6,8 @@ float16 and bfloat16 are read as they are and widened in registers. Samples are 
 whose energies leave the range that `kernels.energy` promises are summed again, relative to a scale.
 
 Each kernel is compiled twice. Small tensors, and all of them where torch has one thread, are computed in
-the caller's thread; the others by numba's threads, which are not torch's but are told their number at each
-call. numba's simplest threading layer must not be entered twice at once, hence a lock; none works in a
+the caller's thread; the others by numba's threads, which are told torch's number at each call. numba's
+simplest threading layer must not be entered twice at once, hence a lock; none works in a
 forked process, which computes in the caller's thread.
 """
 
@@ -132,13 +132,16 @@ class _Kernel:
 
     def __call__(self, elements: int, *arguments: Any) -> None:
         """Run over `elements` elements of a tensor."""
-        threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        wanted = torch.get_num_threads()
+        threads = min(wanted, config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         if threads == 1 or elements < GRAIN or os.getpid() != _process:
             self.serial(*arguments)
             return
         with _lock:
             numba.set_num_threads(threads)
             self.parallel(*arguments)
+        if torch.get_num_threads() != wanted:  # numba's start sets OpenMP's number, which is torch's too
+            torch.set_num_threads(wanted)
 
 
 def _compile(function: Callable, name: str, *, parallel: bool) -> Callable:
