@@ -7,8 +7,8 @@ whose energies leave the range that `kernels.energy` promises are summed again, 
 
 Each kernel is compiled twice. Small tensors, and all of them where torch has one thread, are computed in
 the caller's thread; the others by numba's threads, which are told torch's number at each call. numba's
-simplest threading layer must not be entered twice at once, hence a lock; none works in a
-forked process, which computes in the caller's thread.
+simplest threading layer must not be entered twice at once, hence a lock. None works in a forked process,
+which computes in the caller's thread.
 """
 
 from __future__ import annotations
