@@ -11,7 +11,7 @@ import numpy as np
 from attention_transfer._extras import require
 from benchmarks.names import AUTHORS, CACHED, COMPILED, FLOOR, LIVE, PROJECT, STUDENT, TORCHDISTILL
 from benchmarks.rows import Row
-from benchmarks.targets import sweeps
+from benchmarks.targets import batch, sweeps
 
 COLOURS = {
     PROJECT: "#1b6ca8",
@@ -54,6 +54,8 @@ def _figure(columns: int, width: float, height: float) -> tuple[Any, Any]:
 
 def kernels(rows: Sequence[Row]) -> Any:
     """A panel a data type: each contender's times-the-floor at each shape and layout."""
+    from matplotlib import ticker
+
     found = [
         row
         for row in rows
@@ -66,24 +68,31 @@ def kernels(rows: Sequence[Row]) -> Any:
     figure, axes = _figure(len(dtypes), 10, 4.2)
     for ax, dtype in zip(axes, dtypes, strict=True):
         panel = [row for row in found if row.dtype == dtype]
-        labels = list(dict.fromkeys(f"{row.shape}\n{row.layout}" for row in panel))
+        labels = list(dict.fromkeys(map(_label, panel)))
         for backend in dict.fromkeys(row.backend for row in panel):
             points = [row for row in panel if row.backend == backend]
-            y = [labels.index(f"{row.shape}\n{row.layout}") for row in points]
             ratio = np.array([[row.ratio, row.ratio_p20, row.ratio_p80] for row in points], dtype=float).T
             spread = [ratio[0] - ratio[1], ratio[2] - ratio[0]]
+            y = [labels.index(_label(row)) for row in points]
             ax.errorbar(ratio[0], y, xerr=spread, fmt="o", ms=5, lw=1, color=COLOURS[backend], label=backend)
         ax.axvline(1, color="black", lw=1)
         ax.set(xscale="log", xlabel="times the floor", title=dtype)
+        ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
         ax.set_yticks(range(len(labels)), labels, fontsize=7)
         ax.invert_yaxis()
-        ax.grid(axis="x", which="both", alpha=0.3)
-    axes[0].legend(fontsize=7)
+        ax.grid(axis="x", alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
     return figure
 
 
+def _label(row: Row) -> str:
+    return f"{row.shape}\n{row.layout}"
+
+
 def scaling(rows: Sequence[Row]) -> Any:
-    """A panel for each thing that grows: time over bytes, beside a straight line through the largest."""
+    """A panel for each thing that grows: time over bytes, beside a straight line from 0 to the largest."""
     found = sweeps(rows)
     if not found:
         return None
@@ -91,10 +100,10 @@ def scaling(rows: Sequence[Row]) -> Any:
     for ax, (axis, steps) in zip(axes, found.items(), strict=True):
         x = [(row.moved or 0) / 1e6 for row in steps]
         y = [1000 * (row.p50 or 0) for row in steps]
-        ax.loglog(x, y, "o-", color=COLOURS[PROJECT], label=PROJECT)
-        ax.loglog(x, [y[-1] * size / x[-1] for size in x], "--", color="black", lw=1, label="linear")
-        ax.set(xlabel="MB that the floor moves", title=f"growing {axis}")
-        ax.grid(which="both", alpha=0.3)
+        ax.plot([0, x[-1]], [0, y[-1]], "--", color="black", lw=1, label="linear")
+        ax.plot(x, y, "o", color=COLOURS[PROJECT], label=PROJECT)
+        ax.set(xlabel="MB that the floor moves", title=f"growing {axis}", xlim=0, ylim=0)
+        ax.grid(alpha=0.3)
     axes[0].set_ylabel("ms")
     axes[0].legend(fontsize=7)
     return figure
@@ -104,13 +113,9 @@ def steps(rows: Sequence[Row]) -> Any:
     """Bars by setting and data type."""
     order = (STUDENT, CACHED, LIVE, TORCHDISTILL)
     found = {
-        (row.shape, row.dtype, row.backend): int(row.shape.split()[-1].split("x")[0]) / row.p50
+        (row.shape, row.dtype, row.backend): batch(row) / row.p50
         for row in rows
-        if row.benchmark == "step"
-        and row.op == "step"
-        and not row.against
-        and row.p50
-        and row.backend in order
+        if (row.benchmark, row.op, row.against) == ("step", "step", "") and row.p50 and row.backend in order
     }
     if not found:
         return None
@@ -124,7 +129,7 @@ def steps(rows: Sequence[Row]) -> Any:
         ax.bar_label(bars, fmt="{:,.0f}", fontsize=7, padding=2)
         ax.margins(x=0.18)
         ax.invert_yaxis()
-        ax.set_title(f"{group[0].split(',')[0].replace('torchvision:', '')}\n{group[1]}", fontsize=8)
+        ax.set_title(f"{group[0].split(',')[0]}\n{group[1]}", fontsize=8)
         ax.set_xlabel("images/s", fontsize=8)
         ax.tick_params(labelsize=7)
         if ax is not axes[0]:

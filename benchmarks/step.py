@@ -56,7 +56,8 @@ class Setting:
 
     @property
     def name(self) -> str:
-        return f"{self.student} from {self.teacher}, {self.batch}x3x{self.size}x{self.size}"
+        names = f"{self.student} from {self.teacher}".replace("torchvision:", "")
+        return f"{names}, {self.batch}x3x{self.size}x{self.size}"
 
     def models(self) -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(0)

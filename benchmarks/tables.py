@@ -22,7 +22,7 @@ from benchmarks.names import (
     TORCHDISTILL,
 )
 from benchmarks.rows import ROOT, Row, latest, read
-from benchmarks.targets import NOT_MEASURED, TARGETS, activation_bytes
+from benchmarks.targets import NOT_MEASURED, TARGETS, activation_bytes, batch
 
 OTHERS = (AUTHORS, TORCHDISTILL, COMPILED)
 Cells = Sequence[str]
@@ -60,11 +60,11 @@ def fill(text: str, name: str, block: str) -> str:
     return pattern.sub(lambda _: f"{begin}\n{block}\n{end}", text)
 
 
-def markdown(header: Cells, rows: Sequence[Cells]) -> str:
-    """A table, its columns after the first to the right; empty without rows."""
+def markdown(header: Cells, rows: Sequence[Cells], words: int = 1) -> str:
+    """A table, its columns after those of words to the right; empty without rows."""
     if not rows:
         return ""
-    rule = ["---", *["---:"] * (len(header) - 1)]
+    rule = ["---"] * words + ["---:"] * (len(header) - words)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
@@ -93,7 +93,7 @@ def targets(rows: Sequence[Row]) -> str:
     for target in TARGETS:
         measured, hit = target.read(rows)
         cells.append([target.what, target.goal, measured, verdict[hit]])
-    return markdown(["what", "target", "measured", ""], cells)
+    return markdown(["what", "target", "measured", ""], cells, words=4)
 
 
 def kernels(rows: Sequence[Row]) -> str:
@@ -150,12 +150,14 @@ def memory(rows: Sequence[Row]) -> str:
         and (row.dtype, row.allocator) == ("float32", "kept")
     ]
     backends = dict.fromkeys(row.backend for row in found)
-    cells = []
-    for device, shape, layout in dict.fromkeys((row.device, row.shape, row.layout) for row in found):
-        case = {r.backend: r for r in found if (r.device, r.shape, r.layout) == (device, shape, layout)}
-        shown = [_share_of_activation(case.get(backend)) for backend in backends]
-        cells.append([f"{device}: {shape}, {layout}", *shown])
-    return markdown(["peak; saved, in % of A", *backends], cells)
+    tables = []
+    for device in dict.fromkeys(row.device for row in found):
+        cells = []
+        for shape, layout in dict.fromkeys((row.shape, row.layout) for row in found):
+            case = {r.backend: r for r in found if (r.device, r.shape, r.layout) == (device, shape, layout)}
+            cells.append([f"{shape}, {layout}", *(_share_of_activation(case.get(name)) for name in backends)])
+        tables.append(f"**{device}**\n\n{markdown(['activation', *backends], cells)}")
+    return "\n\n".join(tables)
 
 
 def _share_of_activation(row: Row | None) -> str:
@@ -165,56 +167,54 @@ def _share_of_activation(row: Row | None) -> str:
 
 
 def steps(rows: Sequence[Row]) -> str:
-    """Whole steps, in images a second."""
+    """Whole steps: a table for each pair of models, with the data types side by side."""
     order = (STUDENT, TEACHER, NO_TERM, LIVE, CACHED, TORCHDISTILL, TERM_ALONE)
-    chosen = [
-        row for row in rows if row.benchmark == "step" and row.op in ("step", "term") and not row.against
-    ]
+    chosen = [row for row in rows if row.benchmark == "step" and not row.against]
     blocks = []
-    for device, shape, dtype in dict.fromkeys((row.device, row.shape, row.dtype) for row in chosen):
-        case = {
-            row.backend: row for row in chosen if (row.device, row.shape, row.dtype) == (device, shape, dtype)
-        }
-        cells = [_step_cells(case[name]) for name in order if name in case]
-        table = markdown(["", "ms", "p20 to p80", "images/s", "peak, MB"], cells)
-        blocks.append(f"**{device}: {shape}, {dtype}, {next(iter(case.values())).layout}**\n\n{table}")
+    for device, shape in dict.fromkeys((row.device, row.shape) for row in chosen):
+        case = {(r.backend, r.dtype): r for r in chosen if (r.device, r.shape) == (device, shape)}
+        dtypes = list(dict.fromkeys(dtype for _, dtype in case))
+        cells = [
+            [name, *(cell for dtype in dtypes for cell in _step_cells(case.get((name, dtype))))]
+            for name in order
+            if (name, dtypes[0]) in case
+        ]
+        header = ["", *(text for dtype in dtypes for text in (f"{dtype}, ms", "images/s", "peak, MB"))]
+        blocks.append(f"**{device}: {shape}**\n\n{markdown(header, cells)}")
     return "\n\n".join(blocks)
 
 
-def _step_cells(row: Row) -> Cells:
-    if row.p50 is None or row.p20 is None or row.p80 is None:
-        return [row.backend, row.note, "", "", ""]
+def _step_cells(row: Row | None) -> Cells:
+    if row is None or row.p50 is None or row.p20 is None or row.p80 is None:
+        return ["-" if row is None else row.note, "", ""]
+    spread = f"{1000 * row.p50:.1f} ({1000 * row.p20:.1f} to {1000 * row.p80:.1f})"
     rate = "" if row.op == "term" else f"{batch(row) / row.p50:,.0f}"
-    peak = "" if row.bytes is None else f"{row.bytes / 1e6:,.0f}"
-    spread = f"{1000 * row.p20:.1f} to {1000 * row.p80:.1f}"
-    return [row.backend, f"{1000 * row.p50:.1f}", spread, rate, peak]
-
-
-def batch(row: Row) -> int:
-    """Images in a step of the row's setting, "student from teacher, 128x3x32x32"."""
-    return int(row.shape.split()[-1].split("x")[0])
+    return [spread, rate, "" if row.bytes is None else f"{row.bytes / 1e6:,.0f}"]
 
 
 def ratios(rows: Sequence[Row]) -> str:
-    """Whole steps against each other, and the term's share."""
+    """Whole steps against each other, and the term's share: a column for each setting."""
+    chosen = [row for row in rows if row.benchmark == "step" and row.against]
+    settings = list(dict.fromkeys((row.device, row.shape, row.dtype) for row in chosen))
+    found = {(_comparison(row), row.device, row.shape, row.dtype): row for row in chosen}
     cells = [
-        [f"{row.shape}, {row.dtype}", row.backend, _comparison(row), _figure(row.ratio), _spread(row)]
-        for row in rows
-        if row.benchmark == "step" and row.against
+        [comparison, *(_ratio_with_spread(found.get((comparison, *setting))) for setting in settings)]
+        for comparison in dict.fromkeys(map(_comparison, chosen))
     ]
-    return markdown(["setting", "", "against", "ratio", "p20 to p80"], cells)
+    header = [f"{device.split(':')[0]}: {shape.split(',')[0]}, {dtype}" for device, shape, dtype in settings]
+    return markdown(["", *header], cells)
 
 
 def _comparison(row: Row) -> str:
-    return row.against if row.op == "step" else f"{row.op}: of {row.against}"
+    return f"{row.backend} / ({row.against})" if row.op == "step" else f"{row.op}, of {row.against}"
 
 
-def _figure(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.3f}"
-
-
-def _spread(row: Row) -> str:
-    return "" if row.ratio_p20 is None else f"{_figure(row.ratio_p20)} to {_figure(row.ratio_p80)}"
+def _ratio_with_spread(row: Row | None) -> str:
+    if row is None or row.ratio is None:
+        return "-"
+    style = ".3f" if row.op == "step" else ".1%"
+    spread = "" if row.ratio_p20 is None else f" ({row.ratio_p20:{style}} to {row.ratio_p80:{style}})"
+    return f"{row.ratio:{style}}{spread}"
 
 
 def own_defaults(rows: Sequence[Row]) -> str:
@@ -223,10 +223,10 @@ def own_defaults(rows: Sequence[Row]) -> str:
     for row in rows:
         if row.benchmark != "defaults" or row.against:
             continue
-        settings = f"{row.dtype}, {row.layout}, freed memory: {row.allocator}" if row.p50 else row.note
+        settings = f"{row.dtype}, {row.layout}, freed memory {row.allocator}" if row.p50 else row.note
         rate = f"{batch(row) / row.p50:,.0f}" if row.p50 else ""
         cells.append([f"{row.device}: {row.shape}", row.backend, settings, rate])
-    return markdown(["setting", "", "defaults", "images/s"], cells)
+    return markdown(["setting", "", "defaults", "images/s"], cells, words=3)
 
 
 def waits(rows: Sequence[Row]) -> str:

@@ -117,7 +117,8 @@ def whole_step(
             if (row.benchmark, row.op, row.backend, row.against) == ("step", op, backend, against)
             and row.shape.startswith(student)
         ]
-        return by_group(found, lambda row: f"{row.shape.split()[0]} {row.dtype}", holds, digits=3)
+        style = ".3f" if op == "step" else ".1%"
+        return by_group(found, lambda row: f"{row.shape.split()[0]} {row.dtype}", holds, style)
 
     return read
 
@@ -204,8 +205,7 @@ def by_group(
     rows: Iterable[Row],
     group: Callable[[Row], str],
     holds: Callable[[float], bool],
-    *,
-    digits: int = 2,
+    style: str = ".2f",
 ) -> Measured:
     """The range of the ratios of each group, and whether all of them hold."""
     groups: dict[str, list[float]] = {}
@@ -214,13 +214,18 @@ def by_group(
             groups.setdefault(group(row), []).append(row.ratio)
     if not groups:
         return NOT_MEASURED, None
-    texts = [f"{name}: {_range(ratios, digits)}" for name, ratios in groups.items()]
+    texts = [f"{name}: {_range(ratios, style)}" for name, ratios in groups.items()]
     return ", ".join(texts), all(holds(ratio) for ratios in groups.values() for ratio in ratios)
 
 
-def _range(ratios: Sequence[float], digits: int) -> str:
-    low, high = (f"{edge:.{digits}f}" for edge in (min(ratios), max(ratios)))
+def _range(ratios: Sequence[float], style: str) -> str:
+    low, high = (f"{edge:{style}}" for edge in (min(ratios), max(ratios)))
     return low if low == high else f"{low} to {high}"
+
+
+def batch(row: Row) -> int:
+    """Images in a step of the row's setting, "student from teacher, 128x3x32x32"."""
+    return int(row.shape.split()[-1].split("x")[0])
 
 
 def activation_bytes(row: Row) -> int:
