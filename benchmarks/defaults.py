@@ -100,7 +100,7 @@ def _project(setting: Any, device: torch.device) -> tuple[Callable[[], object], 
     speed = choose_speed(Recipe(accelerator=device.type))
     dtype = torch.bfloat16 if speed.precision == "bf16-mixed" else torch.float32
     told = {"dtype": dtype_name(dtype), "layout": LAYOUT, "form": "code", "allocator": allocator(device)}
-    return Bench(setting, dtype, device).steps()[LIVE], told
+    return Bench(setting, dtype, device).step(LIVE), told
 
 
 def _torchdistill(setting: Any, device: torch.device) -> tuple[Callable[[], object], dict[str, str]]:

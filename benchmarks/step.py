@@ -20,6 +20,7 @@ import attention_transfer as at
 from attention_transfer._extras import require
 from attention_transfer._memory import keep_freed_memory
 from benchmarks import contenders, defaults
+from benchmarks.cached import readings_from_disk
 from benchmarks.kernels import not_measured
 from benchmarks.measuring import (
     LAYOUTS,
@@ -102,7 +103,7 @@ def run(results: Results, session: Session) -> None:
 def measure(setting: Setting, dtype: torch.dtype, session: Session) -> list[Row]:
     """Rows of one setting: times, peak memory, and the ratios that the targets speak of."""
     bench = Bench(setting, dtype, session.device)
-    steps = bench.steps()
+    steps, unmeasured = _made(bench)
     runs = {name: _timed(step) for name, step in steps.items()} | {TERM_ALONE: bench.term_alone()}
     samples = interleave(
         runs,
@@ -125,7 +126,7 @@ def measure(setting: Setting, dtype: torch.dtype, session: Session) -> list[Row]
         for name, step in steps.items()
     ]
     rows.append(_row("term", TERM_ALONE, samples, common))
-    rows += [Row(op="step", backend=name, note=note, **common) for name, note in bench.unmeasured.items()]
+    rows += [Row(op="step", backend=name, note=note, **common) for name, note in unmeasured.items()]
     comparisons = [
         (LIVE, (STUDENT, TEACHER)),
         (LIVE, (STUDENT,)),
@@ -135,6 +136,17 @@ def measure(setting: Setting, dtype: torch.dtype, session: Session) -> list[Row]
     rows += [_ratio(name, against, samples, common) for name, against in comparisons if name in runs]
     rows += shares(samples, common)
     return [*rows, extra_memory(rows, bench.tapped_bytes, common)]
+
+
+def _made(bench: Bench) -> tuple[dict[str, Step], dict[str, str]]:
+    """The steps of all contenders, and why some cannot be made."""
+    steps, unmeasured = {}, {}
+    for name in bench.makers:
+        try:
+            steps[name] = bench.step(name)
+        except ImportError as error:
+            unmeasured[name] = not_measured(error)
+    return steps, unmeasured
 
 
 def _timed(step: Step) -> Run:
@@ -192,30 +204,23 @@ class Bench:
         self.live = at.Distiller(
             copy.deepcopy(self.student), self.teacher, terms=self.terms, example_input=self.images[:2]
         )
-        self.students = {LIVE: self.live.student}  # by contender
-        self.unmeasured: dict[str, str] = {}
-
-    def steps(self) -> dict[str, Step]:
-        """A whole step of each contender by name."""
-        found = {
-            STUDENT: self._student_alone(),
-            TEACHER: self._teacher_alone,
-            NO_TERM: self._no_term(),
-            LIVE: self._trained(self.live, lambda: self.live(self.images, self.labels).loss),
-            CACHED: self._cached(),
+        self.students = {LIVE: self.live.student}  # by contender, once its step is made
+        self.makers: dict[str, Callable[[], Step]] = {
+            STUDENT: self._student_alone,
+            TEACHER: lambda: self._teacher_alone,
+            NO_TERM: self._no_term,
+            LIVE: self._live,
+            CACHED: self._cached,
+            TORCHDISTILL: self._torchdistill,
         }
-        try:
-            found[TORCHDISTILL] = torchdistill_step(
-                self.live.pairs,
-                self._student_of(TORCHDISTILL),
-                copy.deepcopy(self.teacher),
-                self.images,
-                self.labels,
-                self.autocast,
-            )
-        except ImportError as error:
-            self.unmeasured[TORCHDISTILL] = not_measured(error)
-        return found
+
+    def step(self, contender: str) -> Step:
+        """A whole step.
+
+        Raises:
+            ImportError: if what it needs is not installed.
+        """
+        return self.makers[contender]()
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -235,6 +240,9 @@ class Bench:
             optimizer.zero_grad()
 
         return step
+
+    def _live(self) -> Step:
+        return self._trained(self.live, lambda: self.live(self.images, self.labels).loss)
 
     def _student_alone(self) -> Step:
         student = self._student_of(STUDENT)
@@ -256,11 +264,19 @@ class Bench:
         return self._trained(student, loss)
 
     def _cached(self) -> Step:
-        """The teacher's reading of the batch comes from outside, as from the cache on disk."""
+        """Each step looks the teacher's reading up in a cache on disk."""
         alone = at.Distiller(self._student_of(CACHED), None, pairs=self.live.pairs, terms=self.terms)
         with torch.no_grad(), self.autocast():
             reading = copy.deepcopy(self.live).observe(self.images, self.labels).teacher
-        return self._trained(alone, lambda: alone(self.images, self.labels, teacher=reading).loss)
+        assert reading is not None
+        (energy,) = reading.energies
+        names = [pair.teacher for pair in self.live.pairs]
+        look_up = readings_from_disk(reading, energy, names, self.images)
+        return self._trained(alone, lambda: alone(self.images, self.labels, teacher=look_up()).loss)
+
+    def _torchdistill(self) -> Step:
+        student, teacher = self._student_of(TORCHDISTILL), copy.deepcopy(self.teacher)
+        return torchdistill_step(self.live.pairs, student, teacher, self.images, self.labels, self.autocast)
 
     def term_alone(self) -> Run:
         """The term on activations such as this step's, without the networks."""
