@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from .._choices import Stored
+from .._choices import Mapping, Stored
 from .._files import write_atomically
 from ..pairs import Stage
 
@@ -50,7 +50,7 @@ class Manifest:
     classes: int
     layers: tuple[Stage, ...]
     p: float
-    mapping: str
+    mapping: Mapping
     dtype: Stored
     precision: str
     data: str

@@ -27,6 +27,7 @@ from attention_transfer.training.build import (
     build_views,
     load_splits,
 )
+from attention_transfer.training.cached import CachedTeacher, take_over
 from attention_transfer.training.card import ModelCard
 from attention_transfer.training.evaluation import evaluate_model
 from attention_transfer.training.recipe import Recipe
@@ -68,7 +69,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, say: Say | None = None) ->
         Interrupted: after Ctrl-C, when the state is saved.
     """
     require("lightning", extra="train", user="train")
-    recipe = recipe.resolved()
+    recipe = take_over(recipe.resolved())
     run = Run(recipe.folder)
     if is_first_process():
         run.check_free(overwrite=overwrite)
@@ -91,9 +92,9 @@ def resume(folder: str | Path, *, say: Say | None = None) -> Run:
     """
     require("lightning", extra="train", user="resume")
     run = Run(Path(folder).absolute())
-    recipe = replace(run.recipe, output=str(run.folder))
     if run.finished:
         return run
+    recipe = take_over(replace(run.recipe, output=str(run.folder)))
     splits = load_splits(recipe)
     speed = choose_speed(recipe)
     recipe = replace(recipe, precision=speed.precision)
@@ -109,8 +110,14 @@ def _fit(run: Run, recipe: Recipe, splits: Splits, student: nn.Module, say: Say 
     last = _checkpoint_to_resume(run)
     tell = say or _print
     tell(str(splits))
-    teacher = build_teacher(recipe, splits, lambda: _train_teacher(run, recipe, splits, say))
-    distiller = build_distiller(recipe, student, teacher, torch.zeros(2, *splits.shape))
+    cached = CachedTeacher.of(recipe, splits, student) if recipe.cache else None
+    teacher = None
+    if cached is not None:
+        tell(str(cached))
+        distiller = cached.distiller(recipe, student)
+    else:
+        teacher = build_teacher(recipe, splits, lambda: _train_teacher(run, recipe, splits, say))
+        distiller = build_distiller(recipe, student, teacher, torch.zeros(2, *splits.shape))
     for model in (student, *([teacher.model] if teacher else [])):
         prepare(model, compiled=recipe.compile)
     checkpoints = Checkpoints(run)
@@ -125,7 +132,8 @@ def _fit(run: Run, recipe: Recipe, splits: Splits, student: nn.Module, say: Say 
             build_augment(recipe, splits),
             len(loaders.train),
             views=loaders.train.views,
-            teacher=fingerprint(teacher.model) if teacher else None,
+            cached=cached,
+            teacher=cached.fingerprint if cached else fingerprint(teacher.model) if teacher else None,
             say=tell,
         )
         try:

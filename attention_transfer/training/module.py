@@ -19,6 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from attention_transfer._outputs import logits_of
 from attention_transfer.data import Augment, Views
 from attention_transfer.distiller import Distiller
+from attention_transfer.losses import Reading
+from attention_transfer.training.cached import CachedTeacher
 from attention_transfer.training.recipe import Recipe
 from attention_transfer.training.speed import uncompiled
 
@@ -40,15 +42,19 @@ class DistillationModule(LightningModule):
         steps_per_epoch: int,
         *,
         views: Views | None = None,
+        cached: CachedTeacher | None = None,
         teacher: str | None,
         say: Callable[[str], None],
     ) -> None:
-        """`teacher` is the fingerprint of the teacher's weights, which checkpoints carry in their place."""
+        """`teacher` is the fingerprint of the teacher's weights, which checkpoints carry in their place.
+
+        `cached` gives, by position and view, what a teacher made of the images that is not at hand.
+        """
         super().__init__()
         self.say = say
         self.recipe, self.distiller, self.augment = recipe, distiller, augment
         self.steps_per_epoch, self.teacher_fingerprint = steps_per_epoch, teacher
-        self.views = views
+        self.views, self.cached = views, cached
         self.training_totals, self.validation_totals = Totals(), Totals()
         self.clock = Clock()
         self.learning_rate = recipe.lr
@@ -92,10 +98,11 @@ class DistillationModule(LightningModule):
         images, labels, *rows = batch
         self.learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         inputs = self._augmented(images, *rows).contiguous(memory_format=torch.channels_last)
+        teacher = self._recalled(*rows)
         if self.global_step == 0:
-            self._preflight(inputs, labels)
+            self._preflight(inputs, labels, teacher)
         with self._uncompiled_if_partial(labels):
-            out = self.distiller(inputs, labels)
+            out = self.distiller(inputs, labels, teacher=teacher)
         if batch_idx % FINITE_CHECK_EVERY == 0:
             self._check_finite(out.loss.item())
         wrong = (out.logits.detach().argmax(1) != labels).float().mean()
@@ -108,6 +115,12 @@ class DistillationModule(LightningModule):
         if self.views is None:
             return self.augment(images)
         return self.augment.view(images, rows[0], self.views, self.views.of_epoch(self.current_epoch))
+
+    def _recalled(self, *rows: Int64[Tensor, " b"]) -> Reading | None:
+        """What the cached teacher made of this epoch's view of the images; None with a live one, or none."""
+        if self.cached is None or self.views is None:
+            return None
+        return self.cached(rows[0], self.views.of_epoch(self.current_epoch), self.device)
 
     def _uncompiled_if_partial(self, labels: Tensor) -> AbstractContextManager[object]:
         """A last batch of fewer images is not worth minutes of compiling once more."""
@@ -168,8 +181,8 @@ class DistillationModule(LightningModule):
             )
         self.training_totals.load_state_dict(checkpoint["training_totals"])
 
-    def _preflight(self, inputs: Tensor, labels: Tensor) -> None:
-        plan = self.distiller.preflight(inputs, labels).plan
+    def _preflight(self, inputs: Tensor, labels: Tensor, teacher: Reading | None) -> None:
+        plan = self.distiller.preflight(inputs, labels, teacher=teacher).plan
         if self.trainer.is_global_zero and self.recipe.method != "none":
             self.say(str(plan))
 

@@ -38,6 +38,8 @@ class Recipe:
     """The teacher's weights: a safetensors file, a checkpoint, a run folder, or "pretrained"."""
     teacher_classes: int | None = None
     """Number of classes of the teacher's weights file, where it differs from the data's."""
+    cache: str | None = None
+    """Learn from this folder of `cache build` instead: no teacher is run. It settles images and views."""
     teacher_epochs: int | None = None
     """Epochs for a teacher that is trained first. As many as the student's if not given."""
 
@@ -148,13 +150,18 @@ class Recipe:
             )
 
     def _check_views(self) -> None:
-        if self.view_seed is not None and self.views is None:
+        if self.view_seed is not None and self.views is None and self.cache is None:
             raise ValueError(
                 f"Recipe: view_seed={self.view_seed} is of fixed views, got none. Pass --views, such as 4."
             )
 
     def _check_teacher(self) -> None:
-        if self.method != "none" and not self.teacher:
+        if self.method == "none" and self.cache:
+            raise ValueError(
+                'Recipe: method "none" learns from no teacher, got a cache. '
+                "Leave --cache out; --views shows the same images."
+            )
+        if self.method != "none" and not (self.teacher or self.cache):
             raise ValueError(
                 f'Recipe: method "{self.method}" needs a teacher, got none. Pass --teacher, or --method none.'
             )
@@ -279,11 +286,12 @@ CACHED = (
 
 _ALONE: dict[str, Any] = {"method": "none", "teacher": None}
 _TEACHING = {
-    *("method", "teacher", "teacher_weights", "teacher_classes", "teacher_epochs", "teacher_precision"),
-    *("pairs", "beta", "form", "p", "mapping", "resize", "alpha", "temperature", "output"),
+    *("method", "cache", "teacher", "teacher_weights", "teacher_classes", "teacher_epochs"),
+    *("teacher_precision", "pairs", "beta", "form", "p", "mapping", "resize", "alpha", "temperature"),
+    "output",
 }
 
-_MAYBE_PATHS = ("data", "data_root", "teacher", "teacher_weights", "student_weights")
+_MAYBE_PATHS = ("cache", "data", "data_root", "teacher", "teacher_weights", "student_weights")
 
 _POSITIVE = (lambda v: v > 0, "> 0")
 _AT_LEAST_ONE = (lambda v: v >= 1, ">= 1")

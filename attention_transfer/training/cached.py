@@ -1,0 +1,172 @@
+"""Learning from a cache in place of a teacher: which cache will do, and what it gives at a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from attention_transfer.cache import Cache, Manifest
+from attention_transfer.data import Splits, data_fingerprint
+from attention_transfer.distiller import Distiller
+from attention_transfer.losses import Energy, Reading, Term
+from attention_transfer.models import fingerprint
+from attention_transfer.pairs import Pair, suggest_pairs
+from attention_transfer.training.build import build_teacher, build_terms, check_classes
+from attention_transfer.training.recipe import IMAGES, Recipe, parse_pairs
+from attention_transfer.training.run import Run
+
+
+def take_over(recipe: Recipe) -> Recipe:
+    """The recipe with what it leaves open filled in as its cache has it; as it is, if it has no cache.
+
+    Raises:
+        FileNotFoundError: if there is no cache.
+        ValueError: if the recipe contradicts the cache.
+    """
+    if recipe.cache is None:
+        return recipe
+    facts = Manifest.read(Path(recipe.cache))
+    for name, theirs in _offers(facts).items():
+        ours = getattr(recipe, name)
+        if ours not in (None, theirs):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"train: the cache {recipe.cache} was built with {name}={theirs}, got {ours}. "
+                f"Leave {flag} out, or build another cache."
+            )
+    named = _names_weights(recipe)
+    if not named and recipe.teacher not in (None, Recipe.teacher, facts.teacher):
+        raise ValueError(
+            f"train: the cache {recipe.cache} holds maps of {facts.teacher}, got --teacher {recipe.teacher}. "
+            "Leave --teacher out, or build a cache of that one."
+        )
+    teacher = recipe.teacher if named else None
+    return replace(recipe, **_offers(facts), views=recipe.views or facts.views, teacher=teacher)
+
+
+def _offers(facts: Manifest) -> dict[str, Any]:
+    """What a student takes over, by recipe field: the very images and the very augmentation."""
+    images = {name: facts.source.get(name) for name in IMAGES}
+    return {**images, "pad": facts.pad, "flip": facts.flip, "view_seed": facts.view_seed}
+
+
+def _names_weights(recipe: Recipe) -> bool:
+    """Whether the recipe says where its teacher's weights are, so that these can be compared."""
+    named = Path(recipe.teacher or "")
+    return recipe.teacher_weights is not None or Run(named).exists or named.is_file()
+
+
+@dataclass(frozen=True)
+class CachedTeacher:
+    """What a teacher made of every image, read from its cache. It is never run: it need not be there."""
+
+    cache: Cache
+    pairs: list[Pair]
+
+    @classmethod
+    def of(cls, recipe: Recipe, splits: Splits, student: nn.Module) -> CachedTeacher:
+        """The recipe's cache, once it has been seen to be made for these images, this student and method.
+
+        Raises:
+            ValueError: if the cache is unfinished or damaged, or was made of another teacher, of other images
+                or energies, or does not hold what the method or the pairs need.
+        """
+        cache = Cache.read(recipe.cache or "")
+        cache.require(recipe.views or cache.manifest.views)
+        check_terms(build_terms(recipe))
+        check_classes(recipe, cache.manifest.classes, splits)
+        _check_images(splits, cache)
+        _check_teacher(recipe, splits, cache)
+        if "at" not in recipe.method:
+            return cls(cache, [])
+        _check_energy(recipe, cache)
+        return cls(cache, _pairs(recipe, splits, student, cache))
+
+    def __call__(self, rows: Int64[Tensor, " b"], view: int, device: torch.device) -> Reading:
+        """What the teacher made of a view of the images at `rows`."""
+        facts = self.cache.manifest
+        layers = [pair.teacher for pair in self.pairs]
+        logits, maps = self.cache.read_maps(rows, view, layers, device=device)
+        shapes = {stage.name: stage.shape for stage in facts.layers}
+        energy = Energy(facts.p, facts.mapping)
+        return Reading(logits, {energy: maps}, shapes=[shapes[layer] for layer in layers])
+
+    def distiller(self, recipe: Recipe, student: nn.Module) -> Distiller:
+        """The student and the method's terms, with no teacher."""
+        return Distiller(student, None, pairs=self.pairs, terms=build_terms(recipe))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the teacher's weights."""
+        return self.cache.manifest.teacher_fingerprint
+
+    def __str__(self) -> str:
+        facts, folder = self.cache.manifest, self.cache.folder
+        return f"teacher: {facts.teacher} ({self.fingerprint}), from {folder}, stored as {facts.dtype}"
+
+
+def check_terms(terms: Iterable[Term]) -> None:
+    """Raise ValueError for a term that reads what no cache holds."""
+    for term in terms:
+        if term.needs_features:
+            raise ValueError(
+                f'train: the term "{term.name}" reads activations, and a cache holds maps and logits only. '
+                "Pass --teacher in place of --cache."
+            )
+
+
+def _check_images(splits: Splits, cache: Cache) -> None:
+    facts, found = cache.manifest, data_fingerprint(splits.train)
+    ours = (found, splits.mean, splits.std)
+    if ours != (facts.data, facts.mean, facts.std):
+        raise ValueError(
+            f"train: the cache {cache.folder} was built from {facts.images:,} other images (fingerprint "
+            f"{facts.data}, from {facts.settings.get('data')}), got {len(splits.train):,} of {splits.name} "
+            f"({found}). Pass the --data it was built from, or build another cache."
+        )
+
+
+def _check_teacher(recipe: Recipe, splits: Splits, cache: Cache) -> None:
+    """A teacher that is named beside the cache must be the one that it was built from."""
+    if recipe.teacher is None:
+        return
+    given = build_teacher(recipe, splits, lambda: Run(Path(recipe.teacher or "")))
+    assert given is not None
+    facts, found = cache.manifest, fingerprint(given.model)
+    if found != facts.teacher_fingerprint:
+        raise ValueError(
+            f"train: the cache {cache.folder} holds maps of a {facts.teacher} with fingerprint "
+            f"{facts.teacher_fingerprint}, got {found} in {recipe.teacher_weights or recipe.teacher}. "
+            "Leave --teacher out, or build a cache of that one."
+        )
+
+
+def _check_energy(recipe: Recipe, cache: Cache) -> None:
+    facts = cache.manifest
+    if (recipe.p, recipe.mapping) != (facts.p, facts.mapping):
+        raise ValueError(
+            f"train: the cache {cache.folder} holds maps of p={facts.p:g} and mapping={facts.mapping}, got "
+            f"p={recipe.p:g} and mapping={recipe.mapping}. "
+            f"Pass --p {facts.p:g} --mapping {facts.mapping}, or build another cache."
+        )
+
+
+def _pairs(recipe: Recipe, splits: Splits, student: nn.Module, cache: Cache) -> list[Pair]:
+    """The pairs that the recipe names, or the student's stage ends with the teacher's that are stored."""
+    named = parse_pairs(recipe.pairs)
+    if named is None:
+        return suggest_pairs(student, cache.manifest.layers, torch.zeros(2, *splits.shape))
+    stored = [stage.name for stage in cache.manifest.layers]
+    for pair in named:
+        if pair[1] not in stored:
+            raise ValueError(
+                f"train: the cache {cache.folder} holds the teacher's layers {', '.join(stored)}, got "
+                f"{pair[1]} in --pairs. Pair with one of these, or build a cache with --layers."
+            )
+    return [Pair(*pair) for pair in named]
