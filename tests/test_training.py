@@ -179,6 +179,15 @@ def test_interrupted_run_resumes_after_it_was_moved(
     assert equal(finished, resume(moved, say=silent))
 
 
+def test_ctrl_c_after_an_interrupted_run_is_an_ordinary_one(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(finished.recipe, teacher=str(finished.teacher.folder), output=str(tmp_path / "run"))
+    interrupted(recipe, 2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
 def test_interrupt_while_the_teacher_is_trained_resumes_there(
     finished: Run, base: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

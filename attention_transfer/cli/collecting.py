@@ -10,19 +10,28 @@ from torch import Tensor, nn
 
 from attention_transfer.cli.loading import load
 from attention_transfer.data import Images, Splits, StreamedImages
-from attention_transfer.training.build import build_teacher, load_splits
+from attention_transfer.models import fingerprint
+from attention_transfer.training.build import Teacher, build_teacher, load_splits
+from attention_transfer.training.cached import name_teacher
 from attention_transfer.training.run import Run
 from attention_transfer.visualize import Examples, collect_examples
 
 
 def collect(runs: Sequence[Path], images: int) -> Examples | None:
-    """What the models of some runs see in test images; None without a student taught by attention."""
+    """What the models of some runs see in test images; None without a student taught by attention.
+
+    None too where that student learned from a cache, whose teacher is no longer at hand.
+    """
     found = [Run(folder) for folder in runs]
     taught = next((run for run in found if run.finished and "at" in run.recipe.method), None)
     if taught is None:
         return None
     splits = load_splits(taught.recipe)
-    models, normalise = _models(taught, found, splits)
+    teacher = _teacher(taught, splits)
+    if teacher is None:
+        print(f"note: the teacher of {taught.folder} is not at hand, so no maps are shown")
+        return None
+    models, normalise = _models(taught, teacher, found, splits)
     pixels = _first(splits.test, images)
     return collect_examples(models, pixels, splits.test.labels[:images], normalise, splits.classes)
 
@@ -33,13 +42,19 @@ def _first(images: Images | StreamedImages, count: int) -> Tensor:
     return torch.stack([images.decode(i) for i in range(min(count, len(images)))])
 
 
+def _teacher(taught: Run, splits: Splits) -> Teacher | None:
+    """The very teacher of a run; of one that learned from a cache, if it is still where it was."""
+    recipe = taught.recipe if taught.recipe.cache is None else name_teacher(taught.recipe)
+    teacher = build_teacher(recipe, splits, lambda: taught.teacher)
+    if taught.recipe.cache is None or teacher is None:
+        return teacher
+    return teacher if fingerprint(teacher.model) == taught.result["teacher_fingerprint"] else None
+
+
 def _models(
-    taught: Run, runs: Sequence[Run], splits: Splits
+    taught: Run, teacher: Teacher, runs: Sequence[Run], splits: Splits
 ) -> tuple[dict[str, tuple[nn.Module, list[str]]], dict[str, Callable[[Tensor], Tensor]]]:
     """{role: (model, layers)} and {role: normalisation} of teacher, student alone, and the taught student."""
-    teacher = build_teacher(taught.recipe, splits, lambda: taught.teacher)
-    if teacher is None:
-        raise ValueError(f"report: expected a teacher in {taught.folder}, got none. Leave this run out.")
     plan = taught.result["plan"]
     own, others = [row["student"] for row in plan], [row["teacher"] for row in plan]
     normalise = splits.augment().normalise

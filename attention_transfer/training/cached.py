@@ -62,6 +62,22 @@ def _names_weights(recipe: Recipe) -> bool:
     return recipe.teacher_weights is not None or Run(named).exists or named.is_file()
 
 
+def name_teacher(recipe: Recipe) -> Recipe:
+    """The recipe of a run from a cache, with the teacher that made the cache if that is still there."""
+    if _names_weights(recipe):
+        return recipe
+    try:
+        settings = Manifest.read(Path(recipe.cache or "")).settings
+    except (FileNotFoundError, ValueError):
+        return recipe
+    named: dict[str, Any] = {
+        name: settings.get(name) for name in ("teacher", "teacher_weights", "teacher_classes")
+    }
+    found = replace(recipe, **named)
+    there = found.teacher_weights in (None, "pretrained") or Path(found.teacher_weights or "").exists()
+    return found if there and _names_weights(found) else recipe
+
+
 @dataclass(frozen=True)
 class CachedTeacher:
     """What a teacher made of every image, read from its cache. It is never run: it need not be there."""

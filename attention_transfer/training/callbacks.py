@@ -126,9 +126,9 @@ class StopOnSignal(Checkpoint):
         self.received = number
 
     def _restore(self) -> None:
+        # kept for `_note`, because Lightning puts that back when it tidies up after an exception
         for number, handler in self._former.items():
             signal.signal(number, handler)
-        self._former = {}
 
 
 class ProgressBar(TQDMProgressBar):

@@ -37,6 +37,7 @@ from attention_transfer.training.speed import choose_speed, prepare, uncompiled
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
+    from attention_transfer.distiller import Distiller
     from attention_transfer.training.callbacks import Checkpoints
     from attention_transfer.training.module import DistillationModule
 
@@ -75,12 +76,13 @@ def train(recipe: Recipe, *, overwrite: bool = False, say: Say | None = None) ->
         run.check_free(overwrite=overwrite)
     splits = load_splits(recipe)
     student = build_student(recipe, splits)
+    cached = CachedTeacher.of(recipe, splits, student) if recipe.cache else None
     speed = choose_speed(recipe)
     recipe = replace(recipe, precision=speed.precision)  # what the folder keeps repeats the run anywhere
     if is_first_process():
         run.create(recipe, overwrite=overwrite)
     (say or _print)(str(speed))
-    return _fit(run, recipe, splits, student, say)
+    return _fit(run, recipe, splits, student, cached, say)
 
 
 def resume(folder: str | Path, *, say: Say | None = None) -> Run:
@@ -96,13 +98,22 @@ def resume(folder: str | Path, *, say: Say | None = None) -> Run:
         return run
     recipe = take_over(replace(run.recipe, output=str(run.folder)))
     splits = load_splits(recipe)
+    student = build_student(recipe, splits)
+    cached = CachedTeacher.of(recipe, splits, student) if recipe.cache else None
     speed = choose_speed(recipe)
     recipe = replace(recipe, precision=speed.precision)
     (say or _print)(str(speed))
-    return _fit(run, recipe, splits, build_student(recipe, splits), say)
+    return _fit(run, recipe, splits, student, cached, say)
 
 
-def _fit(run: Run, recipe: Recipe, splits: Splits, student: nn.Module, say: Say | None) -> Run:
+def _fit(
+    run: Run,
+    recipe: Recipe,
+    splits: Splits,
+    student: nn.Module,
+    cached: CachedTeacher | None,
+    say: Say | None,
+) -> Run:
     """Train a built student in a run folder that is there, from its last checkpoint if it has one."""
     from attention_transfer.training.callbacks import Checkpoints
     from attention_transfer.training.module import DistillationModule
@@ -110,16 +121,13 @@ def _fit(run: Run, recipe: Recipe, splits: Splits, student: nn.Module, say: Say 
     last = _checkpoint_to_resume(run)
     tell = say or _print
     tell(str(splits))
-    cached = CachedTeacher.of(recipe, splits, student) if recipe.cache else None
-    teacher = None
+    weights: str | None
     if cached is not None:
         tell(str(cached))
-        distiller = cached.distiller(recipe, student)
+        distiller, weights = cached.distiller(recipe, student), cached.fingerprint
     else:
-        teacher = build_teacher(recipe, splits, lambda: _train_teacher(run, recipe, splits, say))
-        distiller = build_distiller(recipe, student, teacher, torch.zeros(2, *splits.shape))
-    for model in (student, *([teacher.model] if teacher else [])):
-        prepare(model, compiled=recipe.compile)
+        distiller, weights = _with_teacher(run, recipe, splits, student, say)
+    prepare(student, compiled=recipe.compile)
     checkpoints = Checkpoints(run)
     with quiet():
         trainer = build_trainer(run, recipe, checkpoints, say)
@@ -133,7 +141,7 @@ def _fit(run: Run, recipe: Recipe, splits: Splits, student: nn.Module, say: Say 
             len(loaders.train),
             views=loaders.train.views,
             cached=cached,
-            teacher=cached.fingerprint if cached else fingerprint(teacher.model) if teacher else None,
+            teacher=weights,
             say=tell,
         )
         try:
@@ -144,6 +152,18 @@ def _fit(run: Run, recipe: Recipe, splits: Splits, student: nn.Module, say: Say 
         _finish(run, recipe, splits, module, checkpoints)
     trainer.strategy.barrier()
     return run
+
+
+def _with_teacher(
+    run: Run, recipe: Recipe, splits: Splits, student: nn.Module, say: Say | None
+) -> tuple[Distiller, str | None]:
+    """The student beside its teacher, which is trained first where need be, and the teacher's fingerprint."""
+    teacher = build_teacher(recipe, splits, lambda: _train_teacher(run, recipe, splits, say))
+    distiller = build_distiller(recipe, student, teacher, torch.zeros(2, *splits.shape))
+    if teacher is None:
+        return distiller, None
+    prepare(teacher.model, compiled=recipe.compile)
+    return distiller, fingerprint(teacher.model)
 
 
 def _checkpoint_to_resume(run: Run) -> Path | None:
@@ -168,7 +188,7 @@ def _train_teacher(run: Run, recipe: Recipe, splits: Splits, say: Say | None) ->
     (say or _print)(f"First the teacher: {recipe.teacher}, epochs: {teacher_recipe.epochs}")
     if is_first_process() and not run.teacher.holds_work:
         run.teacher.create(teacher_recipe)
-    _fit(run.teacher, teacher_recipe, splits, build_student(teacher_recipe, splits), say)
+    _fit(run.teacher, teacher_recipe, splits, build_student(teacher_recipe, splits), None, say)
     (say or _print)(f"Now the student: {recipe.student}, epochs: {recipe.epochs}")
     return run.teacher
 

@@ -185,6 +185,7 @@ class Recipe:
         """The recipe without a teacher and all that concerns one; the output folder is left open."""
         kept = {field.name: getattr(self, field.name) for field in fields(self)}
         kept["split_seed"] = self.seed if self.split_seed is None else self.split_seed
+        kept["view_seed"] = None if self.views is None else self.view_seed
         return Recipe(**{name: value for name, value in kept.items() if name not in _TEACHING}, **_ALONE)
 
     def for_teacher(self) -> Recipe:
