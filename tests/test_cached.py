@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -209,7 +210,7 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     original = StopOnSignal.on_train_batch_end
 
     def hook(self: StopOnSignal, trainer, *rest) -> None:  # type: ignore[no-untyped-def]
-        self.received = 2 if trainer.global_step == step else None
+        self.received = signal.SIGINT if trainer.global_step == step else None
         original(self, trainer, *rest)
 
     monkeypatch.setattr(StopOnSignal, "on_train_batch_end", hook)
@@ -328,6 +329,10 @@ def test_the_cache_may_hold_more_views_than_are_used(recipe: Recipe, folder: Pat
         ({"flip": False}, r"was built with flip=True, got False\. Leave --flip out, or"),
         ({"view_seed": 3}, r"was built with view_seed=0, got 3\. Leave --view-seed out, or"),
         ({"teacher": "wrn-40-2"}, r"holds maps of wrn-10-1, got --teacher wrn-40-2\. Leave --teacher out"),
+        (
+            {"teacher_precision": "bf16-mixed"},
+            r"ran in 32-true, got --teacher-precision bf16-mixed\.",
+        ),
         ({"views": 3}, r"cache: expected 3 views in .*, got 2\. Pass --views 2, or add some: "),
         ({"p": 4.0}, r"maps of p=2 and mapping=sum, got p=4 and mapping=sum\. Pass --p 2 --mapping sum, or"),
         ({"mapping": "max"}, r"maps of p=2 and mapping=sum, got p=2 and mapping=max\."),

@@ -179,11 +179,16 @@ def test_interrupted_run_resumes_after_it_was_moved(
     assert equal(finished, resume(moved, say=silent))
 
 
-def test_ctrl_c_after_an_interrupted_run_is_an_ordinary_one(
-    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ending", ["interrupted", "failed"])
+def test_ctrl_c_after_a_run_that_did_not_finish_is_an_ordinary_one(
+    base: Recipe, ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = replace(finished.recipe, teacher=str(finished.teacher.folder), output=str(tmp_path / "run"))
-    interrupted(recipe, 2, monkeypatch)
+    recipe = replace(base, method="none", output=str(tmp_path / "run"))
+    if ending == "interrupted":
+        interrupted(recipe, 2, monkeypatch)
+    else:
+        with pytest.raises(FloatingPointError):
+            train(replace(recipe, lr=1e30), say=silent)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
 

@@ -40,6 +40,11 @@ def take_over(recipe: Recipe) -> Recipe:
                 f"train: the cache {recipe.cache} was built with {name}={theirs}, got {ours}. "
                 f"Leave {flag} out, or build another cache."
             )
+    if recipe.teacher_precision not in ("auto", facts.precision):
+        raise ValueError(
+            f"train: the teacher of {recipe.cache} ran in {facts.precision}, got --teacher-precision "
+            f"{recipe.teacher_precision}. Leave it out, or build another cache with --precision."
+        )
     named = _names_weights(recipe)
     if not named and recipe.teacher not in (None, Recipe.teacher, facts.teacher):
         raise ValueError(

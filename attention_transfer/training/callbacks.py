@@ -89,6 +89,7 @@ class StopOnSignal(Checkpoint):
         self.run = run
         self.received: int | None = None
         self._former: dict[int, Any] = {}
+        self._over = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -120,13 +121,13 @@ class StopOnSignal(Checkpoint):
         return trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is not None or self._over:
             self._restore()
             signal.raise_signal(number)
         self.received = number
 
     def _restore(self) -> None:
-        # kept for `_note`, because Lightning puts that back when it tidies up after an exception
+        self._over = True  # and no more: Lightning puts `_note` back when it tidies up after an exception
         for number, handler in self._former.items():
             signal.signal(number, handler)
 

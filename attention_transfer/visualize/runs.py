@@ -24,7 +24,8 @@ TEACHER = "teacher"
 _AT_FIELDS = {"pairs", "beta", "form", "p", "mapping", "resize"}
 _KD_FIELDS = {"alpha", "temperature"}
 _NOT_THE_METHOD = {
-    *("seed", "output", "method", "teacher", "teacher_weights", "teacher_classes", "teacher_epochs"),
+    *("seed", "split_seed", "output", "method", "cache"),
+    *("teacher", "teacher_weights", "teacher_classes", "teacher_epochs"),
     *("data_root", "num_workers", "precision", "teacher_precision", "compile"),
     *("accelerator", "devices", "nodes"),
 }
