@@ -109,9 +109,9 @@ class Distiller(nn.Module):
         """Run student and teacher on the batch, and keep what the terms read; all activations if asked."""
         keep_features |= any(term.needs_features for term in self._terms())
         energies = list(dict.fromkeys(term.energy for term in self._terms() if term.energy))
-        student = _read(self.student, [pair.student for pair in self.pairs], x, energies, keep_features)
-        if self.terms and teacher is None:
+        if self.terms and teacher is None:  # first, while none of the student's activations are in memory
             teacher = self._ask_teacher(x, energies, keep_features)
+        student = _read(self.student, [pair.student for pair in self.pairs], x, energies, keep_features)
         return Observation(self.pairs, student, teacher, y)
 
     def _ask_teacher(self, x: Images, energies: list[Energy], keep_features: bool) -> Reading:

@@ -253,13 +253,12 @@ class Bench:
             return self.teacher(self.images)
 
     def _no_term(self) -> Step:
-        """The live step without the term, in the distiller's order: student, teacher, loss."""
+        """The live step without the term, in the distiller's order: teacher, student, loss."""
         student = self._student_of(NO_TERM)
 
         def loss() -> Tensor:
-            logits = student(self.images)
             self._teacher_alone()
-            return F.cross_entropy(logits, self.labels)
+            return F.cross_entropy(student(self.images), self.labels)
 
         return self._trained(student, loss)
 
