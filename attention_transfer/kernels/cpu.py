@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
 import numba
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from llvmlite import ir
 from numba.core import config, types
 from numba.extending import intrinsic, overload
@@ -32,7 +33,9 @@ from . import reference
 from .reference import LARGEST_ENERGY, SMALLEST_ENERGY, accumulation_dtype
 
 GRAIN = 1 << 15  # elements from which on threads pay
-BLOCK = 1024  # positions summed at a time: 4 KB of float32
+BLOCK = (
+    4096  # positions summed at a time, 16 KB of float32: a whole map, mostly, which is read straight through
+)
 SLAB = 1 << 16  # elements that plain PyTorch works on at a time, so that its temporaries stay in the cache
 COMPILED_POWERS = (1.0, 2.0, 4.0)
 # numba has neither bfloat16 nor float16 on the CPU: they travel as integers, told apart by their sign
@@ -178,8 +181,8 @@ def _offset(at, image, row, column):
 
 
 @_Kernel
-def _sum_kernel(x, at, sizes, p, total, too_small, too_large):
-    """total = sum over c of |x|^p; what of it leaves the promised range, by task."""
+def _sum_kernel(x, at, sizes, p, total, suspect):
+    """total = sum over c of |x|^p; by task, whether some of it is too large, or all of it too small."""
     for t in numba.prange(_tasks(sizes)):
         image, row, start, stop = _task(t, sizes)
         origin = _offset(at, image, row, start)
@@ -190,7 +193,7 @@ def _sum_kernel(x, at, sizes, p, total, too_small, too_large):
         for k in range(len(block)):
             small += not block[k] >= SMALLEST_ENERGY
             large += not block[k] <= LARGEST_ENERGY
-        too_small[t], too_large[t] = small == len(block), large > 0
+        suspect[t] = small == len(block) or large > 0
 
 
 @numba.njit
@@ -404,39 +407,47 @@ def _shrink(energy):
 
 def _memory(tensor: Tensor, carrier: torch.dtype | None = None) -> np.ndarray:
     """The memory under a tensor as a flat array."""
-    extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    dtype = carrier or CARRIERS.get(tensor.dtype, tensor.dtype)
-    return tensor.detach().as_strided((extent,), (1,)).view(dtype).numpy()
+    dtype = carrier or CARRIERS.get(tensor.dtype)
+    tensor = tensor.detach()
+    flat = tensor.as_strided((_extent(tensor.shape, tensor.stride()),), (1,))
+    return (flat if dtype is None else flat.view(dtype)).numpy()
 
 
-def _geometry(*tensors: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Strides of each tensor and their common sizes; rows that follow without a gap are one long row."""
-    b, c, h, w = tensors[0].shape
-    at = np.array([tensor.stride() for tensor in tensors])
-    if h == 1 or (at[:, 2] == w * at[:, 3]).all():
-        return at, np.array([b, c, 1, h * w])
-    return at, np.array([b, c, h, w])
+@lru_cache(maxsize=1024)
+def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    return 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
 
 
-def _sum(
-    features: Float[Tensor, "b c h w"], p: float
-) -> tuple[Float[Tensor, "b h w"], Bool[np.ndarray, " b"]]:
-    """Energies as they are, and which samples' are in the promised range."""
+def _geometry(*tensors: Tensor) -> tuple[np.ndarray, np.ndarray, int]:
+    """Strides of each tensor, their common sizes, and the number of tasks."""
+    return _layout(tensors[0].shape, *[tensor.stride() for tensor in tensors])
+
+
+@lru_cache(maxsize=1024)
+def _layout(shape: Sequence[int], *strides: Sequence[int]) -> tuple[np.ndarray, np.ndarray, int]:
+    """`_geometry` of tensors of this shape; rows that follow without a gap are one long row."""
+    b, c, h, w = shape
+    at = np.array(strides)
+    long = h == 1 or (at[:, 2] == w * at[:, 3]).all()
+    sizes = np.array([b, c, 1, h * w] if long else [b, c, h, w])
+    return at, sizes, int(sizes[0] * sizes[2] * -(-sizes[3] // BLOCK))
+
+
+def _sum(features: Float[Tensor, "b c h w"], p: float) -> tuple[Float[Tensor, "b h w"], bool]:
+    """Energies as they are, and whether some may be out of the promised range."""
     b, _, h, w = features.shape
-    total = torch.empty(b, h * w, dtype=accumulation_dtype(features.dtype))
-    at, sizes = _geometry(features)
-    tasks = b * sizes[2] * -(-sizes[3] // BLOCK)
-    small, large = np.empty((2, tasks), bool)
-    _sum_kernel(features.numel(), _memory(features), at[0], sizes, p, total.numpy(), small, large)
-    in_range = ~(small.reshape(b, -1).all(1) | large.reshape(b, -1).any(1))
-    return total.view(b, h, w), in_range
+    total = torch.empty((b, h, w), dtype=accumulation_dtype(features.dtype))
+    at, sizes, tasks = _geometry(features)
+    suspect = np.empty(tasks, bool)
+    _sum_kernel(features.numel(), _memory(features), at[0], sizes, p, _rows(total), suspect)
+    return total, bool(suspect.any())
 
 
 def _largest(features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
     """Largest |A_c| over c, in the type that energies are summed in."""
     b, _, h, w = features.shape
     bits, mask = _bits(features)
-    at, sizes = _geometry(features)
+    at, sizes, _ = _geometry(features)
     largest = np.empty((b, h * w), bits.dtype)
     _largest_kernel(features.numel(), bits, at[0], sizes, mask, largest)
     found = torch.from_numpy(largest).view(features.dtype)
@@ -450,7 +461,7 @@ def _bits(features: Tensor) -> tuple[np.ndarray, Any]:
 
 
 def _rows(maps: Float[Tensor, "b h w"]) -> np.ndarray:
-    return maps.detach().contiguous().view(len(maps), -1).numpy()
+    return maps.detach().numpy().reshape(len(maps), -1)
 
 
 def _slabs(features: Tensor) -> list[slice]:
@@ -482,10 +493,11 @@ def energy(
     if p not in COMPILED_POWERS:
         parts = [reference.energy(features[slab], p, mapping) for slab in _slabs(features)]
         return torch.cat([part for part, _ in parts]), torch.cat([scale for _, scale in parts])
-    total, in_range = _sum(features, p)
+    total, suspect = _sum(features, p)
     scale = torch.ones(len(features), dtype=total.dtype)
-    if not in_range.all():
-        again = torch.from_numpy(np.flatnonzero(~in_range))
+    if suspect:
+        largest = total.amax((1, 2))
+        again = ~((largest >= SMALLEST_ENERGY) & (largest <= LARGEST_ENERGY))
         total[again], scale[again] = reference.energy(features[again], p, mapping)
     return total, scale
 
@@ -507,7 +519,7 @@ def gradient(
         return out
     add = grad_features is not None
     above = out if grad_features is None else grad_features
-    at, sizes = _geometry(features, above, out)
+    at, sizes, _ = _geometry(features, above, out)
     memory = (_memory(above), _memory(out), at, sizes)
     factor = grad_energy * (p / scale).view(-1, 1, 1)
     if mapping == "sum":
