@@ -129,6 +129,7 @@ def test_a_batch_of_other_rows_is_read_from_several_files(cache: Cache) -> None:
             torch.testing.assert_close(logits[place], expected, rtol=5e-4, atol=1e-3)
             for found, energy in zip([maps[1], maps[0]], energies, strict=True):
                 torch.testing.assert_close(found[place], energy / energy.max(), rtol=5e-4, atol=1e-6)
+        assert list(cache._opened) == [view]  # the files of one view are held, not of all
 
 
 def test_every_image_is_looked_at_once_in_every_view(tmp_path: Path) -> None:
@@ -364,5 +365,8 @@ def test_measures_before_it_starts(tmp_path: Path) -> None:
     cache = Cache.create(tmp_path / "cache", MANIFEST)
     watched = Watched()
     assert Filler(cache, batches(), watched).images_per_second() > 0
-    assert watched.seen.keys() == {(0, row) for row in range(4)}
+    assert watched.seen.keys() == {(0, row) for row in range(10)}
     assert len(cache.missing()) == 6
+    whole = batches()
+    whole.batch_size = 23  # a single batch is looked at again
+    assert Filler(cache, whole, watched).images_per_second() > 0

@@ -415,8 +415,12 @@ def test_train_from_the_command_line(
     flags += ["--batch-size", "10", "--accelerator", "cpu", "--precision", "32-true"]
     assert main([*map(str, flags), "--views", "1", "--print-config"]) == 0
     assert {f"cache: {folder}", "views: 1"} <= set(capsys.readouterr().out.splitlines())
+    alone = replace(live, method="none", teacher=None, pad=2, epochs=1, output=str(tmp_path / "alone"))
+    train(alone, say=silent)
+    train(replace(alone, views=1, output=str(tmp_path / "other")), say=silent)
     assert main([*map(str, flags), "--output", str(tmp_path / "run")]) == 0
     text = capsys.readouterr().out
+    assert re.findall(r"^student alone .* \((\w+)\)", text, re.MULTILINE) == ["alone"]
     assert re.search(
         rf"^teacher: wrn-10-1 \(\w{{16}}\), from {folder}, stored as float16$", text, re.MULTILINE
     )

@@ -275,6 +275,7 @@ def test_more_views_by_resume(base: Recipe, capsys: pytest.CaptureFixture[str]) 
     assert contents(whole.folder) == after
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_says_how_to_go_on(
     base: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -179,6 +179,7 @@ def test_interrupted_run_resumes_after_it_was_moved(
     assert equal(finished, resume(moved, say=silent))
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("ending", ["interrupted", "failed"])
 def test_ctrl_c_after_a_run_that_did_not_finish_is_an_ordinary_one(
     base: Recipe, ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -79,6 +79,8 @@ def test_bad_views():
             Views(count, seed)
     with pytest.raises(ValueError, match=r"Augment: expected images \(b, 3, h, w\)"):
         AUGMENT.view(photos(2, c=1), torch.arange(2), VIEWS, 0)
+    with pytest.raises(ValueError, match="Augment: expected images larger than pad=4"):
+        AUGMENT.view(photos(2, h=4), torch.arange(2), VIEWS, 0)
 
 
 def test_epochs_take_the_views_in_turn():

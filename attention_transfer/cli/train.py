@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,15 @@ def _same_student_alone(run: Run) -> list[Run]:
     return [
         other
         for other in finished
-        if other.recipe.method == "none" and other.recipe.alone() == run.recipe.alone()
+        if other.recipe.method == "none" and _alike_alone(other.recipe, run.recipe)
     ]
+
+
+def _alike_alone(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes are one but for the teacher; what one leaves to the data, a cache may have said."""
+    ours, theirs = asdict(one.alone()), asdict(other.alone())
+    left_open = {name for name in ("pad", "flip") if None in (ours[name], theirs[name])}
+    return {name for name in ours if ours[name] != theirs[name]} <= left_open
 
 
 def _against(alone: Run, error: float) -> str:

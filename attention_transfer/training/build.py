@@ -16,11 +16,10 @@ from attention_transfer.losses import AttentionTransfer, KnowledgeDistillation, 
 from attention_transfer.models import build_model, load_weights, pretrained_statistics
 from attention_transfer.pairs import Pair
 from attention_transfer.training.card import ModelCard
-from attention_transfer.training.recipe import Recipe, parse_pairs
+from attention_transfer.training.recipe import VALIDATION, Recipe, parse_pairs
 from attention_transfer.training.run import Run
 
 TEACHER_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-VALIDATION = 0.1  # share of the training images where the recipe leaves it open
 
 
 def load_splits(recipe: Recipe) -> Splits:

@@ -12,9 +12,9 @@ from typing import NoReturn
 from attention_transfer._choices import Stored
 from attention_transfer.cache import Cache, Filler, Layout, Manifest, megabytes
 from attention_transfer.data import Batches, Splits, Views, data_fingerprint
-from attention_transfer.training.build import VALIDATION, build_teacher, load_splits
+from attention_transfer.training.build import build_teacher, load_splits
 from attention_transfer.training.onlooker import Onlooker
-from attention_transfer.training.recipe import CACHED, IMAGES, Recipe
+from attention_transfer.training.recipe import CACHED, IMAGES, VALIDATION, Recipe
 from attention_transfer.training.speed import choose_speed
 
 SHARD_BYTES = 64 << 20  # seconds of work, so that a kill costs no more

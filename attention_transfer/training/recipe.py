@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from attention_transfer import _choices as choices
 
+VALIDATION = 0.1  # share of the training images that are held out where nothing is said
+
 Method = Literal["none", "at", "kd", "at+kd"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"]
 
@@ -185,7 +187,8 @@ class Recipe:
         """The recipe without a teacher and all that concerns one; the output folder is left open."""
         kept = {field.name: getattr(self, field.name) for field in fields(self)}
         kept["split_seed"] = self.seed if self.split_seed is None else self.split_seed
-        kept["view_seed"] = None if self.views is None else self.view_seed
+        kept["view_seed"] = None if self.views is None else self.view_seed or 0
+        kept["validation"] = VALIDATION if self.validation is None else self.validation
         return Recipe(**{name: value for name, value in kept.items() if name not in _TEACHING}, **_ALONE)
 
     def for_teacher(self) -> Recipe:
