@@ -34,13 +34,14 @@ from . import reference
 from .reference import LARGEST_ENERGY, SMALLEST_ENERGY, accumulation_dtype
 
 GRAIN = 1 << 15  # elements from which on threads pay
-BLOCK = (
-    4096  # positions summed at a time, 16 KB of float32: a whole map, mostly, which is read straight through
-)
+BLOCK = 4096  # positions summed at a time, 16 KB of float32: mostly a whole map, read straight through
 SLAB = 1 << 16  # elements that plain PyTorch works on at a time, so that its temporaries stay in the cache
 COMPILED_POWERS = (1.0, 2.0, 4.0)
 # numba has neither bfloat16 nor float16 on the CPU: they travel as integers, told apart by their sign
 CARRIERS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+# Sums may be reordered, so that they are vectorised; a product and a sum are not contracted, so that the
+# difference of equal numbers is zero; NaN stays NaN.
+REORDERED = {"reassoc", "nsz"}
 BITS = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
 
 _lock = threading.Lock()
@@ -51,6 +52,11 @@ _process = os.getpid()
 #
 # Tensors come as their memory (one flat array) with strides (b, c, row, column); `sizes` is (b, c, rows,
 # columns). Maps are (b, rows * columns), contiguous.
+
+
+def _inner(function: Callable) -> Callable:
+    """Compile what kernels call; the checks of array shapes, in tests, wrap every function first."""
+    return numba.njit(fastmath=REORDERED)(inspect.unwrap(function))
 
 
 @intrinsic
@@ -69,12 +75,12 @@ def _single_to_half(typing_context: Any, value: Any) -> Any:
     return types.int16(types.float32), emit
 
 
-@numba.njit
+@_inner
 def _bfloat_to_single(bits):
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
-@numba.njit
+@_inner
 def _single_to_bfloat(value):
     bits = np.float32(value).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even
@@ -107,7 +113,7 @@ def _(value, memory):
     return lambda value, memory: value
 
 
-@numba.njit
+@_inner
 def _power(x, p):
     """|x|^p for a compiled p."""
     if p == 2:
@@ -117,7 +123,7 @@ def _power(x, p):
     return (x * x) * (x * x)
 
 
-@numba.njit
+@_inner
 def _slope(x, p):
     """sign(x) |x|^(p-1) for a compiled p."""
     if p == 2:
@@ -149,13 +155,9 @@ class _Kernel:
 
 
 def _compile(function: Callable, name: str, *, parallel: bool) -> Callable:
-    """Compile into the disk cache, where one can be written; it tells functions apart by their names.
-
-    Sums may be reordered, so that they are vectorised; a product and a sum are not contracted, so that the
-    difference of equal numbers is zero; NaN stays NaN.
-    """
-    options: dict[str, Any] = {"parallel": parallel, "nogil": True, "fastmath": {"reassoc", "nsz"}}
-    plain = inspect.unwrap(function)  # checks of array shapes, in tests, wrap every function
+    """Compile into the disk cache, where one can be written; it tells functions apart by their names."""
+    options: dict[str, Any] = {"parallel": parallel, "nogil": True, "fastmath": REORDERED}
+    plain = inspect.unwrap(function)
     named = FunctionType(plain.__code__, plain.__globals__, name)
     named.__qualname__ = name
     try:
@@ -164,12 +166,12 @@ def _compile(function: Callable, name: str, *, parallel: bool) -> Callable:
         return numba.njit(**options)(named)
 
 
-@numba.njit
+@_inner
 def _tasks(sizes):
     return sizes[0] * sizes[2] * ((sizes[3] + BLOCK - 1) // BLOCK)
 
 
-@numba.njit
+@_inner
 def _task(t, sizes):
     """(image, row, first column, end column) of task `t`."""
     pieces = (sizes[3] + BLOCK - 1) // BLOCK
@@ -177,7 +179,7 @@ def _task(t, sizes):
     return t // pieces // sizes[2], t // pieces % sizes[2], start, min(sizes[3], start + BLOCK)
 
 
-@numba.njit
+@_inner
 def _offset(at, image, row, column):
     return image * at[0] + row * at[2] + column * at[3]
 
@@ -198,7 +200,7 @@ def _sum_kernel(x, at, sizes, p, total, suspect):
         suspect[t] = small == len(block) or large > 0
 
 
-@numba.njit
+@_inner
 def _add_powers(block, x, origin, at, channels, p):
     block[:] = 0
     if at[1] == 1:  # where a stride is seen to be one, the compiler loads whole vectors
@@ -228,7 +230,7 @@ def _largest_kernel(bits, at, sizes, mask, largest):
         _find_largest(block, bits, origin, at, sizes[1], mask)
 
 
-@numba.njit
+@_inner
 def _find_largest(block, bits, origin, at, channels, mask):
     block[:] = 0
     if at[1] == 1:
@@ -248,7 +250,7 @@ def _find_largest(block, bits, origin, at, channels, mask):
                 block[k] = max(block[k], bits[first + k * at[3]] & mask)
 
 
-@numba.njit
+@_inner
 def _count_ties(ties, largest, bits, origin, at, channels, mask):
     ties[:] = 0
     if at[1] == 1:
@@ -334,27 +336,27 @@ def _max_gradient_kernel(x, bits, mask, above, out, at, sizes, factor, add):
                 i, a, o = i + at[0, 1], a + at[1, 1], o + at[2, 1]
 
 
-@numba.njit
+@_inner
 def _share(x, magnitude, largest, share):
     return np.sign(x) * share if magnitude == largest else 0 * share
 
 
-@numba.njit
+@_inner
 def _plus(above, slope, add, out):
     return _narrow(_wide(above) + slope if add else slope, out)
 
 
-@numba.njit
+@_inner
 def _unit(at, axis):
     return at[0, axis] == 1 and at[1, axis] == 1 and at[2, axis] == 1
 
 
-@numba.njit
+@_inner
 def _runs(x, i, above, a, out, o, count):
     return x[i : i + count], above[a : a + count], out[o : o + count]
 
 
-@numba.njit
+@_inner
 def _offsets(at, image, row, column):
     return (
         _offset(at[0], image, row, column),
@@ -395,7 +397,7 @@ def _distance_gradient_kernel(student, teacher, grad, squared, out):
             out[i, k] = factor * (y - teacher[i, k] * shrink_t - y * along)
 
 
-@numba.njit(fastmath={"reassoc", "nsz"})
+@_inner
 def _shrink(energy):
     """1/||energy||, and 0 for a map of zeros."""
     total = 0.0
