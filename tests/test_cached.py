@@ -385,7 +385,9 @@ def test_answers_of_other_classes_are_refused(live: Recipe, tmp_path: Path) -> N
     assert train(replace(cached, method="at"), say=silent).finished
 
 
-def test_terms_that_read_activations_are_refused(live: Recipe) -> None:
+def test_terms_that_read_activations_are_refused(
+    live: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Activations(Term):
         name = "activations"
         needs_features = True
@@ -395,6 +397,10 @@ def test_terms_that_read_activations_are_refused(live: Recipe) -> None:
         ValueError, match='train: the term "activations" reads activations, and a cache holds'
     ):
         check_terms([*build_terms(live), Activations()])
+    splits, recipe = load_splits(live), take_over(replace(live, cache=str(folder)))
+    monkeypatch.setattr("attention_transfer.training.cached.build_terms", lambda recipe: [Activations()])
+    with pytest.raises(ValueError, match="a cache holds maps and logits only"):
+        CachedTeacher.of(recipe, splits, build_student(live, splits))
 
 
 def test_recipes_of_caches() -> None:

@@ -53,7 +53,7 @@ class Onlooker:
             ValueError: if a layer is unknown, or no layer has maps.
         """
         model, transform, weights = teacher.model, teacher.transform, fingerprint(teacher.model)
-        model.requires_grad_(False).eval()
+        model.eval()
         example = torch.zeros(2, *splits.shape)
         seen = transform(example) if transform else example
         names = [stage.name for stage in stages_to_store(model, seen)] if layers is None else layers
