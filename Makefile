@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 SHAPED := functional kernels losses taps pairs distiller preflight augment visualize
 
-.PHONY: help demo test test-slow check bench clean
+.PHONY: help demo test test-slow check bench schema clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ check: $(READY) ## Lint, check the format and the types
 
 bench: $(READY) ## Measure the speed against the floor and others, and write docs/speed.md (12 minutes)
 	$(BIN)/attention-transfer bench
+
+schema: $(READY) ## Compile the schema of Caffe's files again, after a change of caffe.proto
+	cd attention_transfer/caffe/schema && $(CURDIR)/$(BIN)/python -m grpc_tools.protoc -I. \
+		--descriptor_set_out=caffe.binpb caffe.proto
 
 clean: ## Remove the virtual environment and caches
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache

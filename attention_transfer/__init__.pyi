@@ -1,3 +1,4 @@
+from . import caffe as caffe
 from . import data as data
 from . import distiller as distiller
 from . import functional as functional

@@ -20,6 +20,7 @@ VERBS = {
     "maps": "Draw a model's attention maps over images",
     "report": "Write one HTML page about some runs",
     "cache": "Store what a teacher sees in every image, to train any number of students from it",
+    "caffe": "Attention transfer for Caffe's nets: build, check, train, convert",
     "bench": "Measure what attention transfer costs, against the memory floor and others",
 }
 

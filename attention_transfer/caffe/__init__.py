@@ -1,0 +1,8 @@
+"""Caffe's nets and solvers: read, built for attention transfer, checked, trained on PyTorch, and converted.
+
+The public names stand in `__init__.pyi`; each is imported when it is first used.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

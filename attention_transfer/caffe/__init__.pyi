@@ -1,0 +1,12 @@
+from .caffemodel import read_caffemodel as read_caffemodel
+from .conversion import convert as convert
+from .conversion import to_caffemodel as to_caffemodel
+from .net import Net as Net
+from .pitfalls import Finding as Finding
+from .pitfalls import check as check
+from .prototxt import read_net as read_net
+from .prototxt import read_solver as read_solver
+from .prototxt import write_prototxt as write_prototxt
+from .solver import Solver as Solver
+from .surgery import Built as Built
+from .surgery import build as build

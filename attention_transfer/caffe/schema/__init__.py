@@ -1,0 +1,37 @@
+"""The messages of Caffe's files, as protobuf classes made from `caffe.proto`.
+
+They live in a descriptor pool of their own, so that pycaffe, which registers the same names, can be loaded in
+the same process.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+COMPILED = Path(__file__).with_name("caffe.binpb")
+
+
+def _messages() -> dict[str, Any]:
+    files = descriptor_pb2.FileDescriptorSet.FromString(COMPILED.read_bytes())
+    classes = message_factory.GetMessages(files.file, pool=descriptor_pool.DescriptorPool())
+    return {name.removeprefix("caffe."): cls for name, cls in classes.items()}
+
+
+_classes = _messages()
+BlobProto: Any = _classes["BlobProto"]
+Datum: Any = _classes["Datum"]
+FillerParameter: Any = _classes["FillerParameter"]
+LayerParameter: Any = _classes["LayerParameter"]
+NetParameter: Any = _classes["NetParameter"]
+SolverParameter: Any = _classes["SolverParameter"]
+SolverState: Any = _classes["SolverState"]
+
+TRAIN, TEST = 0, 1  # the enum Phase
+
+
+def fields(message: str) -> list[str]:
+    """The names of a message's fields."""
+    return [field.name for field in _classes[message].DESCRIPTOR.fields]

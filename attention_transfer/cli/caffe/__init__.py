@@ -1,0 +1,28 @@
+"""`attention-transfer caffe VERB`: one file a verb."""
+
+from __future__ import annotations
+
+import importlib
+
+from attention_transfer.cli.parsing import PROGRAM, UsageError, suggest
+
+VERBS = {
+    "build": "Make one net for training from a student's and a teacher's prototxt, with the attention branches",
+    "check": "Find what is wrong with an attention transfer net, before Caffe does or does not tell",
+    "train": "Train a net as its solver prototxt says",
+    "convert": "Make a PyTorch module of a net and its weights, or a caffemodel of a module's weights",
+    "lmdb": "Put images and labels into an LMDB that Caffe's Data layer reads",
+}
+
+
+def run(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        width = max(map(len, VERBS))
+        print(f"usage: {PROGRAM} caffe VERB [flags]", "", "Attention transfer for Caffe's nets.", "", sep="\n")
+        print(*(f"  {name.ljust(width)}  {summary}" for name, summary in VERBS.items()), "", sep="\n")
+        print(f"`{PROGRAM} caffe VERB --help` lists a verb's flags.")
+        return
+    verb, *rest = arguments
+    if verb not in VERBS:
+        raise UsageError(f"caffe: unknown verb {verb!r}. {suggest(verb, VERBS)}")
+    importlib.import_module(f"{__name__}.{verb}").run(rest)
