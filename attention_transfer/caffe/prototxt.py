@@ -65,7 +65,9 @@ def read_text(path: str | PathLike[str], user: str) -> str:
     with Path(path).open("rb") as file:
         data = file.read(LARGEST_TEXT + 1)
     if len(data) > LARGEST_TEXT:
-        raise ValueError(f"{user}: expected a prototxt of at most {LARGEST_TEXT >> 20} MB, got more in {path}.")
+        raise ValueError(
+            f"{user}: expected a prototxt of at most {LARGEST_TEXT >> 20} MB, got more in {path}."
+        )
     try:
         return data.decode()
     except UnicodeDecodeError:

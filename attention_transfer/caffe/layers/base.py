@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_transfer.caffe import schema
+from attention_transfer.caffe.caffemodel import MOST_ENTRIES
 from attention_transfer.caffe.layers.fillers import fill
 
 REGISTRY: dict[str, type[Layer]] = {}
@@ -36,22 +38,31 @@ class Layer(nn.Module):
         spec: the LayerParameter.
         bottoms, tops: names of blobs; `tops` holds those that Caffe adds by itself too.
         in_place: whether a top has the name of a bottom.
-        train_phase: whether the net was built in the phase TRAIN.
+        train_phase: whether the layer is in the phase TRAIN.
+        frozen: places of the blobs that get no gradient through this layer; `detached`: those of them that
+            get one through another layer.
+        cut: places of the bottoms that get no gradient.
     """
 
     bottoms_expected: ClassVar[tuple[int, int | None]] = (1, 1)  # at least, at most
     tops_expected: ClassVar[tuple[int, int | None]] = (1, 1)
     default_loss_weight: ClassVar[float] = 0.0  # of the first top
     allows_in_place: ClassVar[bool] = True
-    always_backward: ClassVar[bool] = False  # asks for a backward pass with nothing to learn, as BatchNorm does
 
     def __init__(self, spec: Any, *, train_phase: bool) -> None:
         super().__init__()
         self.spec = spec
         self.bottoms, self.tops = list(spec.bottom), list(spec.top)
+        if self.default_loss_weight and not self.tops:
+            self.tops = [f"({self.name})"]  # a loss counts even where nothing takes it
         self.in_place = bool(set(self.bottoms) & set(self.tops))
         self.train_phase = train_phase
-        self._blobs: list[str] = []
+        self.blob_names: list[str] = []
+        self.frozen: set[int] = set()
+        self.detached: list[int] = []
+        self.cut: set[int] = set()
+        self._fillers: dict[str, Any] = {}
+        self._wide: dict[str, Tensor] = {}
 
     @property
     def name(self) -> str:
@@ -64,12 +75,14 @@ class Layer(nn.Module):
     @property
     def blobs(self) -> list[Tensor]:
         """The layer's parameters and statistics, in Caffe's order."""
-        return [getattr(self, name) for name in self._blobs]
+        return [getattr(self, name) for name in self.blob_names]
 
     @property
     def learning(self) -> bool:
-        """Whether this forward pass is one of training: the net's phase is TRAIN, and `eval()` is not on."""
+        """Whether this forward pass is one of training: the phase is TRAIN, and `eval()` is not on."""
         return self.train_phase and self.training
+
+    # ------------------------------------------------------------------------------ what a subclass says
 
     def setup(self, *bottoms: Tensor) -> None:
         """Check the parameters against the bottoms, given as meta tensors, and make the blobs."""
@@ -78,22 +91,119 @@ class Layer(nn.Module):
         """The tops; a tuple where there are several."""
         raise NotImplementedError
 
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the tops of a layer without bottoms."""
+        raise NotImplementedError
+
     def accepts_gradient(self, bottom: int) -> bool:
-        """Whether `force_backward` sends a gradient into this bottom (Caffe's AllowForceBackward)."""
+        """Whether this bottom can get a gradient at all (Caffe's AllowForceBackward)."""
         return True
 
+    def blob_specs(self) -> list[Any]:
+        """A ParamSpec for each blob: the net's, or the default."""
+        given = [*self.spec.param, *[schema.ParamSpec()] * len(self.blob_names)]
+        return [_copy(spec) for spec in given[: len(self.blob_names)]]
+
+    # --------------------------------------------------------------------------------------------- blobs
+
     def add_blob(self, name: str, shape: Sequence[int], filler: Any = None, *, learned: bool = True) -> None:
-        """Add a blob, filled as the filler says, with zeros without one."""
-        values = fill(tuple(shape), filler or schema.FillerParameter(), self.error)
+        """Add a blob, to be filled as the filler says, with zeros without one.
+
+        Raises:
+            ValueError: if it has more entries than Caffe can count.
+        """
+        if math.prod(shape) > MOST_ENTRIES:
+            raise self.error(f"a blob of at most {MOST_ENTRIES} entries", f"the shape {tuple(shape)}")
+        values = torch.empty(tuple(shape), device="meta")
         if learned:
             self.register_parameter(name, nn.Parameter(values))
         else:
             self.register_buffer(name, values)
-        self._blobs.append(name)
+        self.blob_names.append(name)
+        self._fillers[name] = filler or schema.FillerParameter()
+
+    def fill_blobs(self) -> None:
+        """Give every blob its memory and its first values.
+
+        Raises:
+            ValueError: if a filler is unknown or does not fit.
+        """
+        for index, name in enumerate(self.blob_names):
+            blob = getattr(self, name)
+            self._set_blob(name, torch.empty(blob.shape))
+            self.put_blob(index, fill(tuple(blob.shape), self._fillers[name], self.error))
+
+    def put_blob(self, index: int, values: Tensor) -> None:
+        """Write `values` into a blob.
+
+        Doubles that a float32 blob cannot hold are kept aside, for a net that then becomes one of doubles.
+        """
+        name, blob = self.blob_names[index], self.blobs[index]
+        with torch.no_grad():
+            blob.copy_(values)
+        self._wide.pop(name, None)
+        if (
+            values.dtype == torch.float64
+            and blob.dtype == torch.float32
+            and not torch.equal(blob.double(), values)
+        ):
+            self._wide[name] = values
+
+    def restore_wide(self) -> None:
+        """After the change to doubles: put back what float32 had rounded and nothing has written to since."""
+        for name, values in self._wide.items():
+            blob = getattr(self, name)
+            with torch.no_grad():
+                if torch.equal(blob, values.to(blob.device).float().double()):
+                    blob.copy_(values)
+        self._wide = {}
+
+    def share_blob(self, index: int, owner: Layer, place: int) -> None:
+        """Make a blob the very one of another layer."""
+        blob = owner.blobs[place]
+        if blob.shape != self.blobs[index].shape:
+            raise self.error(
+                f"{tuple(self.blobs[index].shape)} for blob {index}", f"{tuple(blob.shape)} in {owner.name!r}"
+            )
+        self._set_blob(self.blob_names[index], blob)
+
+    def _set_blob(self, name: str, values: Tensor) -> None:
+        if name in self._buffers:
+            self._buffers[name] = values
+        else:
+            self._parameters[name] = values if isinstance(values, nn.Parameter) else nn.Parameter(values)
+
+    # ----------------------------------------------------------------------------------------- gradients
+
+    def check_specs(self) -> None:
+        """Compare `param` and `propagate_down` with the blobs and bottoms.
+
+        Raises:
+            ValueError: if there are too many of the former, or some of the latter but not one for each.
+        """
+        if len(self.spec.param) > len(self.blob_names):
+            raise self.error(f"at most {len(self.blob_names)} param entries", f"{len(self.spec.param)}")
+        if len(self.spec.propagate_down) not in (0, len(self.bottoms)):
+            expected = f"no propagate_down, or one for each of {len(self.bottoms)} bottoms"
+            raise self.error(expected, f"{len(self.spec.propagate_down)}")
+
+    def freeze(self, force_backward: bool) -> None:
+        """Find which blobs and bottoms get no gradient through this layer."""
+        specs = self.blob_specs()
+        self.frozen = {i for i, spec in enumerate(specs) if spec.lr_mult == 0 and not force_backward}
+        asked = list(self.spec.propagate_down) or [True] * len(self.bottoms)
+        self.cut = {
+            i
+            for i, wanted in enumerate(asked)
+            if not self.accepts_gradient(i) or not (wanted or force_backward)
+        }
+
+    # -------------------------------------------------------------------------------------------- errors
 
     def error(self, expected: str, got: object, remedy: str = "") -> ValueError:
         """The error of this layer: what was expected, what came, and what to do."""
-        return ValueError(f"Net: layer {self.name!r} ({self.type}): expected {expected}, got {got}. {remedy}".strip())
+        text = f"Net: layer {self.name!r} ({self.type}): expected {expected}, got {got}. {remedy}"
+        return ValueError(text.strip())
 
     def axis(self, axis: int, bottom: Tensor, *, beyond: bool = False) -> int:
         """An axis counted from either end, checked; `beyond` allows the one behind the last.
@@ -103,13 +213,14 @@ class Layer(nn.Module):
         """
         axes = bottom.dim() + beyond
         if not -axes <= axis < axes:
-            raise self.error(f"an axis of a bottom of {bottom.dim()} axes", axis)
-        return axis % axes if axes else 0
+            raise self.error("an axis of its bottom", f"{axis} for the shape {tuple(bottom.shape)}")
+        return axis % axes
 
     def extra_repr(self) -> str:
         return f"{', '.join(self.bottoms)} -> {', '.join(self.tops)}"
 
 
-def tensor_of(number: float, like: Tensor) -> Tensor:
-    """A number as a scalar tensor of the same type and place."""
-    return torch.tensor(number, dtype=like.dtype, device=like.device)
+def _copy(spec: Any) -> Any:
+    copy = schema.ParamSpec()
+    copy.CopyFrom(spec)
+    return copy

@@ -26,6 +26,8 @@ Datum: Any = _classes["Datum"]
 FillerParameter: Any = _classes["FillerParameter"]
 LayerParameter: Any = _classes["LayerParameter"]
 NetParameter: Any = _classes["NetParameter"]
+NetState: Any = _classes["NetState"]
+ParamSpec: Any = _classes["ParamSpec"]
 SolverParameter: Any = _classes["SolverParameter"]
 SolverState: Any = _classes["SolverState"]
 

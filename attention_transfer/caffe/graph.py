@@ -1,0 +1,169 @@
+"""Which layers of a net are in, and which blob each reads: Caffe's rules, checked as Caffe checks them."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from attention_transfer.caffe import schema
+from attention_transfer.caffe.layers import Layer
+
+PHASES = {"TRAIN": schema.TRAIN, "TEST": schema.TEST}
+
+
+def select(net: Any, phase: str, level: int = 0, stages: Collection[str] = ()) -> Any:
+    """A copy of `net` with the layers that the state includes.
+
+    A rule holds if all its parts hold; a list of rules if one of them does.
+
+    Raises:
+        ValueError: if a layer has both `include` and `exclude` rules, or the phase is unknown.
+    """
+    if phase not in PHASES:
+        raise ValueError(f"Net: expected the phase TRAIN or TEST, got {phase!r}.")
+    state = schema.NetState(phase=PHASES[phase], level=level or net.state.level)
+    state.stage.extend([*net.state.stage, *stages])
+    selected = schema.NetParameter()
+    selected.CopyFrom(net)
+    del selected.layer[:]
+    selected.layer.extend(layer for layer in net.layer if _is_in(layer, state))
+    selected.state.CopyFrom(state)
+    return selected
+
+
+def _is_in(layer: Any, state: Any) -> bool:
+    if layer.include and layer.exclude:
+        raise ValueError(f"Net: layer {layer.name!r}: expected include or exclude rules, got both.")
+    if layer.include:
+        return any(_holds(rule, state) for rule in layer.include)
+    return not any(_holds(rule, state) for rule in layer.exclude)
+
+
+def _holds(rule: Any, state: Any) -> bool:
+    return (
+        (not rule.HasField("phase") or rule.phase == state.phase)
+        and (not rule.HasField("min_level") or state.level >= rule.min_level)
+        and (not rule.HasField("max_level") or state.level <= rule.max_level)
+        and all(stage in state.stage for stage in rule.stage)
+        and all(stage not in state.stage for stage in rule.not_stage)
+    )
+
+
+Version = tuple[int, int]  # the layer and the top that made it: a name's value between two in-place layers
+
+
+@dataclass
+class Wiring:
+    """Where each bottom comes from, and where each top goes.
+
+    Attributes:
+        sources: for each layer, the version of each bottom.
+        uses: for each version, the (layer, bottom) pairs that read it.
+        last: for each name, the last version.
+    """
+
+    sources: list[list[Version]] = field(default_factory=list)
+    uses: dict[Version, list[tuple[int, int]]] = field(default_factory=dict)
+    last: dict[str, Version] = field(default_factory=dict)
+
+    def outputs(self) -> list[str]:
+        """Names of the blobs that no layer reads, in the order in which they are made."""
+        return [
+            name
+            for name, version in sorted(self.last.items(), key=lambda item: item[1])
+            if not self.uses[version]
+        ]
+
+    def ancestors(self, layer: int) -> set[int]:
+        """The layers that `layer` needs, itself too."""
+        found, waiting = set(), [layer]
+        while waiting:
+            index = waiting.pop()
+            if index not in found:
+                found.add(index)
+                waiting += [source for source, _ in self.sources[index]]
+        return found
+
+
+def connect(layers: Sequence[Layer]) -> Wiring:
+    """Follow the names from layer to layer.
+
+    Raises:
+        ValueError: if a bottom is unknown, a layer has too few or too many bottoms or tops, or two layers make
+            one blob; also where an in-place layer would write onto a blob that another layer reads.
+    """
+    wiring = Wiring()
+    for index, layer in enumerate(layers):
+        _check_count(layer, "bottom", len(layer.bottoms), layer.bottoms_expected)
+        _check_count(layer, "top", len(layer.tops), layer.tops_expected)
+        wiring.sources.append([_source(wiring, layer, name) for name in layer.bottoms])
+        for bottom, version in enumerate(wiring.sources[index]):
+            wiring.uses[version].append((index, bottom))
+        for top, name in enumerate(layer.tops):
+            _check_top(wiring, layer, top)
+            wiring.last[name] = (index, top)
+            wiring.uses[index, top] = []
+    for index, layer in enumerate(layers):
+        _check_in_place(wiring, index, layer)
+    return wiring
+
+
+def _source(wiring: Wiring, layer: Layer, name: str) -> Version:
+    if name not in wiring.last:
+        near = difflib.get_close_matches(name, wiring.last, n=3)
+        hint = (
+            f"Did you mean {' or '.join(near)}?" if near else "Layers read only what layers before them make."
+        )
+        raise layer.error("bottoms that earlier layers make", f"{name!r}", hint)
+    return wiring.last[name]
+
+
+def _check_count(layer: Layer, what: str, count: int, expected: tuple[int, int | None]) -> None:
+    least, most = expected
+    if count < least or (most is not None and count > most):
+        numbers = (
+            f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+        )
+        raise layer.error(f"{numbers} {what}s", f"{count}")
+
+
+def _check_top(wiring: Wiring, layer: Layer, top: int) -> None:
+    name = layer.tops[top]
+    at_same_place = top < len(layer.bottoms) and layer.bottoms[top] == name
+    if at_same_place and not layer.allows_in_place:
+        raise layer.error("a top of its own", f"{name!r}, its bottom", "This type cannot work in place.")
+    if not at_same_place and name in wiring.last:
+        raise layer.error(
+            "a top that no other layer makes", f"{name!r}", "Caffe: produced by multiple sources."
+        )
+
+
+def _check_in_place(wiring: Wiring, index: int, layer: Layer) -> None:
+    for top, name in enumerate(layer.tops):
+        if top < len(layer.bottoms) and layer.bottoms[top] == name:
+            others = [use for use in wiring.uses[wiring.sources[index][top]] if use != (index, top)]
+            if others:
+                remedy = "Caffe splits such a blob, so the name is produced by multiple sources. Read it afterwards."
+                raise layer.error(
+                    f"to be the only reader of {name!r}, which it overwrites", "another one", remedy
+                )
+
+
+def loss_weights(layer: Layer) -> list[float]:
+    """The loss weight of each top.
+
+    Raises:
+        ValueError: if there are some, but not one for each top.
+    """
+    given = list(layer.spec.loss_weight)
+    if given and len(given) != len(layer.tops):
+        raise layer.error(f"no loss_weight, or one for each of {len(layer.tops)} tops", f"{len(given)}")
+    return given or [layer.default_loss_weight, *[0.0] * (len(layer.tops) - 1)][: len(layer.tops)]
+
+
+def repeated_names(layers: Sequence[Layer]) -> list[str]:
+    """Names that several layers have."""
+    return [name for name, count in Counter(layer.name for layer in layers).items() if count > 1]

@@ -1,0 +1,115 @@
+"""Pooling, with Caffe's window that hangs over the edge."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attention_transfer.caffe.layers.base import Layer, register
+
+LOWEST = torch.finfo(torch.float32).min  # the maximum over nothing, in every precision
+MAX, AVE = 0, 1
+
+Pair = tuple[int, int]
+
+
+@register("Pooling")
+class Pooling(Layer):
+    """The largest or the mean value of each window; a second top holds the place of the largest.
+
+    The number of windows is rounded up, and with padding a last one that would start beyond image and left
+    padding is dropped. A mean divides by the window's area within image and padding.
+    """
+
+    tops_expected = (1, 2)
+    allows_in_place = False
+
+    def setup(self, x: Tensor) -> None:
+        param = self.spec.pooling_param
+        if x.dim() != 4:
+            raise self.error("a bottom of four axes", f"the shape {tuple(x.shape)}")
+        if param.pool not in (MAX, AVE):
+            raise self.error("pool MAX or AVE", "STOCHASTIC", "It cannot run here.")
+        if len(self.tops) > 1 and param.pool != MAX:
+            raise self.error("a second top for pool MAX only", "AVE")
+        if not param.global_pooling:
+            self.kernel = _pair(self, param, "kernel", "kernel_size")
+            self.stride = _pair(self, param, "stride", "stride")
+        self.pad = _pair(self, param, "pad", "pad")
+        if param.global_pooling and (any(self.pad) or param.HasField("kernel_size")):
+            raise self.error("neither kernel nor pad beside global_pooling", "one")
+        if not param.global_pooling and any(p >= k for p, k in zip(self.pad, self.kernel, strict=True)):
+            raise self.error("a pad smaller than the kernel", f"{self.pad} and {self.kernel}")
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        hw = (x.shape[2], x.shape[3])
+        if self.spec.pooling_param.global_pooling:
+            kernel, stride = hw, (1, 1)
+        else:
+            kernel, stride = self.kernel, self.stride
+        sizes = [_windows(*axis) for axis in zip(hw, kernel, stride, self.pad, strict=True)]
+        plain = all(_is_plain(*axis) for axis in zip(hw, kernel, stride, self.pad, sizes, strict=True))
+        if self.spec.pooling_param.pool == AVE:
+            return self._mean(x, kernel, stride, sizes, plain)
+        if plain:
+            pooled = F.max_pool2d(
+                x, kernel, stride, self.pad, ceil_mode=True, return_indices=len(self.tops) > 1
+            )
+            return (pooled[0], pooled[1].to(x.dtype)) if len(self.tops) > 1 else pooled
+        return self._largest(x, kernel, stride, sizes)
+
+    def _mean(self, x: Tensor, kernel: Pair, stride: Pair, sizes: list[int], plain: bool) -> Tensor:
+        if self.spec.pooling_param.global_pooling:
+            return x.mean((2, 3), keepdim=True)
+        if plain:
+            return F.avg_pool2d(x, kernel, stride, self.pad, ceil_mode=True)
+        sums = F.avg_pool2d(self._framed(x, kernel, stride, sizes, 0.0), kernel, stride, divisor_override=1)
+        areas = [self._extents(x, axis, kernel, stride, sizes) for axis in (0, 1)]
+        return sums / (areas[0][:, None] * areas[1])
+
+    def _largest(
+        self, x: Tensor, kernel: Pair, stride: Pair, sizes: list[int]
+    ) -> Tensor | tuple[Tensor, ...]:
+        framed = self._framed(x, kernel, stride, sizes, LOWEST)
+        values, places = F.max_pool2d(framed, kernel, stride, return_indices=True)
+        if len(self.tops) == 1:
+            return values
+        row, column = places // framed.shape[3] - self.pad[0], places % framed.shape[3] - self.pad[1]
+        inside = (row >= 0) & (row < x.shape[2]) & (column >= 0) & (column < x.shape[3])
+        return values, torch.where(inside, row * x.shape[3] + column, -1).to(x.dtype)
+
+    def _framed(self, x: Tensor, kernel: Pair, stride: Pair, sizes: list[int], value: float) -> Tensor:
+        """`x` with so much around it that exactly the wanted windows fit; cut where none reaches."""
+        needed = [(n - 1) * s + k for n, s, k in zip(sizes, stride, kernel, strict=True)]
+        behind = [need - pad - size for need, pad, size in zip(needed, self.pad, x.shape[2:], strict=True)]
+        return F.pad(x, (self.pad[1], behind[1], self.pad[0], behind[0]), value=value)
+
+    def _extents(self, x: Tensor, axis: int, kernel: Pair, stride: Pair, sizes: list[int]) -> Tensor:
+        start = torch.arange(sizes[axis], device=x.device) * stride[axis] - self.pad[axis]
+        end = (start + kernel[axis]).clamp(max=x.shape[2 + axis] + self.pad[axis])
+        return (end - start).to(x.dtype)
+
+
+def _windows(size: int, kernel: int, stride: int, pad: int) -> int:
+    count = math.ceil((size + 2 * pad - kernel) / stride) + 1
+    return count - 1 if pad and (count - 1) * stride >= size + pad else count
+
+
+def _is_plain(size: int, kernel: int, stride: int, pad: int, count: int) -> bool:
+    """Whether torch's own ceil_mode makes the same windows."""
+    return 2 * pad <= kernel and (count - 1) * stride < size + pad and size + 2 * pad >= kernel
+
+
+def _pair(layer: Layer, param: Any, name: str, square: str) -> Pair:
+    h, w = f"{name}_h", f"{name}_w"
+    if param.HasField(h) or param.HasField(w):
+        values = getattr(param, h), getattr(param, w)
+    else:
+        values = (getattr(param, square),) * 2
+    if name != "pad" and min(values) < 1:
+        raise layer.error(f"a {name} of 1 or more", values)
+    return values

@@ -1,0 +1,512 @@
+"""Caffe's nets as PyTorch modules, with Caffe's values and gradients."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from attention_transfer.caffe import schema
+from attention_transfer.caffe.caffemodel import (
+    array_blob,
+    blob_array,
+    blob_shape,
+    read_caffemodel,
+    same_shape,
+)
+from attention_transfer.caffe.fusion import Branch, fusable
+from attention_transfer.caffe.graph import connect, loss_weights, select
+from attention_transfer.caffe.layers import Layer, layer_class
+from attention_transfer.caffe.prototxt import read_net
+
+Phase = Literal["TRAIN", "TEST"]
+Weights = Any  # a path, a NetParameter, or several of them
+
+SCORING = ("SoftmaxWithLoss", "Softmax", "SigmoidCrossEntropyLoss", "HingeLoss", "Accuracy")
+
+
+@dataclass
+class Learnable:
+    """One blob as the solver sees it; a shared one belongs to the first layer that has it.
+
+    Attributes:
+        owner: the layer; `index` the blob's place in it.
+        lr_mult, decay_mult: multipliers of the learning rate and of the weight decay.
+    """
+
+    owner: Layer
+    index: int
+    lr_mult: float
+    decay_mult: float
+
+    @property
+    def layer(self) -> str:
+        return self.owner.name
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.owner.blobs[self.index]
+
+
+class Blobs(Mapping[str, Tensor]):
+    """Every named blob after a forward pass; what a faster path left out is computed when it is asked for."""
+
+    def __init__(self, tensors: dict[str, Tensor], deferred: dict[str, Callable[[], Tensor]]) -> None:
+        self._tensors, self._deferred = tensors, deferred
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._tensors and name in self._deferred:
+            self._tensors[name] = self._deferred[name]()
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._tensors, **self._deferred})
+
+    def __len__(self) -> int:
+        return len({**self._tensors, **self._deferred})
+
+
+class Net(nn.Module):
+    """A net as its prototxt says, for one phase.
+
+    Each layer is a submodule under its own name (a dot in it becomes an underscore), so `Taps(net, ["conv1"])`
+    reads what that layer gives. An in-place layer gives a new tensor that takes the blob's name over.
+
+    Parameters that `lr_mult: 0` freezes do not require a gradient, unless `force_backward` is on. In `eval()` a
+    net of the phase TRAIN uses stored statistics and drops nothing.
+
+    Args:
+        prototxt: path of a net, or a NetParameter as `read_net` gives it.
+        weights: path of a .caffemodel, a NetParameter, or several; see `load`.
+        phase: which layers are in, and how BatchNorm and Dropout behave.
+        level, stages: the rest of the state that `include` and `exclude` rules look at.
+
+    Raises:
+        ValueError: if the net cannot be built, in one line that names the layer.
+        OSError: if a file cannot be read.
+    """
+
+    def __init__(
+        self,
+        prototxt: str | PathLike[str] | Any,
+        weights: Weights = None,
+        *,
+        phase: Phase = "TEST",
+        level: int = 0,
+        stages: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        net = prototxt if isinstance(prototxt, schema.NetParameter) else read_net(prototxt)
+        self.phase = phase
+        self.proto = select(net, phase, level, stages)
+        self.layers = [_make_layer(spec, phase) for spec in self.proto.layer]
+        self._wiring = connect(self.layers)
+        self._weights = [loss_weights(layer) for layer in self.layers]
+        self._shapes = _set_up(self.layers)
+        self._check_memory()
+        for layer in self.layers:
+            layer.fill_blobs()
+            self._modules[_module_name(layer.name, self._modules)] = layer
+        self.learnable = self._share_and_list()
+        self._freeze()
+        self._branches = fusable(self.layers, self._wiring, self._weights, self._shapes)
+        self.register_buffer("_anchor", torch.zeros(()), persistent=False)  # has the net's type and place
+        self._loss: Tensor | None = None
+        self.train(phase == "TRAIN")
+        if weights is not None:
+            self.load(weights)
+
+    # --------------------------------------------------------------------------------------- what it holds
+
+    @property
+    def params(self) -> dict[str, list[Tensor]]:
+        """The blobs of each layer that has some, by the layer's name: parameters, or buffers of BatchNorm."""
+        found: dict[str, list[Tensor]] = {}
+        for layer in self.layers:
+            if layer.blobs:
+                found.setdefault(layer.name, layer.blobs)
+        return found
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the blobs that come from outside."""
+        return {
+            name: shape
+            for layer, shapes in zip(self.layers, self._shapes, strict=True)
+            if layer.type == "Input"
+            for name, shape in zip(layer.tops, shapes, strict=True)
+        }
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every blob, for the batch that the prototxt declares."""
+        pairs = zip(self.layers, self._shapes, strict=True)
+        return {
+            name: shape for layer, shapes in pairs for name, shape in zip(layer.tops, shapes, strict=True)
+        }
+
+    @property
+    def outputs(self) -> list[str]:
+        """The blobs that no layer reads."""
+        return [name for name in self._wiring.outputs() if name not in self._automatic()]
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of each blob that counts in the loss."""
+        pairs = zip(self.layers, self._weights, strict=True)
+        return {
+            name: weight
+            for layer, weights in pairs
+            for name, weight in zip(layer.tops, weights, strict=True)
+            if weight
+        }
+
+    @property
+    def loss(self) -> Tensor:
+        """Sum over the loss blobs of weight * sum of entries, of the last forward pass, in the graph.
+
+        Raises:
+            ValueError: before any forward pass.
+        """
+        if self._loss is None:
+            raise ValueError(
+                "Net.loss: expected a forward pass before, got none. Call the net with its inputs."
+            )
+        return self._loss
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the whole net, as in Caffe."""
+        return self._anchor.dtype
+
+    # ------------------------------------------------------------------------------------------- forward
+
+    def forward(self, inputs: Mapping[str, Tensor] | Tensor) -> Blobs | Tensor:
+        """Run the net.
+
+        Args:
+            inputs: a tensor for each blob of an Input layer; its batch may differ from the declared one. Or
+                one tensor of images, for use as a classifier.
+
+        Returns:
+            Every named blob; for one tensor, the scores that the last softmax (or its loss) is taken of, or
+            the single output of a net without.
+
+        Raises:
+            ValueError: if an input is missing or unknown, or does not fit a layer.
+        """
+        if isinstance(inputs, Tensor):
+            return self._scores(inputs)
+        self._check_inputs(inputs)
+        return self._run(dict(inputs), range(len(self.layers)))
+
+    def _scores(self, images: Tensor) -> Tensor:
+        layer, name = self._scored()
+        needed = sorted(self._wiring.ancestors(layer))
+        source = next(
+            (i for i in needed if not self.layers[i].bottoms and len(self._shapes[i][0]) >= 2), None
+        )
+        if source is None:
+            raise ValueError(
+                f"Net: expected {name!r} to depend on a blob of images, got none. Pass a dictionary."
+            )
+        given = dict(zip(self.layers[source].tops, (images,), strict=False))
+        return self._run(given, [index for index in needed if index != source])[name]
+
+    def _scored(self) -> tuple[int, str]:
+        """The layer that makes the scores, and their name."""
+        for index in reversed(range(len(self.layers))):
+            if self.layers[index].type in SCORING:
+                return self._wiring.sources[index][0][0], self.layers[index].bottoms[0]
+        outputs = self.outputs
+        if len(outputs) != 1:
+            raise ValueError(
+                f"Net: expected one output to stand for the scores, got {outputs}. Pass a dictionary."
+            )
+        return self._wiring.last[outputs[0]][0], outputs[0]
+
+    def _run(self, given: dict[str, Tensor], indices: Sequence[int]) -> Blobs:
+        tensors = {name: self._cast(tensor) for name, tensor in given.items()}
+        deferred: dict[str, Callable[[], Tensor]] = {}
+        total: Tensor | None = None
+        done: set[int] = set()
+        for index in indices:
+            if index in done:
+                continue
+            branch = self._branches.get(index)
+            if branch is not None and branch.end in indices and branch.applies():
+                index = self._run_branch(branch, tensors, deferred)
+                done.update(branch.indices)
+            elif self.layers[index].type != "Input":
+                self._run_layer(index, tensors)
+            for name, weight in zip(self.layers[index].tops, self._weights[index], strict=True):
+                if weight:
+                    term = tensors[name].sum() * weight
+                    total = term if total is None else total + term
+        self._loss = total if total is not None else self._anchor.clone()
+        automatic = self._automatic()
+        return Blobs({name: tensor for name, tensor in tensors.items() if name not in automatic}, deferred)
+
+    def _run_layer(self, index: int, tensors: dict[str, Tensor]) -> None:
+        layer = self.layers[index]
+        bottoms = [
+            tensors[name].detach() if bottom in layer.cut else tensors[name]
+            for bottom, name in enumerate(layer.bottoms)
+        ]
+        tops = _call(layer, bottoms)
+        tensors.update(zip(layer.tops, tops if isinstance(tops, tuple) else (tops,), strict=True))
+
+    def _run_branch(
+        self, branch: Branch, tensors: dict[str, Tensor], deferred: dict[str, Callable[[], Tensor]]
+    ) -> int:
+        bottom = tensors[branch.bottom]
+        tensors[branch.top] = branch(bottom)
+        for place, name in enumerate(branch.hidden):
+            deferred[name] = lambda place=place: branch.layer_by_layer(bottom, place)
+        return branch.end
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() or tensor.dtype == torch.uint8:
+            return tensor.to(self.dtype)
+        return tensor
+
+    def _check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        expected = self.inputs
+        if missing := [name for name in expected if name not in inputs]:
+            raise ValueError(
+                f"Net: expected a tensor for each of the inputs {', '.join(expected)}, got none for "
+                f"{', '.join(missing)}."
+            )
+        if unknown := [name for name in inputs if name not in expected]:
+            raise ValueError(
+                f"Net: expected inputs out of {', '.join(expected) or 'none'}, got {', '.join(unknown)}. "
+                "Inputs are the tops of Input layers."
+            )
+
+    def _automatic(self) -> set[str]:
+        return {layer.tops[0] for layer in self.layers if len(layer.spec.top) < len(layer.tops)}
+
+    # ------------------------------------------------------------------------------------------- weights
+
+    def load(self, weights: Weights) -> None:
+        """Take the blobs of layers with the same names, the first of a name, as Caffe does.
+
+        Layers that only one side has are left alone; if no name is common, a warning says so.
+
+        Args:
+            weights: path of a .caffemodel, a NetParameter, or several, later ones over earlier ones.
+
+        Raises:
+            ValueError: if a layer has another number of blobs, or one of another shape.
+            OSError: if a file cannot be read.
+        """
+        several = weights if isinstance(weights, (list, tuple)) else [weights]
+        for source in several:
+            stored = source if isinstance(source, schema.NetParameter) else read_caffemodel(source)
+            self._load_one(stored, source if isinstance(source, (str, PathLike)) else "the given weights")
+
+    def _load_one(self, stored: Any, source: Any) -> None:
+        layers: dict[str, Layer] = {}
+        for layer in self.layers:
+            layers.setdefault(layer.name, layer)
+        found = 0
+        for record in stored.layer:
+            layer = layers.get(record.name)
+            if layer is None:
+                continue
+            if len(record.blobs) != len(layer.blobs):
+                raise ValueError(
+                    f"Net.load: layer {layer.name!r}: expected {len(layer.blobs)} blobs, got {len(record.blobs)}."
+                )
+            for index, blob in enumerate(record.blobs):
+                self._copy_blob(layer, index, blob)
+                found += 1
+        if not found and self.learnable:
+            warnings.warn(
+                f"Net.load: no layer of the net has a namesake with blobs in {source}.", stacklevel=3
+            )
+
+    def _copy_blob(self, layer: Layer, index: int, blob: Any) -> None:
+        target = layer.blobs[index]
+        if not same_shape(blob, target.shape):
+            raise ValueError(
+                f"Net.load: layer {layer.name!r}: expected {tuple(target.shape)} for blob {index}, got "
+                f"{blob_shape(blob)}. Rename the layer to let it start anew."
+            )
+        layer.put_blob(index, torch.from_numpy(blob_array(blob)).reshape(target.shape))
+
+    def share(self, other: Net) -> None:
+        """Take over the very blobs of another net's layers of the same name, as a test net does.
+
+        Raises:
+            ValueError: if a layer of the same name has blobs of other shapes.
+        """
+        theirs: dict[str, Layer] = {}
+        for layer in other.layers:
+            theirs.setdefault(layer.name, layer)
+        for layer in self.layers:
+            if layer.blobs and layer.name in theirs:
+                for index in range(len(layer.blobs)):
+                    layer.share_blob(index, theirs[layer.name], index)
+
+    def to_caffemodel(self) -> Any:
+        """The net with its blobs, as a NetParameter that Caffe reads; doubles if the net is in float64."""
+        net = schema.NetParameter(name=self.proto.name)
+        for layer in self.layers:
+            record = net.layer.add()
+            record.CopyFrom(layer.spec)
+            del record.blobs[:]
+            record.blobs.extend(array_blob(blob.detach().cpu().numpy()) for blob in layer.blobs)
+        return net
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Net:
+        super()._apply(fn, recurse)
+        if self.dtype == torch.float64:
+            for layer in self.layers:
+                layer.restore_wide()
+        return self
+
+    # -------------------------------------------------------------------------------------------- making
+
+    def _check_memory(self) -> None:
+        needed = 4 * sum(blob.numel() for layer in self.layers for blob in layer.blobs)
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > there:
+            raise ValueError(
+                f"Net: expected parameters that fit into the memory of {there >> 30} GB, got {needed >> 30} GB of "
+                "them. Look for a num_output or a dim that is too large."
+            )
+
+    def _share_and_list(self) -> list[Learnable]:
+        """Make blobs of one name one, and list each blob once."""
+        learnable, named = [], {}
+        for layer in self.layers:
+            specs = layer.blob_specs()
+            for index, spec in enumerate(specs):
+                if spec.name and spec.name in named:
+                    _share(named[spec.name], layer, index, spec)
+                    continue
+                entry = Learnable(layer, index, spec.lr_mult, spec.decay_mult)
+                learnable.append(entry)
+                if spec.name:
+                    named[spec.name] = _Shared(entry, spec)
+        return learnable
+
+    def _freeze(self) -> None:
+        for layer in self.layers:
+            layer.freeze(self.proto.force_backward)
+            for blob in layer.blobs:
+                blob.requires_grad_(False)
+        for layer in self.layers:
+            for index, blob in enumerate(layer.blobs):
+                if index not in layer.frozen and isinstance(blob, nn.Parameter):
+                    blob.requires_grad_(True)
+        for layer in self.layers:
+            layer.detached = [index for index in layer.frozen if layer.blobs[index].requires_grad]
+
+
+@dataclass
+class _Shared:
+    entry: Learnable
+    spec: Any  # the multipliers stated so far
+
+
+def _share(shared: _Shared, layer: Layer, index: int, spec: Any) -> None:
+    owner, own = shared.entry.owner, layer.blobs[index]
+    blob = shared.entry.tensor
+    loose = spec.share_mode == spec.PERMISSIVE
+    if own.numel() != blob.numel() if loose else own.shape != blob.shape:
+        shapes = f"{tuple(own.shape)}, and {tuple(blob.shape)} in {owner.name!r}"
+        raise layer.error(f"the shape of the shared blob {spec.name!r}", shapes)
+    for multiplier in ("lr_mult", "decay_mult"):
+        if not spec.HasField(multiplier):
+            continue
+        value = getattr(spec, multiplier)
+        if shared.spec.HasField(multiplier) and getattr(shared.spec, multiplier) != value:
+            stated = getattr(shared.spec, multiplier)
+            got = f"{value:g} here and {stated:g} in {owner.name!r}"
+            raise layer.error(f"one {multiplier} for the shared blob {spec.name!r}", got)
+        setattr(shared.spec, multiplier, value)
+        setattr(shared.entry, multiplier, value)
+    layer.share_blob(index, shared.entry.owner, shared.entry.index)
+
+
+def _make_layer(spec: Any, phase: str) -> Layer:
+    if not spec.HasField("phase"):
+        spec.phase = schema.TRAIN if phase == "TRAIN" else schema.TEST
+    return layer_class(spec.type, spec.name)(spec, train_phase=spec.phase == schema.TRAIN)
+
+
+def _module_name(name: str, taken: Mapping[str, object]) -> str:
+    plain = candidate = name.replace(".", "_") or "unnamed"
+    number = 2
+    while candidate in taken:
+        candidate, number = f"{plain}_{number}", number + 1
+    return candidate
+
+
+def _set_up(layers: Sequence[Layer]) -> list[list[tuple[int, ...]]]:
+    """Let each layer see tensors of its bottoms' shapes and make its blobs; the shapes of all tops."""
+    tensors: dict[str, Tensor] = {}
+    shapes = []
+    for layer in layers:
+        tops = _first_tops(layer, [tensors[name] for name in layer.bottoms])
+        tensors.update(zip(layer.tops, tops, strict=True))
+        shapes.append([tuple(top.shape) for top in tops])
+    return shapes
+
+
+def _first_tops(layer: Layer, bottoms: list[Tensor]) -> tuple[Tensor, ...]:
+    if not layer.bottoms:
+        layer.setup()
+        return tuple(torch.empty(shape, device="meta") for shape in layer.shapes())
+    try:
+        layer.setup(*bottoms)
+        layer.check_specs()
+        with torch.no_grad():
+            tops = layer.forward(*bottoms)
+    except (RuntimeError, IndexError, ZeroDivisionError, OverflowError) as error:
+        shapes = ", ".join(str(tuple(bottom.shape)) for bottom in bottoms)
+        reason = str(error).strip().splitlines()[0]
+        raise layer.error("bottoms that it can work on", shapes, f"PyTorch: {reason}") from None
+    return tops if isinstance(tops, tuple) else (tops,)
+
+
+def shapes_of(net: Any, phase: str = "TRAIN") -> dict[int, list[tuple[int, ...]]]:
+    """The shapes of the tops of each layer of `net` that can be built, by its place among all layers.
+
+    For looking at nets that are wrong somewhere: what cannot be built, or depends on that, is left out.
+    """
+    known: dict[str, Tensor] = {}
+    found = {}
+    included = select(net, phase).layer
+    names = iter(included)
+    upcoming = next(names, None)
+    for place, spec in enumerate(net.layer):
+        if upcoming is None or spec != upcoming:
+            continue
+        upcoming = next(names, None)
+        try:
+            layer = _make_layer(schema.LayerParameter.FromString(spec.SerializeToString()), phase)
+            tops = _first_tops(layer, [known[name] for name in layer.bottoms])
+        except (ValueError, KeyError):
+            for name in spec.top:
+                known.pop(name, None)
+            continue
+        known.update(zip(layer.tops, tops, strict=False))
+        found[place] = [tuple(top.shape) for top in tops]
+    return found
+
+
+def _call(layer: Layer, bottoms: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    if not layer.detached:
+        return layer(*bottoms)
+    names = [layer.blob_names[index] for index in layer.detached]
+    values = {name: getattr(layer, name).detach() for name in names}
+    return torch.func.functional_call(layer, values, tuple(bottoms))
