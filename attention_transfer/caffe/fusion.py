@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attention_transfer.caffe.graph import Wiring
 from attention_transfer.caffe.layers import Layer
+from attention_transfer.caffe.layers.convolution import Convolution
 from attention_transfer.functional import attention_map
 
 
@@ -52,7 +53,7 @@ class ScaledBatchNorm(Branch):
 
     def __call__(self, x: Tensor) -> Tensor:
         norm, scale = self.layers
-        return norm.forward(x, scale.weight, getattr(scale, "bias", None))
+        return norm.forward(x, *scale.blobs)
 
 
 class AttentionMap(Branch):
@@ -70,7 +71,7 @@ class AttentionMap(Branch):
 
     def _ones(self) -> bool:
         """Whether the convolution's weights are ones, looked at again only after they were written to."""
-        weight = self.layers[-1].weight
+        weight = self.layers[-1].blobs[0]
         if self._checked != (id(weight), weight._version):
             self._all_ones = bool((weight == 1).all()) and not weight.requires_grad
             self._checked = (id(weight), weight._version)
@@ -87,7 +88,7 @@ def fusable(
     weights: Sequence[Sequence[float]],
     shapes: Sequence[Sequence[tuple[int, ...]]],
 ) -> dict[int, Branch]:
-    """The chains of a net, by the place of their first layer; `weights` and `shapes` are those of the tops."""
+    """The chains of a net, by the place of their first layer; `weights` and `shapes` belong to the tops."""
     found: dict[int, Branch] = {}
     for index, layer in enumerate(layers):
         if layer.type == "BatchNorm":
@@ -154,7 +155,8 @@ def _is_squaring(layer: Layer) -> bool:
 
 def _sums_channels(layer: Layer) -> bool:
     param = layer.spec.convolution_param
-    one_by_one = set(layer.kernel) == {1} and set(layer.stride) == {1} and set(layer.pad) == {0}
+    assert isinstance(layer, Convolution)
+    one_by_one = {*layer.kernel, *layer.stride} == {1} and set(layer.pad) == {0}
     return (
         one_by_one and param.num_output == 1 and param.group == 1 and not param.bias_term and param.axis == 1
     )

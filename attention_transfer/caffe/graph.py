@@ -92,8 +92,8 @@ def connect(layers: Sequence[Layer]) -> Wiring:
     """Follow the names from layer to layer.
 
     Raises:
-        ValueError: if a bottom is unknown, a layer has too few or too many bottoms or tops, or two layers make
-            one blob; also where an in-place layer would write onto a blob that another layer reads.
+        ValueError: if a bottom is unknown, a layer has too few or too many bottoms or tops, or two layers
+            make one blob; also where an in-place layer would write onto a blob that another layer reads.
     """
     wiring = Wiring()
     for index, layer in enumerate(layers):
@@ -146,7 +146,7 @@ def _check_in_place(wiring: Wiring, index: int, layer: Layer) -> None:
         if top < len(layer.bottoms) and layer.bottoms[top] == name:
             others = [use for use in wiring.uses[wiring.sources[index][top]] if use != (index, top)]
             if others:
-                remedy = "Caffe splits such a blob, so the name is produced by multiple sources. Read it afterwards."
+                remedy = "Caffe: the name is produced by multiple sources. Read it after this layer."
                 raise layer.error(
                     f"to be the only reader of {name!r}, which it overwrites", "another one", remedy
                 )

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any, Literal
 
@@ -75,11 +76,12 @@ class Blobs(Mapping[str, Tensor]):
 class Net(nn.Module):
     """A net as its prototxt says, for one phase.
 
-    Each layer is a submodule under its own name (a dot in it becomes an underscore), so `Taps(net, ["conv1"])`
-    reads what that layer gives. An in-place layer gives a new tensor that takes the blob's name over.
+    Each layer is a submodule under its own name (a dot in it becomes an underscore), so that
+    `Taps(net, ["conv1"])` reads what that layer gives. An in-place layer gives a new tensor that takes the
+    blob's name over.
 
-    Parameters that `lr_mult: 0` freezes do not require a gradient, unless `force_backward` is on. In `eval()` a
-    net of the phase TRAIN uses stored statistics and drops nothing.
+    Parameters that `lr_mult: 0` freezes require no gradient, unless `force_backward` is on. In `eval()` a net
+    of the phase TRAIN uses stored statistics and drops nothing.
 
     Args:
         prototxt: path of a net, or a NetParameter as `read_net` gives it.
@@ -91,6 +93,8 @@ class Net(nn.Module):
         ValueError: if the net cannot be built, in one line that names the layer.
         OSError: if a file cannot be read.
     """
+
+    _anchor: Tensor
 
     def __init__(
         self,
@@ -268,7 +272,7 @@ class Net(nn.Module):
         bottom = tensors[branch.bottom]
         tensors[branch.top] = branch(bottom)
         for place, name in enumerate(branch.hidden):
-            deferred[name] = lambda place=place: branch.layer_by_layer(bottom, place)
+            deferred[name] = partial(branch.layer_by_layer, bottom, place)
         return branch.end
 
     def _cast(self, tensor: Tensor) -> Tensor:
@@ -317,13 +321,12 @@ class Net(nn.Module):
             layers.setdefault(layer.name, layer)
         found = 0
         for record in stored.layer:
-            layer = layers.get(record.name)
-            if layer is None:
+            if record.name not in layers:
                 continue
+            layer = layers[record.name]
             if len(record.blobs) != len(layer.blobs):
-                raise ValueError(
-                    f"Net.load: layer {layer.name!r}: expected {len(layer.blobs)} blobs, got {len(record.blobs)}."
-                )
+                got = f"{len(layer.blobs)} blobs, got {len(record.blobs)}"
+                raise ValueError(f"Net.load: layer {layer.name!r}: expected {got}.")
             for index, blob in enumerate(record.blobs):
                 self._copy_blob(layer, index, blob)
                 found += 1
@@ -379,13 +382,14 @@ class Net(nn.Module):
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > there:
             raise ValueError(
-                f"Net: expected parameters that fit into the memory of {there >> 30} GB, got {needed >> 30} GB of "
-                "them. Look for a num_output or a dim that is too large."
+                f"Net: expected parameters that fit into {there >> 30} GB of memory, got {needed >> 30} GB. "
+                "Look for a num_output or a dim that is too large."
             )
 
     def _share_and_list(self) -> list[Learnable]:
         """Make blobs of one name one, and list each blob once."""
-        learnable, named = [], {}
+        learnable: list[Learnable] = []
+        named: dict[str, _Shared] = {}
         for layer in self.layers:
             specs = layer.blob_specs()
             for index, spec in enumerate(specs):

@@ -90,6 +90,8 @@ class Dropout(Layer):
 class PReLU(Layer):
     """x above 0, slope * x elsewhere, with a learned slope for each channel or for all."""
 
+    slope: Tensor
+
     def setup(self, x: Tensor) -> None:
         if x.dim() < 2:
             raise self.error("a bottom of two axes or more", f"{x.dim()}")

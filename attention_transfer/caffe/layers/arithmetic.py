@@ -85,9 +85,10 @@ class Reduction(Layer):
 
 
 class _Broadcast(Layer):
-    """What Scale and Bias share: a second factor or term, a bottom or a blob, over the axes from `axis` on."""
+    """What Scale and Bias share: a second factor or term, a bottom or a blob, from `axis` on."""
 
     bottoms_expected = (1, 2)
+    first_axis: int
 
     def _first_axis(self, x: Tensor, second: Tensor | None, param: Any) -> int:
         if second is not None and second.dim() == 0:
@@ -116,6 +117,9 @@ class _Broadcast(Layer):
 class Scale(_Broadcast):
     """The bottom times a factor, the second bottom or a blob, plus a bias with bias_term."""
 
+    weight: Tensor
+    bias: Tensor
+
     def setup(self, x: Tensor, factor: Tensor | None = None) -> None:
         param = self.spec.scale_param
         self.first_axis = self._first_axis(x, factor, param)
@@ -134,6 +138,8 @@ class Scale(_Broadcast):
 @register("Bias")
 class Bias(_Broadcast):
     """The bottom plus the second bottom or a blob."""
+
+    bias: Tensor
 
     def setup(self, x: Tensor, term: Tensor | None = None) -> None:
         param = self.spec.bias_param

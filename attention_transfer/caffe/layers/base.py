@@ -69,7 +69,7 @@ class Layer(nn.Module):
         return self.spec.name
 
     @property
-    def type(self) -> str:
+    def type(self) -> str:  # type: ignore[override]  # Caffe's word; nn.Module's casts, which a Net does
         return self.spec.type
 
     @property
@@ -84,10 +84,10 @@ class Layer(nn.Module):
 
     # ------------------------------------------------------------------------------ what a subclass says
 
-    def setup(self, *bottoms: Tensor) -> None:
+    def setup(self, *bottoms: Any, **_: Any) -> None:
         """Check the parameters against the bottoms, given as meta tensors, and make the blobs."""
 
-    def forward(self, *bottoms: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, *bottoms: Any, **_: Any) -> Any:
         """The tops; a tuple where there are several."""
         raise NotImplementedError
 

@@ -18,6 +18,8 @@ class _Window(Layer):
     tops_expected = (1, None)
     allows_in_place = False
     functions: ClassVar[tuple[Callable[..., Tensor], ...]]
+    weight: Tensor
+    kernel: tuple[int, ...]
 
     def setup(self, *bottoms: Tensor) -> None:
         param, first = self.spec.convolution_param, bottoms[0]
@@ -112,9 +114,10 @@ def _listed(layer: Layer, repeated: Any, name: str, spatial: int, default: int |
 
 @register("InnerProduct")
 class InnerProduct(Layer):
-    """A matrix times each vector made of all axes from `axis` on; weights (num_output, K), or (K, num_output)."""
+    """A matrix times each vector made of all axes from `axis` on; weights (num_output, K), or transposed."""
 
     allows_in_place = False
+    weight: Tensor
 
     def setup(self, x: Tensor) -> None:
         param = self.spec.inner_product_param

@@ -21,6 +21,10 @@ class BatchNorm(Layer):
     weights to divide both by; each pass first multiplies all three by moving_average_fraction.
     """
 
+    mean: Tensor
+    variance: Tensor
+    factor: Tensor
+
     def setup(self, x: Tensor) -> None:
         if any(spec.lr_mult for spec in self.spec.param):
             raise self.error(
@@ -43,7 +47,7 @@ class BatchNorm(Layer):
         return param.use_global_stats if param.HasField("use_global_stats") else not self.learning
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """The normalised bottom; times `weight` plus `bias`, (c,) each, where a Scale layer is done with it."""
+        """The normalised bottom; times `weight` plus `bias`, (c,) each, where a Scale is done with it."""
         eps = self.spec.batch_norm_param.eps
         channelled = x if x.dim() > 1 else x[:, None]
         if self.uses_stored:
@@ -142,6 +146,8 @@ class Normalize(Layer):
     Caffe's gradient has the scales outside, s (g - x <x, g> / norm^2) / norm: the derivative while all scales
     are equal. In place, Caffe subtracts the gradient from itself: 0.
     """
+
+    scale: Tensor
 
     def setup(self, x: Tensor) -> None:
         if x.dim() < 2:

@@ -56,10 +56,10 @@ class Pooling(Layer):
         if self.spec.pooling_param.pool == AVE:
             return self._mean(x, kernel, stride, sizes, plain)
         if plain:
-            pooled = F.max_pool2d(
-                x, kernel, stride, self.pad, ceil_mode=True, return_indices=len(self.tops) > 1
-            )
-            return (pooled[0], pooled[1].to(x.dtype)) if len(self.tops) > 1 else pooled
+            if len(self.tops) == 1:
+                return F.max_pool2d(x, kernel, stride, self.pad, ceil_mode=True)
+            values, places = F.max_pool2d(x, kernel, stride, self.pad, ceil_mode=True, return_indices=True)
+            return values, places.to(x.dtype)
         return self._largest(x, kernel, stride, sizes)
 
     def _mean(self, x: Tensor, kernel: Pair, stride: Pair, sizes: list[int], plain: bool) -> Tensor:

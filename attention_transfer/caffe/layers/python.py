@@ -17,9 +17,9 @@ MODES = ("SUM", "BATCH_SIZE")
 class Python(Layer):
     """AttentionLoss or Normalize, as `attention-transfer caffe build` writes their sources for pycaffe.
 
-    AttentionLoss, {"beta": b}: b / 2 times the sum over samples of ||Y_s - Y_t||_2, each map as one vector
-    (the paper's equation 2); with {"normalization": "BATCH_SIZE"} by the batch size. Where both maps are equal,
-    the gradient is 0. Like any Python layer it has no loss weight of its own.
+    AttentionLoss, {"beta": b}: b / 2 times the sum over samples of ||Y_s - Y_t||_2, each map as one
+    vector (the paper's equation 2); with {"normalization": "BATCH_SIZE"} by the batch size. Where both
+    maps are equal, the gradient is 0. Like any Python layer it has no loss weight of its own.
 
     Normalize, {"eps": e}: x / sqrt(sum of squares + eps) over each sample.
     """

@@ -25,7 +25,7 @@ class WithSlope(torch.autograd.Function):
 
 
 class WithGradient(torch.autograd.Function):
-    """`value`, whose gradient for `x` is `gradient`, whatever arrives: what some in-place layers send back."""
+    """`value`, whose gradient for `x` is `gradient`, whatever arrives: so some in-place layers do."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:

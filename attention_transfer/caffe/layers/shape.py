@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -124,11 +125,9 @@ class Slice(Layer):
         size, points = x.shape[axis], list(param.slice_point)
         if points:
             edges = [0, *points, size]
-            if len(points) != len(self.tops) - 1 or any(
-                a >= b for a, b in zip(edges, edges[1:], strict=False)
-            ):
+            if len(points) != len(self.tops) - 1 or any(a >= b for a, b in pairwise(edges)):
                 raise self.error(f"{len(self.tops) - 1} rising slice_points below {size}", points)
-            parts = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+            parts = [b - a for a, b in pairwise(edges)]
         elif size % len(self.tops):
             raise self.error(f"a size that is a multiple of {len(self.tops)} tops", size)
         else:

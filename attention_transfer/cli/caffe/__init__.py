@@ -7,7 +7,7 @@ import importlib
 from attention_transfer.cli.parsing import PROGRAM, UsageError, suggest
 
 VERBS = {
-    "build": "Make one net for training from a student's and a teacher's prototxt, with the attention branches",
+    "build": "Make one net of a student, a frozen teacher, and attention branches between them",
     "check": "Find what is wrong with an attention transfer net, before Caffe does or does not tell",
     "train": "Train a net as its solver prototxt says",
     "convert": "Make a PyTorch module of a net and its weights, or a caffemodel of a module's weights",
@@ -18,7 +18,7 @@ VERBS = {
 def run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, VERBS))
-        print(f"usage: {PROGRAM} caffe VERB [flags]", "", "Attention transfer for Caffe's nets.", "", sep="\n")
+        print(f"usage: {PROGRAM} caffe VERB [flags]\n\nAttention transfer for Caffe's nets.\n")
         print(*(f"  {name.ljust(width)}  {summary}" for name, summary in VERBS.items()), "", sep="\n")
         print(f"`{PROGRAM} caffe VERB --help` lists a verb's flags.")
         return
