@@ -6,8 +6,10 @@ import importlib
 from types import ModuleType
 
 
-def require(package: str, *, extra: str, user: str) -> ModuleType:
+def require(package: str, *, extra: str, user: str, name: str | None = None) -> ModuleType:
     """Import `package`, which belongs to the optional dependency group `extra`, on behalf of `user`.
+
+    `name` is what is installed, where it is not called like the package.
 
     Raises:
         ImportError: if the package is not installed; the message holds the command that installs it.
@@ -18,6 +20,6 @@ def require(package: str, *, extra: str, user: str) -> ModuleType:
         if (error.name or "").split(".")[0] != package.split(".")[0]:
             raise
         raise ImportError(
-            f"{user}: needs the package {package.split('.')[0]}, which is not installed. "
+            f"{user}: needs the package {name or package.split('.')[0]}, which is not installed. "
             f'Run: pip install "attention-transfer[{extra}]"'
         ) from None

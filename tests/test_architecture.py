@@ -27,11 +27,25 @@ ALLOWED = {
     "data": set(),
     "visualize": {"functional", "taps"},
     "cache": {"data", "pairs"},
+    "caffe": {"data", "functional", "pairs", "taps"},
     "training": {"cache", "data", "distiller", "functional", "losses", "models", "pairs", "plan", "taps"},
 }
 HELPERS = {"_choices", "_extras", "_files", "_memory", "_outputs", "_tables", "_untouched"}
 COMPOSERS = {"cli", "__main__", "__init__"}
-HEAVY = ["torchvision", "timm", "lightning", "matplotlib", "jinja2", "pyarrow", "PIL", "jsonargparse", "yaml"]
+HEAVY = [
+    "torchvision",
+    "timm",
+    "lightning",
+    "matplotlib",
+    "jinja2",
+    "pyarrow",
+    "PIL",
+    "jsonargparse",
+    "yaml",
+    "google.protobuf",
+    "lmdb",
+    "h5py",
+]
 
 
 def rooms_imported_by(file: Path) -> set[str]:
@@ -82,7 +96,7 @@ import sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {HEAVY}:
+        if {{name, name.split(".")[0]}} & set({HEAVY}):
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Missing())
@@ -93,6 +107,12 @@ from attention_transfer.cli import main
 student, teacher = (at.build_model(name) for name in ("wrn-10-1", "wrn-10-2"))
 images, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
 at.Distiller(student, teacher, terms=[at.AttentionTransfer(1.0)], example_input=images)(images, labels)
+try:
+    at.caffe.read_net
+except ImportError as error:
+    assert "package protobuf, which is not installed" in str(error) and "transfer[caffe]" in str(error)
+else:
+    raise AssertionError("protobuf is there after all")
 assert main(["--help"]) == 0
 sys.exit(main(["train"]))
 """

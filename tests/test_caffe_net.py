@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_transfer.caffe import Net
+from attention_transfer import Taps, attention_map
+from attention_transfer.caffe import Net, fusion
+from attention_transfer.caffe.prototxt import parse_net
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "caffe"
 KINDS = ("layers", "attention", "nets")
@@ -66,3 +69,297 @@ def test_case(case: str, dtype: torch.dtype) -> None:
             blob = net.params[layer][int(index)]
             got = blob.grad if kind == "param_grad" else blob
         assert_close(got, want, tolerance, key)
+
+
+# ---------------------------------------------------------------------------------------------- pitfalls
+
+PITFALLS = sorted(folder.name for folder in (REFERENCE / "pitfalls").glob("*"))
+FORWARD = [name for name in PITFALLS if (REFERENCE / "pitfalls" / name / "inputs.npz").exists()]
+
+
+def asked_of(key: str) -> str:
+    return key.split("/", 2)[2]
+
+
+@pytest.mark.parametrize("side", ["net", "fixed"])
+@pytest.mark.parametrize("name", FORWARD or [pytest.param("", marks=pytest.mark.skip("no shared/reference"))])
+def test_pitfall_does_what_caffe_does(name: str, side: str) -> None:
+    folder = REFERENCE / "pitfalls" / name
+    meta = json.loads((folder / "meta.json").read_text())
+    repaired = side == "fixed" and (folder / "fixed.caffemodel").exists()
+    weights = folder / ("fixed.caffemodel" if repaired else "weights.caffemodel")
+    arguments = folder / f"{side}.prototxt", weights if weights.exists() else None
+    if side == "net" and meta["outcome"] == "aborts":
+        with pytest.raises(ValueError, match=r"^(Net: layer|read_net: )"):
+            Net(*arguments, phase=meta["phase"])
+        return
+    net = Net(*arguments, phase=meta["phase"]).double()
+    given = load(folder, "inputs.npz")
+    chosen = {
+        name: given.get(f"{name}@fixed", given[name]) if side == "fixed" else given[name]
+        for name in net.inputs
+    }
+    inputs = {name: torch.from_numpy(array) for name, array in chosen.items()}
+    expected = {key: value for key, value in load(folder, "expected.npz").items() if key.startswith(side)}
+    assert expected
+    asked = [asked_of(key) for key in expected if key.split("/")[1] == "grad"]
+    # Caffe keeps one gradient for a name: of the value before its in-place layers, which has no name here.
+    makers = Counter(top for layer in net.layers for top in layer.tops)
+    expected = {
+        key: value for key, value in expected.items() if "/grad/" not in key or makers[asked_of(key)] == 1
+    }
+    for name in asked:
+        if name in inputs:
+            inputs[name].requires_grad_()
+    blobs = net(inputs)
+    inner = {name: blobs[name] for name in asked if name not in inputs and blobs[name].requires_grad}
+    for blob in inner.values():
+        blob.retain_grad()
+    if net.loss.requires_grad:
+        net.loss.backward()
+    for key, want in expected.items():
+        _, kind, rest = key.split("/", 2) if key.count("/") > 1 else (*key.split("/"), "")
+        if kind == "param_grad":
+            layer, index = rest.rsplit("/", 1)
+            got = net.params[layer][int(index)].grad
+        elif kind == "grad":
+            got = {**inputs, **inner}[rest].grad if rest in {**inputs, **inner} else None
+        else:
+            got = blobs[rest] if kind == "blob" else net.loss
+        values = np.zeros_like(want) if got is None else got.detach().numpy()
+        scale = np.nanmax(np.abs(want), initial=0)
+        np.testing.assert_allclose(values, want, rtol=0, atol=1e-10 * scale + 1e-12, err_msg=key)
+
+
+def test_of_two_layers_with_one_name_the_first_is_loaded(shared_reference: Path) -> None:
+    folder = shared_reference / "caffe" / "pitfalls" / "same_layer_name"
+    expected = load(folder, "expected.npz")
+    net = Net(folder / "net.prototxt", phase="TRAIN").double()
+    first, second = (layer for layer in net.layers if layer.name == "conv")
+    for place, layer in enumerate((first, second)):
+        for index in range(2):
+            layer.put_blob(index, torch.from_numpy(expected[f"net/before/{place}/{index}"]))
+    net.load(folder / "weights.caffemodel")
+    for place, layer in enumerate((first, second)):
+        for index, blob in enumerate(layer.blobs):
+            np.testing.assert_array_equal(blob.detach().numpy(), expected[f"net/after_load/{place}/{index}"])
+    saved = net.to_caffemodel()
+    net.load(saved)
+    assert torch.equal(first.blobs[0], second.blobs[0])
+
+
+# ----------------------------------------------------------------------------------- what no case covers
+
+
+def net_of(text: str, phase: str = "TRAIN") -> Net:
+    return Net(parse_net(text), phase=phase)
+
+
+def layer(kind: str, bottom: str, top: str, more: str = "", name: str | None = None) -> str:
+    bottoms = " ".join(f'bottom: "{one}"' for one in bottom.split())
+    tops = " ".join(f'top: "{one}"' for one in top.split())
+    return f'layer {{ name: "{name or top}" type: "{kind}" {bottoms} {tops} {more} }}\n'
+
+
+def source(name: str = "x", *dims: int) -> str:
+    shape = " ".join(f"dim: {dim}" for dim in dims or (2, 3, 4, 5))
+    return layer("Input", "", name, f"input_param {{ shape {{ {shape} }} }}")
+
+
+MAP = (
+    layer("AbsVal", "a", "abs")
+    + layer("Power", "abs", "pow", "power_param { power: 2 }")
+    + layer(
+        "Convolution",
+        "pow",
+        "map",
+        "param { lr_mult: 0 } convolution_param { num_output: 1 kernel_size: 1 bias_term: false "
+        'weight_filler { type: "constant" value: 1 } }',
+    )
+    + layer("Reduction", "map", "loss", "loss_weight: 1 reduction_param { operation: SUMSQ }")
+)
+
+
+def test_dropout_keeps_and_scales() -> None:
+    text = source("x", 40, 50) + layer("Dropout", "x", "y", "dropout_param { dropout_ratio: 0.25 }")
+    x = torch.rand(40, 50) + 1
+    kept = net_of(text)({"x": x})["y"]
+    assert torch.all((kept == 0) | torch.isclose(kept, x / 0.75))
+    assert 0.7 < (kept != 0).float().mean() < 0.8
+    assert torch.equal(net_of(text, "TEST")({"x": x})["y"], x)
+    assert torch.equal(net_of(text).eval()({"x": x})["y"], x)
+
+
+def test_the_attention_branch_runs_on_the_kernels_with_the_numbers_of_its_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called = []
+    monkeypatch.setattr(
+        fusion, "attention_map", lambda *args, **kwargs: called.append(1) or attention_map(*args, **kwargs)
+    )
+    net = net_of(source("a") + MAP).double()
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    blobs = net({"a": x})
+    assert called and list(blobs) == ["a", "map", "loss", "abs", "pow"]
+    (fast,) = torch.autograd.grad(net.loss, x)
+    assert torch.equal(blobs["pow"], x.abs().square())
+    with torch.no_grad():
+        net.params["map"][0].fill_(2.0)  # no longer the sum: the layers themselves
+    net({"a": x})
+    assert len(called) == 1
+    (slow,) = torch.autograd.grad(net.loss, x)
+    torch.testing.assert_close(slow, 4 * fast, rtol=1e-12, atol=0)
+
+
+def test_a_tap_inside_the_attention_branch_sees_its_layer() -> None:
+    net = net_of(source("a") + MAP)
+    with Taps(net, ["pow"]) as taps:
+        x = torch.randn(2, 3, 4, 5)
+        net({"a": x})
+        assert torch.equal(taps.pop()["pow"], x.square())
+
+
+def test_a_branch_whose_convolution_learns_is_left_to_the_layers() -> None:
+    net = net_of("force_backward: true " + source("a") + MAP)
+    net({"a": torch.randn(2, 3, 4, 5)})
+    net.loss.backward()
+    assert net.params["map"][0].grad is not None
+
+
+def test_batchnorm_and_scale_in_one_pass_equal_the_layers() -> None:
+    body = layer("BatchNorm", "x", "n", name="bn") + layer(
+        "Scale",
+        "n",
+        "n",
+        "scale_param { bias_term: true filler { value: 1.5 } bias_filler { value: 0.5 } }",
+        name="s",
+    )
+    text = (
+        source()
+        + body
+        + layer("Reduction", "n", "loss", "loss_weight: 1 reduction_param { operation: SUMSQ }")
+    )
+    fast, slow = net_of(text).double(), net_of(text).double()
+    slow.layers[1].register_forward_hook(lambda *_: None)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    for net in (fast, slow):
+        net({"x": x})
+        net.loss.backward()
+    for one, other in zip(fast.learnable, slow.learnable, strict=True):
+        torch.testing.assert_close(one.tensor, other.tensor, rtol=1e-12, atol=1e-14)
+        if one.tensor.requires_grad:
+            torch.testing.assert_close(one.tensor.grad, other.tensor.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_doubles_of_a_filler_survive_the_change_of_precision() -> None:
+    deconvolution = (
+        "convolution_param { num_output: 1 kernel_size: 5 stride: 3 bias_term: false "
+        'weight_filler { type: "bilinear" } }'
+    )
+    text = source("x", 1, 1, 3, 3) + layer("Deconvolution", "x", "y", deconvolution)
+    weight = net_of(text).double().params["y"][0]
+    row = torch.tensor([1, 2, 3, 2, 1], dtype=torch.float64) / 3
+    torch.testing.assert_close(weight[0, 0], row[:, None] * row, rtol=1e-15, atol=0)
+    written = net_of(text)
+    with torch.no_grad():
+        written.params["y"][0].fill_(0.1)
+    assert torch.equal(written.double().params["y"][0], torch.full((1, 1, 5, 5), 0.1).double())
+
+
+def test_a_net_without_labels_scores_images() -> None:
+    text = (
+        source("data", 4, 3, 8, 8)
+        + source("label", 4)
+        + layer(
+            "InnerProduct",
+            "data",
+            "fc",
+            'inner_product_param { num_output: 5 weight_filler { type: "xavier" } }',
+        )
+        + layer("SoftmaxWithLoss", "fc label", "loss")
+    )
+    net, x = net_of(text), torch.randn(7, 3, 8, 8)
+    assert torch.equal(net(x), net({"data": x, "label": torch.zeros(7)})["fc"])
+
+
+def test_a_test_net_shares_the_blobs_and_a_saved_net_loads() -> None:
+    text = source() + layer(
+        "Convolution",
+        "x",
+        "y",
+        'convolution_param { num_output: 2 kernel_size: 3 weight_filler { type: "msra" } }',
+    )
+    train, test = net_of(text), net_of(text, "TEST")
+    test.share(train)
+    assert test.params["y"][0] is train.params["y"][0]
+    again = net_of(text)
+    again.load(train.to_caffemodel())
+    assert torch.equal(again.params["y"][0], train.params["y"][0])
+    assert net_of(text).load_state_dict(train.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (layer("ReLU", "x", "y"), "layer 'y' (ReLU): expected bottoms that earlier layers make, got 'x'."),
+        (
+            source() + layer("Relu", "x", "y"),
+            "expected a type that this package runs, got 'Relu'. Did you mean",
+        ),
+        (source() + layer("Convolution", "x", "y"), "1 or 2 values of kernel, got 0"),
+        (source() + layer("ReLU", "x", "y") * 2, "expected a top that no other layer makes, got 'y'"),
+        (source() + layer("ReLU", "x x", "y"), "expected 1 bottoms, got 2"),
+        (
+            source() + layer("ReLU", "x", "y", "param { lr_mult: 1 }"),
+            "expected at most 0 param entries, got 1",
+        ),
+        (source() + layer("ReLU", "x", "y", "propagate_down: true propagate_down: true"), "propagate_down"),
+        (source() + layer("ReLU", "x", "y", "loss_weight: 1 loss_weight: 2"), "loss_weight"),
+        (
+            source() + layer("Convolution", "x", "y", "convolution_param { num_output: 2 kernel_size: 9 }"),
+            "expected bottoms that it can work on, got (2, 3, 4, 5). PyTorch: ",
+        ),
+        (
+            source() + layer("InnerProduct", "x", "y", "inner_product_param { num_output: 2000000000 }"),
+            "a blob of at most 2147483647 entries",
+        ),
+        (
+            source()
+            + layer(
+                "Convolution",
+                "x",
+                "y",
+                'convolution_param { num_output: 2 kernel_size: 1 weight_filler { type: "he" } }',
+            ),
+            "expected a filler out of constant, uniform,",
+        ),
+        (
+            source() + layer("Python", "x", "y", 'python_param { module: "os" layer: "system" }'),
+            "expected a Python layer AttentionLoss or Normalize, got os.system.",
+        ),
+        (source() + layer("Reshape", "x", "y", "reshape_param { shape { dim: 0 dim: 7 } }"), "(2, 7)"),
+        (layer("Input", "", "x"), "Declare them by"),
+    ],
+)
+def test_a_net_that_cannot_be_built_says_why_in_one_line(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=r"^Net: layer ") as error:
+        net_of(text)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_inputs_are_checked() -> None:
+    net = net_of(source())
+    with pytest.raises(ValueError, match="got none for x"):
+        net({})
+    with pytest.raises(ValueError, match="got y"):
+        net({"x": torch.zeros(2, 3, 4, 5), "y": torch.zeros(1)})
+    with pytest.raises(ValueError, match="expected a forward pass before"):
+        _ = net_of(source()).loss
+    with pytest.raises(ValueError, match="phase TRAIN or TEST, got 'train'"):
+        net_of(source(), "train")
+
+
+def test_a_label_out_of_range_is_named() -> None:
+    net = net_of(source("x", 2, 3) + source("label", 2) + layer("SoftmaxWithLoss", "x label", "loss"))
+    with pytest.raises(ValueError, match="expected labels from 0 to 2, got 0 to 3"):
+        net({"x": torch.zeros(2, 3), "label": torch.tensor([0.0, 3.0])})

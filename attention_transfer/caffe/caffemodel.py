@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from google.protobuf import message as protobuf
-from google.protobuf import unknown_fields
 
 from attention_transfer._files import write_atomically
 from attention_transfer.caffe import schema
+from attention_transfer.caffe.schema import DecodeError, UnknownFieldSet
 from attention_transfer.caffe.upgrade import upgrade_net
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
@@ -77,7 +76,7 @@ def read_binary(path: str | PathLike[str], message: Any, user: str) -> Any:
         )
     try:
         message.ParseFromString(data)
-    except protobuf.DecodeError:
+    except DecodeError:
         raise ValueError(
             f"{user}: expected a {kind} in protobuf's binary form, got something else in {path} "
             f"({len(data)} bytes): it is damaged, cut off, or of another kind."
@@ -100,7 +99,7 @@ def write_binary(message: Any, path: str | PathLike[str]) -> None:
 def unknown_names(message: Any) -> set[str]:
     """`MESSAGE field NUMBER` of the fields at every depth that the schema lacks."""
     name = message.DESCRIPTOR.name
-    found = {f"{name} field {field.field_number}" for field in unknown_fields.UnknownFieldSet(message)}
+    found = {f"{name} field {field.field_number}" for field in UnknownFieldSet(message)}
     for field, value in message.ListFields():
         if field.message_type:
             for part in value if field.is_repeated else (value,):

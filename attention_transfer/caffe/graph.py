@@ -77,6 +77,15 @@ class Wiring:
             if not self.uses[version]
         ]
 
+    def reaching(self, layers: Sequence[Layer], weights: Sequence[Sequence[float]]) -> set[int]:
+        """The layers from which a gradient can come: those above which stands a loss, and no cut bottom."""
+        found: set[int] = set()
+        for index in reversed(range(len(layers))):
+            uses = [use for top in range(len(layers[index].tops)) for use in self.uses[index, top]]
+            if any(weights[index]) or any(i in found and bottom not in layers[i].cut for i, bottom in uses):
+                found.add(index)
+        return found
+
     def ancestors(self, layer: int) -> set[int]:
         """The layers that `layer` needs, itself too."""
         found, waiting = set(), [layer]

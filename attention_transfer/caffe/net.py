@@ -120,6 +120,7 @@ class Net(nn.Module):
         self.learnable = self._share_and_list()
         self._freeze()
         self._branches = fusable(self.layers, self._wiring, self._weights, self._shapes)
+        self._asking = self._find_asking()
         self.register_buffer("_anchor", torch.zeros(()), persistent=False)  # has the net's type and place
         self._loss: Tensor | None = None
         self.train(phase == "TRAIN")
@@ -249,6 +250,8 @@ class Net(nn.Module):
                 done.update(branch.indices)
             elif self.layers[index].type != "Input":
                 self._run_layer(index, tensors)
+            if index in self._asking and torch.is_grad_enabled():
+                self._ask_for_gradient(self.layers[index].tops[0], tensors)
             for name, weight in zip(self.layers[index].tops, self._weights[index], strict=True):
                 if weight:
                     term = tensors[name].sum() * weight
@@ -274,6 +277,11 @@ class Net(nn.Module):
         for place, name in enumerate(branch.hidden):
             deferred[name] = partial(branch.layer_by_layer, bottom, place)
         return branch.end
+
+    def _ask_for_gradient(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Let the backward pass run down to a blob that nothing learns from, as Caffe's does."""
+        if not tensors[name].requires_grad:
+            tensors[name] = tensors[name].detach().requires_grad_()
 
     def _cast(self, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point() or tensor.dtype == torch.uint8:
@@ -401,6 +409,12 @@ class Net(nn.Module):
                 if spec.name:
                     named[spec.name] = _Shared(entry, spec)
         return learnable
+
+    def _find_asking(self) -> set[int]:
+        """The layers whose top gets a gradient though nothing learns from it."""
+        reaching = self._wiring.reaching(self.layers, self._weights)
+        asking = {index for index in reaching if self.layers[index].asks_for_gradient}
+        return asking | {branch.end for index, branch in self._branches.items() if index in asking}
 
     def _freeze(self) -> None:
         for layer in self.layers:

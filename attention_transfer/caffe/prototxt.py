@@ -9,10 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import text_format
-
 from attention_transfer._files import write_atomically
 from attention_transfer.caffe import schema
+from attention_transfer.caffe.schema import text_format
 from attention_transfer.caffe.upgrade import upgrade_net, upgrade_solver
 
 LARGEST_TEXT = 16 << 20  # bytes; the deepest published nets take 0.2 MB

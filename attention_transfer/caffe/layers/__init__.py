@@ -30,7 +30,8 @@ def layer_class(kind: str, name: str) -> type[Layer]:
         ValueError: if this package does not run the type; the message lists near matches.
     """
     if kind not in REGISTRY:
-        near = difflib.get_close_matches(kind, REGISTRY, n=3)
+        lowered = {known.lower(): known for known in REGISTRY}
+        near = [lowered[match] for match in difflib.get_close_matches(kind.lower(), lowered, n=3)]
         hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(sorted(REGISTRY))}."
         raise ValueError(f"Net: layer {name!r}: expected a type that this package runs, got {kind!r}. {hint}")
     return REGISTRY[kind]

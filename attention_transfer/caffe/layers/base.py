@@ -48,6 +48,7 @@ class Layer(nn.Module):
     tops_expected: ClassVar[tuple[int, int | None]] = (1, 1)
     default_loss_weight: ClassVar[float] = 0.0  # of the first top
     allows_in_place: ClassVar[bool] = True
+    asks_for_gradient: ClassVar[bool] = False  # runs backward even with nothing to learn at or below it
 
     def __init__(self, spec: Any, *, train_phase: bool) -> None:
         super().__init__()

@@ -21,6 +21,8 @@ class BatchNorm(Layer):
     weights to divide both by; each pass first multiplies all three by moving_average_fraction.
     """
 
+    asks_for_gradient = True
+
     mean: Tensor
     variance: Tensor
     factor: Tensor

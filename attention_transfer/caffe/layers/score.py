@@ -35,6 +35,12 @@ class Accuracy(Layer):
         if not 1 <= param.top_k <= x.shape[self.class_axis]:
             raise self.error(f"top_k from 1 to {x.shape[self.class_axis]}", param.top_k)
 
+    def freeze(self, force_backward: bool) -> None:
+        if force_backward and self.train_phase:
+            remedy = "Caffe aborts in the first backward pass. Include the layer in the phase TEST only."
+            raise self.error("a net without force_backward", "one with it", remedy)
+        super().freeze(force_backward)
+
     @torch.no_grad()
     def forward(self, x: Tensor, label: Tensor) -> Tensor | tuple[Tensor, ...]:
         param = self.spec.accuracy_param

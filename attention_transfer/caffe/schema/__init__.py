@@ -1,7 +1,7 @@
 """The messages of Caffe's files, as protobuf classes made from `caffe.proto`.
 
 They live in a descriptor pool of their own, so that pycaffe, which registers the same names, can be loaded in
-the same process.
+the same process. protobuf itself is reached through here alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from attention_transfer._extras import require
+
+require("google.protobuf", extra="caffe", user="caffe", name="protobuf")
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format  # noqa: E402
+from google.protobuf.message import DecodeError  # noqa: E402
+from google.protobuf.unknown_fields import UnknownFieldSet  # noqa: E402
+
+__all__ = ["DecodeError", "UnknownFieldSet", "text_format"]
 
 COMPILED = Path(__file__).with_name("caffe.binpb")
 
