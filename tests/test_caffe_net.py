@@ -15,6 +15,7 @@ from torch import Tensor
 from attention_transfer import Taps, attention_map
 from attention_transfer.caffe import Net, fusion
 from attention_transfer.caffe.prototxt import parse_net
+from attention_transfer.caffe.schema import ParamSpec
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "caffe"
 KINDS = ("layers", "attention", "nets")
@@ -363,3 +364,22 @@ def test_a_label_out_of_range_is_named() -> None:
     net = net_of(source("x", 2, 3) + source("label", 2) + layer("SoftmaxWithLoss", "x label", "loss"))
     with pytest.raises(ValueError, match="expected labels from 0 to 2, got 0 to 3"):
         net({"x": torch.zeros(2, 3), "label": torch.tensor([0.0, 3.0])})
+
+
+def test_shared_statistics_stay_shared_in_another_precision() -> None:
+    text = source("x0") + source("x1") + layer("BatchNorm", "x0", "y0") + layer("BatchNorm", "x1", "y1")
+    spec = parse_net(text)
+    for one in spec.layer[2:]:  # three specs in a prototxt are dropped on reading
+        one.param.extend(ParamSpec(name=name, lr_mult=0) for name in "abc")
+    net = Net(spec, phase="TRAIN").double()
+    net({name: torch.randn(2, 3, 4, 5) for name in ("x0", "x1")})
+    assert net.params["y0"][2] is net.params["y1"][2]
+    assert float(net.params["y0"][2]) == pytest.approx(1.999)
+
+
+def test_a_constant_power_sends_back_nothing() -> None:
+    net = net_of(source() + layer("Power", "x", "y", "loss_weight: 1 power_param { power: 0 }"))
+    x = torch.randn(2, 3, 4, 5, requires_grad=True)
+    assert torch.equal(net({"x": x})["y"], torch.ones(2, 3, 4, 5))
+    net.loss.backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))

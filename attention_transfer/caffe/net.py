@@ -117,6 +117,7 @@ class Net(nn.Module):
         for layer in self.layers:
             layer.fill_blobs()
             self._modules[_module_name(layer.name, self._modules)] = layer
+        self._ties: list[tuple[Layer, int, Layer, int]] = []
         self.learnable = self._share_and_list()
         self._freeze()
         self._branches = fusable(self.layers, self._wiring, self._weights, self._shapes)
@@ -378,6 +379,8 @@ class Net(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Net:
         super()._apply(fn, recurse)
+        for layer, index, owner, place in self._ties:  # a buffer has become two
+            layer.share_blob(index, owner, place)
         if self.dtype == torch.float64:
             for layer in self.layers:
                 layer.restore_wide()
@@ -402,7 +405,7 @@ class Net(nn.Module):
             specs = layer.blob_specs()
             for index, spec in enumerate(specs):
                 if spec.name and spec.name in named:
-                    _share(named[spec.name], layer, index, spec)
+                    self._ties.append(_share(named[spec.name], layer, index, spec))
                     continue
                 entry = Learnable(layer, index, spec.lr_mult, spec.decay_mult)
                 learnable.append(entry)
@@ -435,7 +438,7 @@ class _Shared:
     spec: Any  # the multipliers stated so far
 
 
-def _share(shared: _Shared, layer: Layer, index: int, spec: Any) -> None:
+def _share(shared: _Shared, layer: Layer, index: int, spec: Any) -> tuple[Layer, int, Layer, int]:
     owner, own = shared.entry.owner, layer.blobs[index]
     blob = shared.entry.tensor
     loose = spec.share_mode == spec.PERMISSIVE
@@ -452,7 +455,8 @@ def _share(shared: _Shared, layer: Layer, index: int, spec: Any) -> None:
             raise layer.error(f"one {multiplier} for the shared blob {spec.name!r}", got)
         setattr(shared.spec, multiplier, value)
         setattr(shared.entry, multiplier, value)
-    layer.share_blob(index, shared.entry.owner, shared.entry.index)
+    layer.share_blob(index, owner, shared.entry.index)
+    return layer, index, owner, shared.entry.index
 
 
 def _make_layer(spec: Any, phase: str) -> Layer:

@@ -149,8 +149,8 @@ class Power(Layer):
     def forward(self, x: Tensor) -> Tensor:
         param = self.spec.power_param
         if param.power * param.scale == 0:
-            # a tensor in the graph, whose gradient is 0
-            return torch.full_like(x, param.shift**param.power if param.power else 1.0) + x.detach() * 0
+            value = torch.full_like(x, param.shift**param.power if param.power else 1.0)
+            return with_slope(x, value, torch.zeros_like(x))
         if self.in_place:
             value = self._value(x)
             slope = self._slope(value, value)
