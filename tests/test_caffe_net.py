@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED
 from torch import Tensor
 
 from attention_transfer import Taps, attention_map
@@ -17,7 +18,7 @@ from attention_transfer.caffe import Net, fusion
 from attention_transfer.caffe.prototxt import parse_net
 from attention_transfer.caffe.schema import ParamSpec
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "caffe"
+REFERENCE = SHARED / "reference" / "caffe"
 KINDS = ("layers", "attention", "nets")
 CASES = [f"{kind}/{folder.name}" for kind in KINDS for folder in sorted((REFERENCE / kind).glob("*"))]
 

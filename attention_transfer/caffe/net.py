@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.caffemodel import (
+    MOST_ENTRIES,
     array_blob,
     blob_array,
     blob_shape,
@@ -487,7 +489,8 @@ def _set_up(layers: Sequence[Layer]) -> list[list[tuple[int, ...]]]:
 def _first_tops(layer: Layer, bottoms: list[Tensor]) -> tuple[Tensor, ...]:
     if not layer.bottoms:
         layer.setup()
-        return tuple(torch.empty(shape, device="meta") for shape in layer.shapes())
+        layer.check_specs()
+        return tuple(_countable(layer, shape) for shape in layer.shapes())
     try:
         layer.setup(*bottoms)
         layer.check_specs()
@@ -497,7 +500,13 @@ def _first_tops(layer: Layer, bottoms: list[Tensor]) -> tuple[Tensor, ...]:
         shapes = ", ".join(str(tuple(bottom.shape)) for bottom in bottoms)
         reason = str(error).strip().splitlines()[0]
         raise layer.error("bottoms that it can work on", shapes, f"PyTorch: {reason}") from None
-    return tops if isinstance(tops, tuple) else (tops,)
+    return tuple(_countable(layer, top.shape) for top in (tops if isinstance(tops, tuple) else (tops,)))
+
+
+def _countable(layer: Layer, shape: Sequence[int]) -> Tensor:
+    if math.prod(shape) > MOST_ENTRIES:
+        raise layer.error(f"tops of at most {MOST_ENTRIES} entries", f"the shape {tuple(shape)}")
+    return torch.empty(tuple(shape), device="meta")
 
 
 def shapes_of(net: Any, phase: str = "TRAIN") -> dict[int, list[tuple[int, ...]]]:

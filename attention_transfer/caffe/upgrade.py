@@ -95,7 +95,7 @@ def _upgrade_transformation(layer: Any) -> None:
 
 def _upgrade_inputs(net: Any, user: str) -> None:
     given = len(net.input_dim) // 4 if net.input_dim else len(net.input_shape)
-    if given and (given != len(net.input) or len(net.input_dim) % 4):
+    if len(net.input_dim) % 4 or (given and given != len(net.input)):
         raise ValueError(
             f"{user}: expected one input_shape, or four input_dim, for each of {len(net.input)} `input`, got "
             f"{len(net.input_shape)} input_shape and {len(net.input_dim)} input_dim."

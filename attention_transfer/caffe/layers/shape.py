@@ -146,7 +146,9 @@ class Tile(Layer):
         param = self.spec.tile_param
         if param.tiles < 1:
             raise self.error("tiles of 1 or more", param.tiles)
-        return torch.cat([x] * param.tiles, self.axis(param.axis, x))
+        times = [1] * x.dim()
+        times[self.axis(param.axis, x)] = param.tiles
+        return x.repeat(times)
 
 
 @register("Permute")
