@@ -29,12 +29,17 @@ def select(net: Any, phase: str, level: int = 0, stages: Collection[str] = ()) -
     selected = schema.NetParameter()
     selected.CopyFrom(net)
     del selected.layer[:]
-    selected.layer.extend(layer for layer in net.layer if _is_in(layer, state))
+    selected.layer.extend(layer for layer in net.layer if is_in(layer, state))
     selected.state.CopyFrom(state)
     return selected
 
 
-def _is_in(layer: Any, state: Any) -> bool:
+def is_in(layer: Any, state: Any) -> bool:
+    """Whether a layer's rules include it in a net of this NetState.
+
+    Raises:
+        ValueError: if it has both `include` and `exclude` rules.
+    """
     if layer.include and layer.exclude:
         raise ValueError(f"Net: layer {layer.name!r}: expected include or exclude rules, got both.")
     if layer.include:

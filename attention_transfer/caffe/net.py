@@ -526,7 +526,7 @@ def shapes_of(net: Any, phase: str = "TRAIN") -> dict[int, list[tuple[int, ...]]
         try:
             layer = _make_layer(schema.LayerParameter.FromString(spec.SerializeToString()), phase)
             tops = _first_tops(layer, [known[name] for name in layer.bottoms])
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, IndexError, OSError, ImportError):
             for name in spec.top:
                 known.pop(name, None)
             continue

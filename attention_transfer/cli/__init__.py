@@ -1,6 +1,7 @@
 """The command `attention-transfer`: one verb a job, one file a verb, each composed of the package's rooms.
 
-Exit status: 0; 2 for bad input, with one line on stderr; 130 on Ctrl-C, with the work saved.
+Exit status: 0; 1 where `caffe check` found something; 2 for bad input, with one line on stderr; 130 on
+Ctrl-C, with the work saved.
 
 What takes long to import, torch above all, a verb imports where it is needed, after its flags are read: help
 and the answer to a bad flag come at once.
@@ -58,10 +59,9 @@ def _dispatch(arguments: list[str]) -> int:
     if verb not in VERBS:
         raise UsageError(f"unknown verb {verb!r}. {suggest(verb, VERBS)}")
     try:
-        importlib.import_module(f"{__name__}.{verb}").run(rest)
+        return importlib.import_module(f"{__name__}.{verb}").run(rest) or 0
     except SystemExit as done:  # argparse leaves this way after --help
         return int(done.code or 0)
-    return 0
 
 
 def _overview() -> str:

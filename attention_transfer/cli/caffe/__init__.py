@@ -15,14 +15,15 @@ VERBS = {
 }
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> int | None:
+    """Run one verb; the exit status, where it is not 0 by itself."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, VERBS))
         print(f"usage: {PROGRAM} caffe VERB [flags]\n\nAttention transfer for Caffe's nets.\n")
         print(*(f"  {name.ljust(width)}  {summary}" for name, summary in VERBS.items()), "", sep="\n")
         print(f"`{PROGRAM} caffe VERB --help` lists a verb's flags.")
-        return
+        return None
     verb, *rest = arguments
     if verb not in VERBS:
         raise UsageError(f"caffe: unknown verb {verb!r}. {suggest(verb, VERBS)}")
-    importlib.import_module(f"{__name__}.{verb}").run(rest)
+    return importlib.import_module(f"{__name__}.{verb}").run(rest)

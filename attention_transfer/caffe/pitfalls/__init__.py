@@ -1,0 +1,151 @@
+"""Finding what is wrong with an attention transfer net before Caffe does, or does not, tell.
+
+The rules are in `layers.py` (nets of any kind), `branches.py` (the attention maps) and `teachers.py`; each
+looks at structure, never at names, and stands in one table under the pitfall's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from attention_transfer.caffe import prototxt as files
+from attention_transfer.caffe import schema
+from attention_transfer.caffe.net import shapes_of
+from attention_transfer.caffe.pitfalls import branches, layers, teachers  # noqa: F401 (they enter their rules)
+from attention_transfer.caffe.pitfalls.rules import RULES, Blame, Case
+from attention_transfer.caffe.pitfalls.spelling import Misspelt, parse_leniently
+from attention_transfer.caffe.schema import text_format
+from attention_transfer.caffe.structure import Graph, with_known_sizes
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with a net.
+
+    Attributes:
+        pitfall: its short name.
+        layers: the names of the layers to blame, in the order of the net.
+        line: where in the file the first of them begins, or, for a misspelt field, where that stands.
+        message: what real Caffe does about it.
+        mend: how to repair it.
+    """
+
+    pitfall: str
+    layers: list[str]
+    line: int
+    message: str
+    mend: str
+
+
+def check(prototxt: str | PathLike[str] | Any, solver: str | PathLike[str] | Any = None) -> list[Finding]:
+    """What is wrong with a net for attention transfer; nothing for a clean one.
+
+    The phases TRAIN and TEST are looked at, in the states that the solver names too. Shapes are inferred
+    where the sizes of the data are known; the pitfalls that need them are not found elsewhere. What only
+    the data or the intention tell, such as activations too small for Normalize's eps, is not found.
+
+    Args:
+        prototxt: a path, or a NetParameter, whose lines are those of its own text form.
+        solver: a path or a SolverParameter. Without one, weight decay is assumed.
+
+    Raises:
+        ValueError: if a file does not parse (an unknown field is a finding), or in each phase a layer reads a
+            blob that nothing writes.
+        OSError: if a file cannot be read.
+    """
+    text, source = _text(prototxt)
+    net, unknown = parse_leniently(text, source)
+    lines = _lines(text, net)
+    found = [_misspelt(net, lines, fields) for fields in _by_name(unknown)]
+    cases = list(_cases(net, _read_solver(solver), source))
+    for name, rule in RULES.items():
+        blames = [blame for case in cases if (blame := rule(case))]
+        if blames:
+            found.append(_finding(name, blames, lines))
+    return sorted(found, key=lambda finding: finding.line)
+
+
+def _text(net: str | PathLike[str] | Any) -> tuple[str, str]:
+    """The text of a net, and where it comes from."""
+    if isinstance(net, schema.NetParameter):
+        return text_format.MessageToString(net), "the net"
+    return files.read_text(net, "check"), str(net)
+
+
+def _read_solver(solver: str | PathLike[str] | Any) -> Any:
+    if solver is None or isinstance(solver, schema.SolverParameter):
+        return solver
+    return files.read_solver(solver)
+
+
+def _lines(text: str, net: Any) -> list[int]:
+    """The line of each layer; an Input layer that stands for old `input` fields begins on the first."""
+    lines = files.layer_lines(text)
+    return [1] * (len(net.layer) - len(lines)) + lines
+
+
+def _cases(net: Any, solver: Any, source: str) -> Iterator[Case]:
+    """The net in the phases in which it holds together.
+
+    Raises:
+        ValueError: if it does so in none.
+    """
+    cases = [_case(net, state, solver) for state in _states(solver)]
+    whole = [case for case in cases if not case.graph.unwritten]
+    if not whole:
+        layer, name = cases[0].graph.unwritten[0]
+        raise ValueError(
+            f"check: {source}: expected bottoms that earlier layers write, got {name!r} in layer "
+            f"{layer.name!r} ({layer.type}). Caffe stops there: unknown bottom blob."
+        )
+    yield from whole
+
+
+def _states(solver: Any) -> Iterator[Any]:
+    """The states in which a solver builds the net."""
+    given = [] if solver is None else [(schema.TRAIN, solver.train_state)]
+    given += [] if solver is None else [(schema.TEST, state) for state in solver.test_state]
+    for phase, stated in [*given, (schema.TRAIN, schema.NetState()), (schema.TEST, schema.NetState())]:
+        state = schema.NetState(phase=phase)
+        state.MergeFrom(stated)
+        state.phase = phase
+        yield state
+
+
+def _case(net: Any, state: Any, solver: Any) -> Case:
+    phased = schema.NetParameter()
+    phased.CopyFrom(net)
+    phased.state.MergeFrom(state)
+    train = state.phase == schema.TRAIN
+    shapes = shapes_of(with_known_sizes(phased), "TRAIN" if train else "TEST")
+    return Case(Graph(phased), train, shapes, solver)
+
+
+def _finding(name: str, blames: list[Blame], lines: list[int]) -> Finding:
+    nodes = {node.index: node.name for blame in reversed(blames) for node in blame.nodes}
+    order = sorted(nodes)
+    names = list(dict.fromkeys(nodes[index] for index in order))
+    return Finding(name, names, lines[order[0]], blames[0].message, blames[0].mend)
+
+
+def _by_name(unknown: list[Misspelt]) -> list[list[Misspelt]]:
+    fields: dict[tuple[str, str], list[Misspelt]] = {}
+    for field in unknown:
+        fields.setdefault((field.message, field.name), []).append(field)
+    return list(fields.values())
+
+
+def _misspelt(net: Any, lines: list[int], fields: list[Misspelt]) -> Finding:
+    first = fields[0]
+    before = len(lines) - len(net.layer)
+    indices = [field.layer for field in fields if field.layer is not None]
+    names = list(dict.fromkeys(net.layer[index - before].name for index in indices))
+    places = f"layer{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}" if names else "the net"
+    message = (
+        f"Caffe stops while it reads the file: in {places}, {first.message} has no field {first.name!r}."
+    )
+    mend = f"Did you mean {first.near}?" if first.near else "Take it out, or look its name up in caffe.proto."
+    return Finding("unknown_field", names, first.line, message, mend)

@@ -1,0 +1,29 @@
+"""`attention-transfer caffe check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from attention_transfer.cli.caffe import VERBS
+from attention_transfer.cli.parsing import PROGRAM, parse, verb_parser
+
+
+def run(arguments: list[str]) -> int:
+    """Print what is wrong; the exit status is 1 if something is."""
+    parser = verb_parser(
+        "caffe check",
+        f"{PROGRAM} caffe check at_train.prototxt --solver at_train_solver.prototxt",
+        VERBS["check"],
+    )
+    parser.add_argument("net", type=Path, help="The net's prototxt.")
+    parser.add_argument("--solver", type=Path, help="The solver's prototxt.")
+    flags = parse(parser, arguments)
+    from attention_transfer.caffe import check
+
+    findings = check(flags.net, solver=flags.solver)
+    for finding in findings:
+        print(f"{flags.net}:{finding.line}: {finding.pitfall}: {', '.join(finding.layers)}")
+        print(f"  {finding.message}", f"  Mend: {finding.mend}", "", sep="\n")
+    if not findings:
+        print(f"{flags.net}: nothing found")
+    return 1 if findings else 0
