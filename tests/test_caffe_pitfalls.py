@@ -679,7 +679,7 @@ def test_fields_that_do_not_exist_are_told_apart(tmp_path: Path) -> None:
     path.write_text(
         "force_backwards: false\n"
         'layer { name: "x" type: "Input" top: "x" zz < a: \'b\' "c" > input_param { shape { dims: [1] } } }\n'
-        'layer { name: "c" type: "Convolution" bottom: "x" top: "c" zzz { outputs: -3 } kernel: 3 }'
+        'layer { name: "c" type: "Convolution" bottom: "x" top: "c" zz { outputs: -3 } kernel: 3 }'
     )
     fields = [finding for finding in check(path) if finding.pitfall == "unknown_field"]
     places = [(1, []), (2, ["x", "c"]), (2, ["x"]), (3, ["c"])]
