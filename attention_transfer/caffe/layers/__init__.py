@@ -8,6 +8,7 @@ from attention_transfer.caffe.layers import (
     activation,
     arithmetic,
     convolution,
+    data,
     loss,
     normalization,
     pooling,
@@ -18,8 +19,8 @@ from attention_transfer.caffe.layers import (
 from attention_transfer.caffe.layers.base import REGISTRY, Layer
 
 __all__ = [
-    "REGISTRY", "Layer", "activation", "arithmetic", "convolution", "layer_class", "loss", "normalization",
-    "pooling", "python", "score", "shape",
+    "REGISTRY", "Layer", "activation", "arithmetic", "convolution", "data", "layer_class", "loss",
+    "normalization", "pooling", "python", "score", "shape",
 ]  # fmt: skip
 
 
