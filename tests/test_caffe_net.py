@@ -384,3 +384,46 @@ def test_a_constant_power_sends_back_nothing() -> None:
     assert torch.equal(net({"x": x})["y"], torch.ones(2, 3, 4, 5))
     net.loss.backward()
     assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+# ---------------------------------------------------------------------------------------- pooling by hand
+
+
+def pooled_by_hand(x: np.ndarray, k: list[int], s: list[int], p: list[int], largest: bool) -> np.ndarray:
+    """Caffe's windows one by one, over an array (h, w)."""
+    counts = []
+    for size, kernel, stride, pad in zip(x.shape, k, s, p, strict=True):
+        count = -(-(size + 2 * pad - kernel) // stride) + 1
+        counts.append(count - 1 if (any(p) and (count - 1) * stride >= size + pad) else count)
+    result = np.empty(counts)
+    for i in range(counts[0]):
+        for j in range(counts[1]):
+            start = [i * s[0] - p[0], j * s[1] - p[1]]
+            end = [min(start[a] + k[a], x.shape[a] + p[a]) for a in (0, 1)]
+            area = (end[0] - start[0]) * (end[1] - start[1])
+            rows, columns = (slice(max(start[a], 0), min(end[a], x.shape[a])) for a in (0, 1))
+            inside = x[rows, columns]
+            result[i, j] = inside.max(initial=np.finfo(np.float32).min) if largest else inside.sum() / area
+    return result
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_pooling_has_caffes_windows(seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    k, hw = chance.integers(1, 5, 2).tolist(), chance.integers(4, 9, 2).tolist()
+    s, p = [chance.integers(1, 4).item() for _ in k], [chance.integers(0, size).item() for size in k]
+    x = chance.normal(size=hw)
+    for kind in ("MAX", "AVE"):
+        with np.errstate(all="ignore"):
+            want = pooled_by_hand(x, k, s, p, kind == "MAX")
+        assume = np.isfinite(want).all()  # a mean over nothing is no number
+        param = " ".join(
+            f"{name}_h: {value[0]} {name}_w: {value[1]}"
+            for name, value in (("kernel", k), ("stride", s), ("pad", p))
+        )
+        text = source("x", 1, 1, *hw) + layer(
+            "Pooling", "x", "y", f"pooling_param {{ pool: {kind} {param} }}"
+        )
+        if min(want.shape) > 0 and assume:
+            got = net_of(text).double()({"x": torch.from_numpy(x)[None, None]})["y"]
+            np.testing.assert_allclose(got[0, 0].numpy(), want, rtol=1e-12)

@@ -21,8 +21,8 @@ Pair = tuple[int, int]
 class Pooling(Layer):
     """The largest or the mean value of each window; a second top holds the place of the largest.
 
-    The number of windows is rounded up, and with padding a last one that would start beyond image and left
-    padding is dropped. A mean divides by the window's area within image and padding.
+    The number of windows is rounded up, and with padding along either axis a last one that would start beyond
+    image and left padding is dropped. A mean divides by the window's area within image and padding.
     """
 
     tops_expected = (1, 2)
@@ -51,7 +51,8 @@ class Pooling(Layer):
             kernel, stride = hw, (1, 1)
         else:
             kernel, stride = self.kernel, self.stride
-        sizes = [_windows(*axis) for axis in zip(hw, kernel, stride, self.pad, strict=True)]
+        axes = zip(hw, kernel, stride, self.pad, strict=True)
+        sizes = [_windows(*axis, clip=any(self.pad)) for axis in axes]
         plain = all(_is_plain(*axis) for axis in zip(hw, kernel, stride, self.pad, sizes, strict=True))
         if self.spec.pooling_param.pool == AVE:
             return self._mean(x, kernel, stride, sizes, plain)
@@ -94,14 +95,18 @@ class Pooling(Layer):
         return (end - start).to(x.dtype)
 
 
-def _windows(size: int, kernel: int, stride: int, pad: int) -> int:
+def _windows(size: int, kernel: int, stride: int, pad: int, *, clip: bool) -> int:
     count = math.ceil((size + 2 * pad - kernel) / stride) + 1
-    return count - 1 if pad and (count - 1) * stride >= size + pad else count
+    return count - 1 if clip and (count - 1) * stride >= size + pad else count
 
 
 def _is_plain(size: int, kernel: int, stride: int, pad: int, count: int) -> bool:
-    """Whether torch's own ceil_mode makes the same windows."""
-    return 2 * pad <= kernel and (count - 1) * stride < size + pad and size + 2 * pad >= kernel
+    """Whether torch's own ceil_mode, which always drops such a window, makes the same ones."""
+    return (
+        2 * pad <= kernel
+        and count == _windows(size, kernel, stride, pad, clip=True)
+        and size + 2 * pad >= kernel
+    )
 
 
 def _pair(layer: Layer, param: Any, name: str, square: str) -> Pair:
