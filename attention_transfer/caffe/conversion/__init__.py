@@ -1,0 +1,177 @@
+"""Caffe's nets as PyTorch source with safetensors, and ONNX; and weights as a caffemodel again."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import torch as safetensors_torch
+from torch import Tensor, nn
+
+from attention_transfer._files import write_atomically
+from attention_transfer.caffe.caffemodel import read_caffemodel
+from attention_transfer.caffe.conversion.back import to_caffemodel as to_caffemodel
+from attention_transfer.caffe.conversion.export import agree, as_tuple, export_onnx
+from attention_transfer.caffe.conversion.plan import Plan, make_plan
+from attention_transfer.caffe.conversion.source import Source, state_of, write_source
+from attention_transfer.caffe.net import Net, Phase
+
+File = str | PathLike[str]
+
+SOURCE, WEIGHTS, ONNX = "model.py", "model.safetensors", "model.onnx"
+
+
+class GradientWarning(UserWarning):
+    """Caffe's backward pass of a layer is not the derivative, which PyTorch takes."""
+
+
+@dataclass
+class Conversion:
+    """A converted net.
+
+    Attributes:
+        folder: where its files are.
+        source: what was written; `model` the module, with its weights.
+    """
+
+    folder: Path
+    source: Source
+    model: nn.Module
+
+    def differences(self) -> list[str]:
+        """For each way in which Caffe's gradient is another one, a line that names the layers."""
+        return [
+            f"convert: Caffe's own gradient differs in {_listed(layers)}: {reason}."
+            for reason, layers in self.source.differing.items()
+        ]
+
+
+def convert(
+    prototxt: File | Any,
+    weights: File | Any,
+    folder: File,
+    *,
+    phase: Phase = "TEST",
+    output: str | Sequence[str] = (),
+    onnx: bool = False,
+) -> Path:
+    """Write a net as a PyTorch module: `model.py`, readable source, and `model.safetensors`.
+
+    The source needs torch and safetensors, not this package: `model.load()` gives the module in evaluation
+    mode. A net of one output gives its tensor, one of several a dict. Losses, accuracies, and what only makes
+    their labels are left out. In float32, or in float64 if the weights are doubles.
+
+    Args:
+        prototxt: path of a net, or a NetParameter.
+        weights: path of a .caffemodel, a NetParameter, or several.
+        folder: where to write; made if it is not there. Former files are replaced.
+        phase: which layers are in.
+        output: the blobs to give, and with them which layers are needed; by default, all that no layer but a
+            loss reads.
+        onnx: also write `model.onnx`, with a free batch size, and compare it with the module in onnxruntime.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: if the net cannot be built or converted, in one line that names the layer; or if what
+            was written does not compute the same as the net.
+        OSError: if a file cannot be read or written.
+        ImportError: if `onnx` is asked for and its packages are missing.
+    """
+    done = convert_net(prototxt, weights, folder, phase=phase, output=output, onnx=onnx)
+    for line in done.differences():
+        warnings.warn(line, GradientWarning, stacklevel=2)
+    return done.folder
+
+
+def convert_net(
+    prototxt: File | Any,
+    weights: File | Any,
+    folder: File,
+    *,
+    phase: Phase = "TEST",
+    output: str | Sequence[str] = (),
+    onnx: bool = False,
+) -> Conversion:
+    """Like `convert`, without warnings."""
+    net = _read(prototxt, weights, phase)
+    plan = make_plan(net, [output] if isinstance(output, str) else output)
+    source = write_source(plan, net.dtype)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / SOURCE, source.text)
+    model = _instance(folder / SOURCE, source, net.dtype)
+    write_atomically(folder / WEIGHTS, _packed(model))
+    examples = _examples(plan, net.dtype)
+    _compare(plan, source, model, examples)
+    if onnx:
+        inputs = dict(zip(source.inputs, examples, strict=True))
+        export_onnx(model, inputs, source.outputs, folder / ONNX)
+    return Conversion(folder, source, model)
+
+
+def _read(prototxt: Any, weights: Any, phase: Phase) -> Net:
+    net = Net(prototxt, phase=phase)
+    given = weights if isinstance(weights, (list, tuple)) else [weights]
+    stored = [read_caffemodel(each) if isinstance(each, (str, PathLike)) else each for each in given]
+    net.load(stored)
+    doubles = any(blob.double_data for each in stored for layer in each.layer for blob in layer.blobs)
+    known = {layer.name for each in stored for layer in each.layer}
+    if missing := [name for name in net.params if name not in known]:
+        warnings.warn(f"convert: no weights for {_listed(missing)}: they start from fillers.", stacklevel=4)
+    return net.double() if doubles else net
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = [repr(name) for name in names[:6]]
+    return ", ".join(shown) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _instance(path: Path, source: Source, dtype: torch.dtype) -> nn.Module:
+    spec = importlib.util.spec_from_file_location("converted", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    exec(compile(source.text, str(path), "exec"), module.__dict__)  # not by its loader, which would cache
+    model = getattr(module, source.name)().to(dtype)
+    own = model.state_dict()
+    state = {key: value.reshape(own[key].shape) for key, value in state_of(source).items()}
+    model.load_state_dict({**own, **state})
+    return model.eval()
+
+
+def _packed(model: nn.Module) -> bytes:
+    """The state dict as safetensors; shared parameters in full under each name."""
+    return safetensors_torch.save({key: value.clone() for key, value in model.state_dict().items()})
+
+
+def _examples(plan: Plan, dtype: torch.dtype) -> list[Tensor]:
+    """Random inputs of the declared shapes."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [plan.shape(version) for version in plan.inputs]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+@torch.no_grad()
+def _compare(plan: Plan, source: Source, model: nn.Module, examples: Sequence[Tensor]) -> None:
+    plan.net.eval()
+    blobs = dict(zip(plan.inputs, examples, strict=True))
+    for index in plan.layers:
+        layer = plan.net.layers[index]
+        tops = layer(*(blobs[version] for version in plan.wiring.sources[index]))
+        for top, value in enumerate(tops if isinstance(tops, tuple) else (tops,)):
+            blobs[index, top] = value
+    tolerance = 1e-4 if plan.net.dtype == torch.float32 else 1e-9
+    got = as_tuple(model(*examples))
+    for mine, version in zip(got, plan.outputs, strict=True):
+        if not agree(mine, blobs[version], tolerance):
+            raise ValueError(
+                f"convert: expected the module to give the net's {plan.name(version)!r}, got other numbers "
+                f"in {source.name}. Please report the prototxt: this is a bug."
+            )

@@ -1,0 +1,130 @@
+"""Which layers of a net a converted module has: those that its outputs need, and no losses."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from attention_transfer.caffe.graph import Version, Wiring, connect
+from attention_transfer.caffe.layers import Layer
+from attention_transfer.caffe.layers.loss import Loss
+from attention_transfer.caffe.net import Net
+
+SCORES = ("Accuracy",)
+
+
+@dataclass
+class Plan:
+    """What is converted of a net.
+
+    Attributes:
+        layers: places of the layers that compute, in order.
+        inputs, outputs: the blobs that come in and go out, each as the layer and top that make it.
+        dropped: places of the layers that are left out.
+    """
+
+    net: Net
+    wiring: Wiring
+    layers: list[int]
+    inputs: list[Version]
+    outputs: list[Version]
+    dropped: list[int]
+
+    def name(self, version: Version) -> str:
+        """The name of a blob."""
+        return self.net.layers[version[0]].tops[version[1]]
+
+    def shape(self, version: Version) -> tuple[int, ...]:
+        """The shape of a blob, for the declared batch."""
+        return self.net.shapes[self.name(version)]
+
+
+def make_plan(net: Net, wanted: Sequence[str] = ()) -> Plan:
+    """Choose the layers that the blobs `wanted` need; by default, all blobs that no layer but a loss reads.
+
+    Raises:
+        ValueError: if a blob is unknown, or is or depends on a loss; or if nothing is left.
+    """
+    layers, wiring = net.layers, connect(net.layers)
+    losses = _losses(net, wiring, weighted=not wanted)
+    outputs = _find(net, wiring, wanted, losses) if wanted else _ends(layers, wiring, losses)
+    if not outputs:  # sums with a loss weight are losses only beside something else
+        outputs = _ends(layers, wiring, _losses(net, wiring, weighted=False))
+    needed = sorted(set().union(*(wiring.ancestors(layer) for layer, _ in outputs)))
+    computing = [i for i in needed if not _is_source(layers[i])]
+    inputs = list(dict.fromkeys(source for i in computing for source in wiring.sources[i]))
+    dropped = [i for i in range(len(layers)) if i not in needed]
+    sources = [version for version in inputs if _is_source(layers[version[0]])]
+    if not computing:
+        raise ValueError(
+            "convert: expected layers that compute something besides losses, got none in "
+            f"{net.proto.name or 'the net'!r}. Is it the right phase?"
+        )
+    return Plan(net, wiring, computing, sources, outputs, dropped)
+
+
+def _is_source(layer: Layer) -> bool:
+    return not layer.bottoms
+
+
+def _losses(net: Net, wiring: Wiring, *, weighted: bool) -> set[int]:
+    """Losses and scores, and what depends on them; with `weighted`, also other sums with a loss weight."""
+    weights, shapes = net.loss_weights if weighted else {}, net.shapes
+    found: set[int] = set()
+    for index, layer in enumerate(net.layers):
+        counted = [name for name in layer.tops if weights.get(name)]
+        if (
+            isinstance(layer, Loss)
+            or layer.type in SCORES
+            or (layer.type == "Python" and layer.spec.python_param.layer == "AttentionLoss")
+            or (counted and all(shapes[name] == () for name in counted))
+            or any(source in found for source, _ in wiring.sources[index])
+        ):
+            found.add(index)
+    return found
+
+
+def _ends(layers: Sequence[Layer], wiring: Wiring, losses: set[int]) -> list[Version]:
+    """The blobs that only losses read, but for those that are silenced, or make labels without weights."""
+    silent = {index for index, layer in enumerate(layers) if layer.type == "Silence"}
+    labels: set[int] = set()
+    ends: list[Version] = []
+    for index in reversed(range(len(layers))):
+        if index in losses or index in silent or _is_source(layers[index]):
+            continue
+        tops = [(index, top) for top in range(len(layers[index].tops))]
+        uses = [use for version in tops for use in wiring.uses[version]]
+        if uses and all(user in silent for user, _ in uses):
+            silent.add(index)
+            continue
+        made_of_weights = any(layers[i].blobs for i in wiring.ancestors(index))
+        for_labels = uses and all(use[0] in labels or _is_label(layers, losses, use) for use in uses)
+        if for_labels and not made_of_weights:
+            labels.add(index)
+            continue
+        ends += [version for version in tops if all(user in losses for user, _ in wiring.uses[version])]
+    return sorted(ends)
+
+
+def _is_label(layers: Sequence[Layer], losses: set[int], use: tuple[int, int]) -> bool:
+    user, bottom = use
+    return user in losses and bottom > 0 and layers[user].bottoms_expected == (2, 2)
+
+
+def _find(net: Net, wiring: Wiring, wanted: Sequence[str], losses: set[int]) -> list[Version]:
+    known = [name for name, (index, _) in wiring.last.items() if not _is_source(net.layers[index])]
+    found = []
+    for name in dict.fromkeys(wanted):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known[-8:])}."
+            raise ValueError(f"convert: expected a blob of the net as output, got {name!r}. {hint}")
+        layer = net.layers[wiring.last[name][0]]
+        if wiring.last[name][0] in losses:
+            raise ValueError(
+                f"convert: expected an output that needs no loss or labels, got {name!r} of the layer "
+                f"{layer.name!r} ({layer.type}). Name the blob that it is computed from."
+            )
+        found.append(wiring.last[name])
+    return found
