@@ -1,4 +1,4 @@
-"""Tables as aligned plain text."""
+"""Plain text: aligned tables, and lengths of time."""
 
 from __future__ import annotations
 
@@ -18,3 +18,11 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, number
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(cells[0]), line(["-" * width for width in widths]), *map(line, cells[1:])])
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "40 s", "3 min" or "2 h 10 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -18,10 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from attention_transfer.caffe import Net, schema
-from attention_transfer.caffe.caffemodel import array_blob, write_binary
+from attention_transfer.caffe.caffemodel import array_blob, read_mean, write_binary
 from attention_transfer.caffe.layers.data import resize
 from attention_transfer.caffe.prototxt import parse_net
-from attention_transfer.caffe.records import decode_image
+from attention_transfer.caffe.records import decode_image, open_database
+from attention_transfer.cli import main
+from attention_transfer.data import load_data
 
 
 def write_lmdb(path: Path, records: Iterable[Any]) -> Path:
@@ -423,3 +425,72 @@ def test_hdf5_without_a_data_set_names_those_it_has(hdf5: Path) -> None:
     text = layer_text("HDF5Data", f'hdf5_data_param {{ source: "{hdf5 / "list.txt"}" batch_size: 1 }}')
     with pytest.raises(ValueError, match=r"none for a, b\. The file has data, label, other"):
         net_of(text)
+
+
+# ------------------------------------------------------------------------------------------------ caffe lmdb
+
+
+def write(*arguments: object) -> int:
+    return main(["caffe", "lmdb", *map(str, arguments)])
+
+
+def test_command_writes_real_cifar(
+    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, mean = tmp_path / "made" / "test.lmdb", tmp_path / "mean.binaryproto"
+    options = ["--root", shared_data, "--split", "test", "--limit", 2500, "--keep-order", "--mean", mean]
+    assert write("--data", "cifar10", *options, "-o", out) == 0
+    printed = capsys.readouterr().out
+    assert f"{out}: 2,500 images of 3 x 32 x 32 (c, h, w), 10 classes" in printed
+    assert "mean_value: 113.86 mean_value: 122.94 mean_value: 125.28" in printed
+    known = load_data("cifar10", root=shared_data, validation=0).test
+    images, labels = take(data_net(out, 500), 5)
+    assert torch.equal(labels.long(), known.labels[:2500])
+    assert torch.equal(images.flip(1).to(torch.uint8), known.images[:2500])
+    np.testing.assert_allclose(read_mean(mean), images.double().mean(0), rtol=1e-6)
+    keys = open_database(str(out)).keys
+    assert keys[0] == b"00000000" and keys[-1] == b"00002499"
+    assert sorted(path.name for path in out.iterdir()) == ["data.mdb"]
+
+
+def test_command_pads_with_the_mean_colour_and_shuffles(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attention_transfer.cli.caffe.lmdb.FIRST_SIZE", 1 << 16)  # so that the map must grow
+    plain, padded, other = (tmp_path / name for name in ("plain", "padded", "other"))
+    data = ["--data", image_folder, "--split", "train"]
+    assert write(*data, "-o", plain) == write(*data, "-o", padded, "--pad", 2) == 0
+    assert write(*data, "-o", other, "--seed", 1) == 0
+    (images, labels), (bordered, same) = (take(data_net(path, 48)) for path in (plain, padded))
+    assert torch.equal(bordered[:, :, 2:-2, 2:-2], images) and torch.equal(labels, same)
+    background = images.mean((0, 2, 3)).round()
+    assert torch.equal(bordered[:, :, 0, 5], background.expand(48, 3))
+    assert not torch.equal(take(data_net(other, 48))[1], labels)
+    assert sorted(labels.tolist()) == [0.0] * 16 + [1.0] * 16 + [2.0] * 16
+    assert labels.tolist() != sorted(labels.tolist())
+    first = images[labels == 0].mean((0, 2, 3))  # bright in the first of red, green, blue
+    assert first[2] > first[0] + 100
+
+
+def test_command_overwrites_nothing_and_leaves_no_half(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    call = ["--data", image_folder, "--split", "test", "-o", out]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("attention_transfer.cli.caffe.lmdb._put", interrupt)
+        assert write(*call) == 130
+    assert not list(tmp_path.iterdir())
+    assert write(*call) == 0
+    before = (out / "data.mdb").read_bytes()
+    assert write(*call) == 2
+    assert f"{out} exists, so it stays" in capsys.readouterr().err
+    assert (out / "data.mdb").read_bytes() == before
+    assert write("--data", image_folder, "--split", "val", "-o", tmp_path / "x") == 2
+    assert write("--data", tmp_path / "nowhere", "--split", "test", "-o", tmp_path / "x") == 2
+    assert write(*call[:-1], tmp_path / "x", "--pad", -1) == 2
+    assert capsys.readouterr().err.count("\n") == 3

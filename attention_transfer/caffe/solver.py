@@ -44,6 +44,7 @@ class Solver:
         param: the SolverParameter.
         net, test_nets: the nets, which share their parameters.
         iteration: how many iterations are done.
+        tested: the iteration before which the last test was, and its scores.
         seed: of all random draws; `random_seed`, or drawn from torch's generator.
         say: takes each line of `display` and of the tests; prints it at first.
         watch: called with the solver after each iteration, before its snapshot.
@@ -75,11 +76,12 @@ class Solver:
         for source in starting_weights(self.param, folder) if weights is None else _several(weights):
             for net in (self.net, *self.test_nets):
                 net.load(source)
-        self.net.to(self._device())
+        self.net.to(_device(self.param))
         self._share()
         self._feeds = {id(self.net): _Cycle(feed)} if feed is not None else {}
         self._feeds |= {id(net): _Cycle(one) for net, one in zip(self.test_nets, test_feed, strict=False)}
         self.iteration = self._step = self._tests = 0
+        self.tested: tuple[int, list[dict[str, Value]]] = (-1, [])
         self._history: dict[int, list[Tensor]] = {}
         self._losses: dict[str, Tensor] = {}
         self._recent: deque[Tensor] = deque(maxlen=int(self.param.average_loss))
@@ -100,6 +102,11 @@ class Solver:
         return learning_rate(self.param, iteration, step, number)
 
     @property
+    def device(self) -> torch.device:
+        """Where the net is."""
+        return self.net._anchor.device
+
+    @property
     def loss(self) -> float:
         """Of the iteration last done: the mean over its `iter_size` batches, before the update.
 
@@ -111,9 +118,9 @@ class Solver:
         return self._recent[-1].item()
 
     @property
-    def loss_tensor(self) -> Tensor:
-        """`loss` where it was computed, without waiting for the device."""
-        return self._recent[-1]
+    def tensors(self) -> dict[str, Tensor]:
+        """`losses`, and `loss` under the name "", where they were computed: nothing waits for the device."""
+        return {"": self._recent[-1], **self._losses}
 
     @property
     def smoothed_loss(self) -> float:
@@ -142,6 +149,11 @@ class Solver:
         if not prefix:
             return file.with_suffix("")
         return Path(prefix) / file.stem if Path(prefix).is_dir() else Path(prefix)
+
+    def snapshot_path(self, suffix: str) -> Path:
+        """Where a snapshot after the iterations done goes: PREFIX_iter_NUMBER and the suffix."""
+        prefix = self.snapshot_prefix
+        return prefix.with_name(f"{prefix.name}_iter_{self.iteration}{suffix}")
 
     @property
     def snapshot_due(self) -> bool:
@@ -197,6 +209,7 @@ class Solver:
             shown = "  ".join(f"{name} {_shown(value)}" for name, value in scores[-1].items())
             self.say(f"iteration {self.iteration}  test net {index}: {shown}")
         self._tests += 1
+        self.tested = (self.iteration, scores)
         return scores
 
     def _test_one(self, net: Net, batches: int) -> dict[str, Value]:
@@ -217,7 +230,7 @@ class Solver:
     def _iterate(self) -> None:
         self.net.zero_grad(set_to_none=True)
         self._losses = {}
-        total = torch.zeros((), dtype=self.net.dtype, device=self._place())
+        total = torch.zeros((), dtype=self.net.dtype, device=self.device)
         with self._drawing(0):
             for _ in range(self.param.iter_size):
                 total = total + self._accumulate()
@@ -305,12 +318,8 @@ class Solver:
         Raises:
             OSError: if they cannot be written.
         """
-        prefix = self.snapshot_prefix
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        model, state_file = (
-            prefix.with_name(f"{prefix.name}_iter_{self.iteration}{suffix}")
-            for suffix in (".caffemodel", ".solverstate")
-        )
+        model, state_file = self.snapshot_path(".caffemodel"), self.snapshot_path(".solverstate")
+        model.parent.mkdir(parents=True, exist_ok=True)
         write_binary(self.net.to_caffemodel(), model)
         state = schema.SolverState(iter=self.iteration, learned_net=str(model), current_step=self._step)
         state.random_seed = self.seed
@@ -372,19 +381,11 @@ class Solver:
 
     # -------------------------------------------------------------------------- places, inputs, randomness
 
-    def _device(self) -> torch.device:
-        if self.param.solver_mode == self.param.GPU and torch.cuda.is_available():
-            return torch.device("cuda", min(self.param.device_id, torch.cuda.device_count() - 1))
-        return torch.device("cpu")
-
     def _share(self) -> None:
         """Let the test nets have the train net's parameters, wherever and whatever these are by now."""
         for net in self.test_nets:
-            net.to(self._place(), self.net.dtype)
+            net.to(self.device, self.net.dtype)
             net.share(self.net)
-
-    def _place(self) -> torch.device:
-        return self.net._anchor.device
 
     def _seed_layers(self) -> None:
         for net in (self.net, *self.test_nets):
@@ -407,13 +408,13 @@ class Solver:
                 f"Pass {argument}, or read the data in the net, by a Data or HDF5Data layer."
             )
         batch = next(self._feeds[id(net)])
-        return {name: torch.as_tensor(values, device=self._place()) for name, values in batch.items()}
+        return {name: torch.as_tensor(values, device=self.device) for name, values in batch.items()}
 
     @contextlib.contextmanager
     def _drawing(self, purpose: int) -> Iterator[None]:
         """Draw from a stream of (seed, iteration, purpose) alone."""
         mixed = np.random.SeedSequence((self.seed, self.iteration, purpose)).generate_state(1)
-        with _drawing_from(int(mixed[0]), self._place()):
+        with _drawing_from(int(mixed[0]), self.device):
             yield
 
 
@@ -454,6 +455,12 @@ class _Cycle:
 
 
 # ------------------------------------------------------------------------------------------------- helpers
+
+
+def _device(param: Any) -> torch.device:
+    if param.solver_mode == param.GPU and torch.cuda.is_available():
+        return torch.device("cuda", min(param.device_id, torch.cuda.device_count() - 1))
+    return torch.device("cpu")
 
 
 def _several(weights: Weights) -> list[Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from attention_transfer._choices import Stored
+from attention_transfer._tables import duration
 from attention_transfer.cache import Cache, Filler, Layout, Manifest, megabytes
 from attention_transfer.data import Batches, Splits, Views, data_fingerprint
 from attention_transfer.training.build import build_teacher, load_splits
@@ -131,7 +132,7 @@ def _announce(filler: Filler, say: Say) -> None:
     rate = filler.images_per_second()
     say(
         f"{filler.images:,} of {facts.images * facts.views:,} records to go: {megabytes(filler.bytes)}, "
-        f"about {_duration(filler.images / rate)} at {rate:,.0f} images/s"
+        f"about {duration(filler.images / rate)} at {rate:,.0f} images/s"
     )
 
 
@@ -145,13 +146,5 @@ class _Meter:
     def __call__(self, count: int) -> None:
         self.done += count
         rate = self.done / (time.perf_counter() - self.start)
-        left = _duration((self.total - self.done) / rate)
+        left = duration((self.total - self.done) / rate)
         self.show(f"{self.done:,} of {self.total:,} records, {rate:,.0f} images/s, {left} left")
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as "40 s", "3 min" or "2 h 10 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
