@@ -19,6 +19,7 @@ from torch import Tensor
 
 from attention_transfer.caffe import Net, Solver, schema
 from attention_transfer.caffe.caffemodel import blob_array, read_caffemodel, read_solverstate, write_binary
+from attention_transfer.caffe.prototxt import read_solver
 from attention_transfer.cli import main
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "caffe"
@@ -84,6 +85,32 @@ def test_reference(case: str, dtype: torch.dtype) -> None:
     found = run(solver, meta["iterations"])
     for key, want in load(folder, "expected.npz").items():
         assert_close(found[key], want, tolerance, key)
+
+
+PITFALLS = [folder.parent.name for folder in sorted((REFERENCE / "pitfalls").glob("*/solver.prototxt"))]
+PITFALL_TOLERANCE = {torch.float64: (1e-10, 1e-12), torch.float32: (2e-5, 1e-6)}
+
+
+@DTYPES
+@pytest.mark.parametrize("which", ["net", "fixed"])
+@pytest.mark.parametrize("case", PITFALLS or ABSENT)
+def test_pitfalls_train_as_in_caffe(case: str, which: str, dtype: torch.dtype) -> None:
+    folder = REFERENCE / "pitfalls" / case
+    param = read_solver(folder / "solver.prototxt")
+    param.net = str(folder / f"{which}.prototxt")
+    own = folder / f"init_{which}.caffemodel"
+    weights = own if own.exists() else folder / "init.caffemodel"
+    solver = Solver(param, weights, batches(folder, dtype))
+    solver.net.to(dtype)
+    found = run(solver, len(batches(folder, dtype)))
+    rtol, atol = PITFALL_TOLERANCE[dtype]
+    tolerance = {"rtol": rtol, "atol": atol, "atol_scalar": atol}
+    expected = {
+        key: want for key, want in load(folder, "expected.npz").items() if key.startswith(f"{which}/")
+    }
+    assert expected
+    for key, want in expected.items():
+        assert_close(found[key.removeprefix(f"{which}/")], want, tolerance, key)
 
 
 # ---------------------------------------------------------------------------------------- learning rates
