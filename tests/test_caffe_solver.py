@@ -335,7 +335,7 @@ layer { name: "accuracy" type: "Accuracy" bottom: "fc" bottom: "label" top: "acc
   include { phase: TEST } }
 """
 WHOLE_SOLVER = """net: "net.prototxt" base_lr: 0.05 lr_policy: "multistep" gamma: 0.5 stepvalue: 3
-stepvalue: 7 weight_decay: 0.001 momentum: 0.9 max_iter: 12 iter_size: 2
+stepvalue: 4 weight_decay: 0.001 momentum: 0.9 max_iter: 12 iter_size: 2
 test_iter: 2 test_interval: 3 snapshot: 5
 snapshot_prefix: "%s/run" solver_mode: CPU """
 
@@ -391,6 +391,20 @@ def test_seed_decides_everything(whole: Path) -> None:
         solver.step(3)
         runs.append(state_of(solver)[0])
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+def test_dropout_is_drawn_anew_in_each_iteration(tmp_path: Path) -> None:
+    dropout = 'layer { name: "drop" type: "Dropout" bottom: "data" top: "data" }\nlayer { name: "fc"'
+    (tmp_path / "drop.prototxt").write_text((TINY % ("", "")).replace('layer { name: "fc"', dropout))
+    text = 'net: "drop.prototxt" base_lr: 0 lr_policy: "fixed" random_seed: '
+    first, again = (tiny(tmp_path, f"{text}1", tiny_feed(1)) for _ in range(2))
+    losses = []
+    for solver in (first, again):
+        for _ in range(6):
+            solver.step(1)
+            losses.append(solver.loss)
+    assert losses[:6] == losses[6:]
+    assert len(set(losses)) == 6
 
 
 def test_snapshots_are_as_caffe_writes_them(whole: Path) -> None:
@@ -548,7 +562,7 @@ def test_command_trains_and_logs(whole: Path, capsys: pytest.CaptureFixture[str]
     ]  # fmt: skip
     assert [int(row["iteration"]) for row in log] == list(range(13))
     assert [i for i, row in enumerate(log) if row["test/accuracy"]] == [0, 3, 6, 9, 12]
-    assert log[12]["loss"] == "" and float(log[4]["learning_rate"]) == pytest.approx(0.025)
+    assert log[12]["loss"] == "" and float(log[4]["learning_rate"]) == pytest.approx(0.0125)
     smoothed = np.mean([float(row["loss"]) for row in log[4:7]])
     assert f"iteration 6  loss {smoothed:.4f}"[:-1] in printed
     twin = Solver(path)
