@@ -514,6 +514,11 @@ def shapes_of(net: Any, phase: str = "TRAIN") -> dict[int, list[tuple[int, ...]]
 
     For looking at nets that are wrong somewhere: what cannot be built, or depends on that, is left out.
     """
+    return {place: shapes for place, (_, shapes) in dry_layers(net, phase).items()}
+
+
+def dry_layers(net: Any, phase: str = "TRAIN") -> dict[int, tuple[Layer, list[tuple[int, ...]]]]:
+    """The layers behind `shapes_of`, their blobs on the meta device, with the shapes of their tops."""
     known: dict[str, Tensor] = {}
     found = {}
     included = select(net, phase).layer
@@ -531,7 +536,7 @@ def shapes_of(net: Any, phase: str = "TRAIN") -> dict[int, list[tuple[int, ...]]
                 known.pop(name, None)
             continue
         known.update(zip(layer.tops, tops, strict=False))
-        found[place] = [tuple(top.shape) for top in tops]
+        found[place] = layer, [tuple(top.shape) for top in tops]
     return found
 
 

@@ -5,11 +5,12 @@ Nothing is computed and no layer is built, so a net that Caffe refuses can be lo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from attention_transfer.caffe import schema
 from attention_transfer.caffe.graph import is_in
 
 WITH_BIAS_TERM = {
@@ -92,6 +93,11 @@ def count_blobs(spec: Any) -> int:
     return {"BatchNorm": 3, "PReLU": 1, "Normalize": 1, "Parameter": 1}.get(spec.type, 0)
 
 
+def tests_always(spec: Any) -> bool:
+    """Whether a layer is of the phase TEST, by its own word, in a net of either phase."""
+    return spec.HasField("phase") and spec.phase == schema.TEST
+
+
 class Graph:
     """The layers that a net has in its `state`, in order, wrong ones included.
 
@@ -99,9 +105,14 @@ class Graph:
         nodes: the layers.
         unwritten: (layer, name) of bottoms that no layer before writes.
         last: the last value of each name.
+
+    Args:
+        net: a NetParameter.
+        shapes: of the tops, by the index of their layer, as far as they are known.
     """
 
-    def __init__(self, net: Any) -> None:
+    def __init__(self, net: Any, shapes: Mapping[int, Sequence[tuple[int, ...]]] | None = None) -> None:
+        self._shapes = shapes or {}
         self.force_backward: bool = net.force_backward
         self.nodes: list[Node] = []
         self.unwritten: list[tuple[Node, str]] = []
@@ -155,6 +166,19 @@ class Graph:
                 if param.name:
                     named.setdefault(param.name, []).append((node, param))
         return {name: sharers for name, sharers in named.items() if len(sharers) > 1}
+
+    def shape(self, blob: Blob) -> tuple[int, ...] | None:
+        """The shape of a value, None if it is not known."""
+        if blob.producer is None:
+            return None
+        tops = self._shapes.get(blob.producer.index, [])
+        place = blob.producer.outputs.index(blob)
+        return tops[place] if place < len(tops) else None
+
+    def readers(self, blob: Blob) -> set[Node]:
+        """The layers that this value reaches."""
+        users = {user for user, _ in blob.users}
+        return users | self.above(users)
 
     def below(self, blobs: Iterable[Blob]) -> set[Node]:
         """The layers that these values come from."""

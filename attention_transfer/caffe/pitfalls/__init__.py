@@ -121,7 +121,7 @@ def _case(net: Any, state: Any, solver: Any) -> Case:
     phased.state.MergeFrom(state)
     train = state.phase == schema.TRAIN
     shapes = shapes_of(with_known_sizes(phased), "TRAIN" if train else "TEST")
-    return Case(Graph(phased), train, shapes, solver)
+    return Case(Graph(phased, shapes), train, solver)
 
 
 def _finding(name: str, blames: list[Blame], lines: list[int]) -> Finding:

@@ -114,7 +114,7 @@ def normalize_each_position(case: Case) -> Blame | None:
     """Normalize over the channels of each position, where there is one channel."""
 
     def of_one_channel(node: Node) -> bool:
-        shape = case.shape(node.inputs[0])
+        shape = case.graph.shape(node.inputs[0])
         if shape is not None:
             return len(shape) > 1 and shape[1] == 1
         below = node.inputs[0].producer
@@ -148,7 +148,7 @@ def reshape_merges_channels(case: Case) -> Blame | None:
 
 
 def _merges_channels(case: Case, node: Node) -> bool:
-    before, after = case.shape(node.inputs[0]), case.shape(node.outputs[0])
+    before, after = case.graph.shape(node.inputs[0]), case.graph.shape(node.outputs[0])
     if before and after:
         return len(before) > 2 and before[1] != after[1:2][0]
     if node.type == "Flatten":
@@ -165,7 +165,7 @@ def euclidean_counts(case: Case) -> Blame | None:
     for node in case.graph.nodes:
         if len(node.inputs) != 2 or not (node.type == "EuclideanLoss" or node in comparing):
             continue
-        first, second = (case.shape(blob) for blob in node.inputs)
+        first, second = (case.graph.shape(blob) for blob in node.inputs)
         if first and second and math.prod(first[1:]) != math.prod(second[1:]):
             blamed.append(node)
             sizes.append(f"{math.prod(first[1:])} and {math.prod(second[1:])}")
@@ -221,7 +221,7 @@ def _layout(case: Case, branch: Branch) -> tuple[int, ...] | None:
             break
         if node.type in FLATTENING:
             blob = node.inputs[0]
-    shape = case.shape(blob)
+    shape = case.graph.shape(blob)
     return shape[2:] if shape and len(shape) == 4 else None
 
 

@@ -151,15 +151,16 @@ def pooling_empty_window(case: Case) -> Blame | None:
 
 
 def _has_empty_window(case: Case, node: Node) -> bool:
-    given, shape = node.spec.pooling_param, case.shape(node.inputs[0])
-    if given.global_pooling or shape is None or len(shape) != 4 or not given.stride:
+    given, shape = node.spec.pooling_param, case.graph.shape(node.inputs[0])
+    if given.global_pooling or shape is None or len(shape) != 4:
+        return False
+    if given.pad or given.pad_h or given.pad_w:  # with padding, Caffe leaves such windows out
         return False
     for side, size in (("h", shape[2]), ("w", shape[3])):
         kernel = getattr(given, f"kernel_{side}") or given.kernel_size
         stride = getattr(given, f"stride_{side}") or given.stride
-        pad = getattr(given, f"pad_{side}") or given.pad
-        windows = -(-(size + 2 * pad - kernel) // stride) + 1
-        if not pad and (windows - 1) * stride >= size:  # with padding, Caffe leaves such a window out
+        windows = -(-(size - kernel) // stride) + 1 if stride else 0
+        if (windows - 1) * stride >= size:
             return True
     return False
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from attention_transfer.caffe.pitfalls.attention import Attention
-from attention_transfer.caffe.structure import Blob, Graph, Node
+from attention_transfer.caffe.structure import Graph, Node
 
 
 @dataclass(eq=False)
@@ -18,13 +18,11 @@ class Case:
     Attributes:
         graph: its layers.
         train: whether the phase is TRAIN, the only one in which a solver runs backward.
-        shapes: of the tops, by the index of their layer, as far as they can be inferred.
         solver: the SolverParameter, None where it is not known.
     """
 
     graph: Graph
     train: bool
-    shapes: dict[int, list[tuple[int, ...]]]
     solver: Any = None
 
     @cached_property
@@ -35,13 +33,6 @@ class Case:
     def decays(self) -> bool:
         """Whether the solver pulls at weights; without a solver, as one that does."""
         return self.solver is None or self.solver.weight_decay != 0
-
-    def shape(self, blob: Blob) -> tuple[int, ...] | None:
-        if blob.producer is None:
-            return None
-        tops = self.shapes.get(blob.producer.index, [])
-        place = blob.producer.outputs.index(blob)
-        return tops[place] if place < len(tops) else None
 
     def matters(self, node: Node) -> bool:
         """Whether a wrong gradient of this layer goes anywhere, or may: in a branch, at the latest edit."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attention_transfer.caffe.pitfalls.rules import Blame, Case, named, pitfall
-from attention_transfer.caffe.structure import Node
+from attention_transfer.caffe.structure import Node, tests_always
 
 FREEZE = "Give each of their blobs a `param { lr_mult: 0 decay_mult: 0 }`"
 CUT = "`propagate_down: true propagate_down: false` on the loss that compares the maps"
@@ -88,7 +88,7 @@ def teacher_batchnorm_moves(case: Case) -> Blame | None:
         node
         for node in case.graph.nodes
         if case.train and node in case.attention.teacher and node.type == "BatchNorm"
-        if not node.spec.batch_norm_param.use_global_stats
+        if not (node.spec.batch_norm_param.use_global_stats or tests_always(node.spec))
     ]
     if not blamed:
         return None
@@ -183,7 +183,7 @@ def teacher_dropout(case: Case) -> Blame | None:
         node
         for node in case.graph.nodes
         if case.train and node in below & case.attention.teacher
-        if node.type == "Dropout" and node.spec.dropout_param.dropout_ratio > 0
+        if node.type == "Dropout" and node.spec.dropout_param.dropout_ratio and not tests_always(node.spec)
     ]
     if not blamed:
         return None

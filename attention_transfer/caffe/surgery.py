@@ -1,0 +1,514 @@
+"""Putting a student, a frozen teacher and the attention branches between them into one net for training."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from attention_transfer.caffe import schema
+from attention_transfer.caffe.caffemodel import blob_shape, read_caffemodel, same_shape, write_binary
+from attention_transfer.caffe.net import dry_layers
+from attention_transfer.caffe.networks import Network, suggest_blobs, survey_student, survey_teacher
+from attention_transfer.caffe.prototxt import read_net, read_solver, write_prototxt
+from attention_transfer.caffe.structure import Blob, Node, count_blobs, with_known_sizes
+from attention_transfer.functional import convert_beta
+
+Path_ = str | PathLike[str]
+PYCAFFE = Path(__file__).with_name("pycaffe")
+SQUARINGS = {1: 0, 2: 1, 4: 2}  # by p
+FORMS, NORMALIZES = ("caffe", "paper"), ("ssd", "python")
+DEFAULT_NAME = "at_train.prototxt"
+
+
+@dataclass(frozen=True)
+class BuiltPair:
+    """Two blobs whose maps are compared.
+
+    Attributes:
+        student, teacher: names in the built net, with the shapes of the blobs, None where they are not known.
+        pooled: which of the two maps is pooled to the size of the other, and by what factors (h, w).
+    """
+
+    student: str
+    teacher: str
+    student_shape: tuple[int, ...] | None
+    teacher_shape: tuple[int, ...] | None
+    pooled: tuple[str, tuple[int, int]] | None = None
+
+
+@dataclass
+class Built:
+    """What `build` makes.
+
+    Attributes:
+        net: the net, student and teacher and branches, as a NetParameter.
+        solver: its SolverParameter; `write` fills in where the net is and where snapshots go.
+        weights: the start of the student, and the teacher under its new names; None without any.
+        sources: the Python layers that the net needs: their text by the name of the file.
+        pairs: what is compared with what.
+    """
+
+    net: Any
+    solver: Any
+    weights: Any
+    sources: dict[str, str]
+    pairs: list[BuiltPair]
+    _comment: str = field(default="", repr=False)
+
+    def write(self, path: Path_, *, force: bool = False) -> list[Path]:
+        """Write the net to `path`, and beside it STEM_solver.prototxt, STEM.caffemodel and the Python layers.
+
+        The solver names the net as `path` does, so Caffe is to be started in the directory that a relative
+        `path` counts from.
+
+        Returns:
+            The files, the net first, the solver second.
+
+        Raises:
+            ValueError: if one of them exists and `force` is not set.
+            OSError: if one cannot be written.
+        """
+        path = Path(path)
+        solver_file = path.with_name(f"{path.stem}_solver.prototxt")
+        weights_file = path.with_suffix(".caffemodel")
+        sources = {path.with_name(name): text for name, text in self.sources.items()}
+        files = [path, solver_file, *([weights_file] if self.weights is not None else []), *sources]
+        if not force and (there := [str(file) for file in files if file.exists()]):
+            listed = ", ".join(there)
+            raise ValueError(
+                f"build: expected new files, got {listed} already there. Pass force to overwrite."
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_prototxt(self.net, path, comment=self._comment)
+        write_prototxt(self._placed_solver(path), solver_file)
+        if self.weights is not None:
+            write_binary(self.weights, weights_file)
+        for file, text in sources.items():
+            file.write_text(text, encoding="utf-8")
+        return files
+
+    def _placed_solver(self, path: Path) -> Any:
+        solver = _copy(self.solver)
+        setattr(solver, "train_net" if solver.train_net else "net", path.as_posix())
+        solver.snapshot_prefix = path.with_suffix("").as_posix()
+        return solver
+
+
+def build(
+    student: Path_ | Any,
+    teacher: Path_ | Any,
+    *,
+    pairs: str | Iterable[tuple[str, str]] = "auto",
+    form: Literal["caffe", "paper"] = "caffe",
+    p: int = 2,
+    beta: float | None = None,
+    normalize: Literal["ssd", "python"] = "ssd",
+    solver: Path_ | Any = None,
+    student_weights: Path_ | Any = None,
+    teacher_weights: Path_ | Any = None,
+) -> Built:
+    """One net in which a student learns its task, and to look where a frozen teacher looks.
+
+    The student's layers stay as they are, for both phases; one without a loss gets a label and a
+    cross-entropy. The layers of the teacher that a pair needs get new names, take the images of the student,
+    are frozen, and are there in TRAIN phase only, as are the branches and losses. Maps of unequal size
+    are made equal by average pooling of the larger map.
+
+    Args:
+        student, teacher: prototxts of nets for training or deployment, or NetParameters.
+        pairs: (student's blob, teacher's blob) for each pair of layers to compare, also as "a:b,c:d". A
+            blob's name means what its last in-place layer leaves. "auto" pairs the ends of stages of equal
+            resolution, as `networks.stage_ends` finds them.
+        form: "caffe", a EuclideanLoss with loss weight beta; or "paper", a Python layer with beta / 2 times
+            the mean distance over samples, which equals this package's form "paper".
+        p: 1, 2 or 4, the power of the activations; 4 is two squarings, since one Power layer of 4 has NaN
+            gradients.
+        beta: weight of each pair's term. Without one, 1 for the form "paper", which did best in this
+            project's first trial, and for "caffe" what pulls as hard, by `convert_beta`: 1.25.
+        normalize: "ssd", the Normalize layer of the SSD fork; or "python", a Python layer for any Caffe.
+        solver: a solver to take over, with this net in the place of its own; without one, SGD as is usual.
+        student_weights: where the student starts, a .caffemodel or NetParameter.
+        teacher_weights: the trained teacher.
+
+    Raises:
+        ValueError: if a net, a pair or weights do not fit, in one line.
+        OSError: if a file cannot be read.
+    """
+    _check_options(form, p, beta, normalize)
+    ours = survey_student(_read(student))
+    theirs = survey_teacher(_read(teacher), ours)
+    _compare_images(ours, theirs)
+    asked = suggest_blobs(ours, theirs) if pairs == "auto" else _parse_pairs(pairs)
+    taps = [(ours.tap(mine), theirs.tap(other)) for mine, other in asked]
+    net = _copy(ours.net)
+    net.ClearField("force_backward")
+    net.layer.extend(_task(ours))
+    prefix = _free_prefix(["teacher_"], _names(net), _names(theirs.net))
+    frozen, renamed = _frozen(theirs, [tap for _, tap in taps], prefix, ours.image.name)
+    net.layer.extend(frozen)
+    built = [_pair(ours, theirs, mine, other, renamed[other]) for mine, other in taps]
+    style = _Style(form, p, _default_beta(form) if beta is None else beta, normalize)
+    net.layer.extend(style.branches(built, _names(net)))
+    net.name = f"{net.name or 'student'}_with_attention_transfer"
+    weights = _merged_weights(net, frozen, prefix, student_weights, teacher_weights)
+    comment = f"Made by `attention-transfer caffe build`: student {ours.title}, teacher {theirs.title}."
+    return Built(net, _solver(solver, ours), weights, style.sources(), built, comment)
+
+
+def _check_options(form: str, p: int, beta: float | None, normalize: str) -> None:
+    for name, value, known in (("form", form, FORMS), ("normalize", normalize, NORMALIZES)):
+        if value not in known:
+            raise ValueError(f"build: expected {name} {' or '.join(map(repr, known))}, got {value!r}.")
+    if p not in SQUARINGS:
+        raise ValueError(
+            f"build: expected p 1, 2 or 4, got {p}. Other powers have NaN gradients in Caffe where an "
+            "activation is 0."
+        )
+    if beta is not None and not 0 < beta < float("inf"):
+        raise ValueError(f"build: expected beta > 0, got {beta}. Leave it out for the default.")
+
+
+def _default_beta(form: str) -> float:
+    # between these two forms the size of the map does not count
+    return 1.0 if form == "paper" else convert_beta(1.0, source="paper", target="caffe", hw=(1, 1))
+
+
+def _parse_pairs(pairs: str | Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    given = [tuple(pair.split(":")) for pair in pairs.split(",")] if isinstance(pairs, str) else list(pairs)
+    named = [tuple(name.strip() for name in pair) for pair in given]
+    if not named or any(len(pair) != 2 or not all(pair) for pair in named):
+        raise ValueError(
+            f"build: expected pairs STUDENT_BLOB:TEACHER_BLOB,... or auto, got {pairs!r}. Two names each."
+        )
+    return [(mine, other) for mine, other in named]
+
+
+def _compare_images(ours: Network, theirs: Network) -> None:
+    """Warn where the teacher was trained on images prepared in another way."""
+    mine, other = ours.image.producer, theirs.image.producer
+    assert mine is not None and other is not None
+    source = next(layer for layer in theirs.net.layer if layer.name == other.name)
+    if not source.HasField("transform_param") and not mine.spec.HasField("transform_param"):
+        return
+    kept = ("scale", "mean_file", "mean_value")
+    prepared = [[str(getattr(spec.transform_param, name)) for name in kept] for spec in (mine.spec, source)]
+    if source.type in ("Data", "ImageData") and prepared[0] != prepared[1]:
+        warnings.warn(
+            f"build: the teacher will see the images of {mine.name!r}, but its own {source.name!r} has "
+            "another scale or mean. Prepare the student's images as the teacher's.",
+            stacklevel=3,
+        )
+
+
+# ------------------------------------------------------------------------------------------ student, teacher
+
+
+def _task(student: Network) -> list[Any]:
+    """A label and a cross-entropy on the scores, for a student without a loss."""
+    graph = student.graph
+    if any(weight for node in graph.nodes for weight in node.loss_weights):
+        return []
+    softmax = [node.inputs[0].name for node in graph.nodes if node.type == "Softmax"]
+    unread = [blob.name for blob in student.seen if not blob.users]
+    if not softmax and len(unread) != 1:
+        raise ValueError(
+            f"build: expected a student with a loss, a Softmax, or one output, got the outputs "
+            f"{', '.join(unread)}. Add its loss."
+        )
+    taken, scores = _names(student.net), graph.last[(softmax or unread)[-1]]
+    label, loss = (_free_name(name, taken) for name in ("label", "loss"))
+    batch, _, *places = graph.shape(scores) or (1, 1)
+    source = schema.LayerParameter(name=label, type="Input", top=[label])
+    source.input_param.shape.add(dim=[batch, 1, *places] if math.prod(places) > 1 else [batch])
+    crossed = schema.LayerParameter(
+        name=loss, type="SoftmaxWithLoss", bottom=[scores.name, label], top=[loss]
+    )
+    return [source, crossed]
+
+
+def _frozen(
+    teacher: Network, taps: Sequence[Blob], prefix: str, image: str
+) -> tuple[list[Any], dict[Blob, str]]:
+    """The teacher's layers that the taps need, renamed and frozen, and the new name of each blob."""
+    needed = teacher.graph.below(taps)
+    renamed = {teacher.image: image}
+    layers = []
+    for node in teacher.graph.nodes:
+        if node not in needed or teacher.image in node.outputs:
+            continue
+        if not node.inputs and node.type != "Parameter":
+            raise ValueError(
+                f"build: expected a teacher that needs images alone, got the input {node.name!r} below a tap."
+            )
+        if node.type == "Dropout":  # the identity, in a teacher
+            renamed[node.outputs[0]] = renamed[node.inputs[0]]
+            continue
+        renamed.update({blob: prefix + blob.name for blob in node.outputs})
+        layers.append(_freeze(node, renamed, prefix))
+    return layers, renamed
+
+
+def _freeze(node: Node, renamed: dict[Blob, str], prefix: str) -> Any:
+    spec = _copy(node.spec)
+    spec.name = prefix + spec.name
+    spec.bottom[:] = [renamed[blob] for blob in node.inputs]
+    spec.top[:] = [renamed[blob] for blob in node.outputs]
+    for name in ("loss_weight", "propagate_down", "param", "blobs", "phase"):
+        spec.ClearField(name)
+    spec.include.add(phase=schema.TRAIN)
+    if spec.type == "BatchNorm":
+        spec.batch_norm_param.use_global_stats = True
+        return spec
+    for index in range(max(node.blob_count, len(node.spec.param))):
+        frozen = spec.param.add(lr_mult=0, decay_mult=0)
+        if index < len(node.spec.param) and node.spec.param[index].name:
+            frozen.name = prefix + node.spec.param[index].name
+            if node.spec.param[index].HasField("share_mode"):
+                frozen.share_mode = node.spec.param[index].share_mode
+    return spec
+
+
+def _names(net: Any) -> set[str]:
+    """All names of layers, blobs and parameters."""
+    found = {layer.name for layer in net.layer} | {param.name for layer in net.layer for param in layer.param}
+    return found | {name for layer in net.layer for name in (*layer.bottom, *layer.top)}
+
+
+def _free_prefix(candidates: Sequence[str], taken: set[str], names: Iterable[str]) -> str:
+    """The first prefix, with a number if need be, that makes names that are not taken."""
+    stem = candidates[-1].rstrip("_")
+    numbered = (f"{stem}{number}_" for number in itertools.count(2))
+    names = set(names)
+    for prefix in itertools.chain(candidates, numbered):
+        if not {prefix + name for name in names} & taken:
+            return prefix
+    raise AssertionError("numbers do not end")
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    return _free_prefix(["", "at_"], taken, [name]) + name
+
+
+# ------------------------------------------------------------------------------------------------ branches
+
+
+def _pair(ours: Network, theirs: Network, mine: Blob, other: Blob, renamed: str) -> BuiltPair:
+    shapes = ours.graph.shape(mine), theirs.graph.shape(other)
+    if shapes[0] is None or shapes[1] is None:
+        warnings.warn(
+            f"build: the shapes of {mine.name!r} and {other.name!r} cannot be told from here; they must be "
+            "equal in height and width.",
+            stacklevel=3,
+        )
+        return BuiltPair(mine.name, renamed, *shapes)
+    sizes = shapes[0][2:], shapes[1][2:]
+    pooled = None
+    if sizes[0] != sizes[1]:
+        student_larger = sizes[0] >= sizes[1]
+        large, small = sizes if student_larger else sizes[::-1]
+        if any(big % little for big, little in zip(large, small, strict=True)):
+            raise ValueError(
+                f"build: expected maps of which one is a whole multiple of the other, got {mine.name!r} of "
+                f"{'x'.join(map(str, sizes[0]))} and {other.name!r} of {'x'.join(map(str, sizes[1]))}. "
+                "Tap layers of equal stride."
+            )
+        factors = (large[0] // small[0], large[1] // small[1])
+        pooled = ("s" if student_larger else "t", factors)
+    return BuiltPair(mine.name, renamed, *shapes, pooled)
+
+
+@dataclass(frozen=True)
+class _Style:
+    """How the branches look."""
+
+    form: str
+    p: int
+    beta: float
+    normalize: str
+
+    def branches(self, pairs: Sequence[BuiltPair], taken: set[str]) -> list[Any]:
+        """The layers of all pairs, with names that are free."""
+        numbered = [(pair, str(n) if len(pairs) > 1 else "") for n, pair in enumerate(pairs, start=1)]
+        own = [layer.name for pair, number in numbered for layer in self._of_pair(pair, number, "")]
+        prefix = _free_prefix(["", "at_"], taken, own)
+        return [layer for pair, number in numbered for layer in self._of_pair(pair, number, prefix)]
+
+    def _of_pair(self, pair: BuiltPair, number: str, prefix: str) -> list[Any]:
+        layers, ends = [], []
+        for side, tap in (("s", pair.student), ("t", pair.teacher)):
+            factors = pair.pooled[1] if pair.pooled and pair.pooled[0] == side else None
+            branch = self._map(tap, f"{prefix}%s_{side}{number}", factors)
+            layers += branch
+            ends.append(branch[-1].top[0])
+        loss = self._loss(f"{prefix}at_loss{number}")
+        loss.bottom.extend(ends)
+        loss.propagate_down.extend([True, False])
+        return [*layers, loss]
+
+    def _map(self, tap: str, name: str, factors: tuple[int, int] | None) -> list[Any]:
+        """From an activation to its map; one to be pooled keeps its two axes until it is."""
+        chain = [(name % "abs", "AbsVal")]
+        chain += [(name % power, "Power") for power in ("pow", "pow4")[: SQUARINGS[self.p]]]
+        chain += [(name % "map", "Convolution")]
+        flat = (name % "flat", "Reshape")
+        chain = [flat, *chain] if factors is None else [*chain, (name % "pool", "Pooling"), flat]
+        chain += [(name % "norm", "Normalize" if self.normalize == "ssd" else "Python")]
+        layers = []
+        for own, kind in chain:
+            layer = schema.LayerParameter(name=own, type=kind, bottom=[tap], top=[own])
+            layer.include.add(phase=schema.TRAIN)
+            self._fill_in(layer, factors)
+            layers.append(layer)
+            tap = own
+        return layers
+
+    def _fill_in(self, layer: Any, factors: tuple[int, int] | None) -> None:
+        if layer.type == "Reshape":
+            layer.reshape_param.shape.dim.extend([0, 0, -1, 1])
+        elif layer.type == "Power":
+            layer.power_param.power = 2
+        elif layer.type == "Convolution":
+            layer.param.add(lr_mult=0, decay_mult=0)
+            given = layer.convolution_param
+            given.num_output, given.bias_term = 1, False
+            given.kernel_size.append(1)
+            given.weight_filler.type, given.weight_filler.value = "constant", 1
+        elif layer.type == "Pooling" and factors:
+            given = layer.pooling_param
+            given.pool = given.AVE
+            given.kernel_h = given.stride_h = factors[0]
+            given.kernel_w = given.stride_w = factors[1]
+        elif layer.type == "Normalize":
+            layer.param.add(lr_mult=0, decay_mult=0)
+            given = layer.norm_param
+            given.across_spatial = given.channel_shared = True
+            given.scale_filler.type, given.scale_filler.value = "constant", 1
+        elif layer.type == "Python":
+            _set_python(layer, "attention_normalize", "Normalize", {"eps": 1e-10})
+
+    def _loss(self, name: str) -> Any:
+        loss = schema.LayerParameter(name=name, type="EuclideanLoss", top=[name], loss_weight=[self.beta])
+        loss.include.add(phase=schema.TRAIN)
+        if self.form == "paper":
+            loss.type, loss.loss_weight[0] = "Python", 1
+            settings = {"beta": self.beta, "normalization": "BATCH_SIZE"}
+            _set_python(loss, "attention_loss", "AttentionLoss", settings)
+        return loss
+
+    def sources(self) -> dict[str, str]:
+        """The Python layers in use, by the name of their file."""
+        used = {"attention_loss": self.form == "paper", "attention_normalize": self.normalize == "python"}
+        names = [f"{module}.py" for module, there in used.items() if there]
+        return {name: (PYCAFFE / name).read_text(encoding="utf-8") for name in names}
+
+
+def _set_python(layer: Any, module: str, name: str, settings: dict[str, Any]) -> None:
+    layer.python_param.module, layer.python_param.layer = module, name
+    layer.python_param.param_str = json.dumps(settings)
+
+
+# ---------------------------------------------------------------------------------------- solver, weights
+
+
+def _solver(given: Path_ | Any, student: Network) -> Any:
+    """The solver that is given, or SGD with momentum 0.9, without a net of its own."""
+    if given is None:
+        return _usual_solver(student)
+    solver = _copy(given) if isinstance(given, schema.SolverParameter) else read_solver(given)
+    for name in ("net", "net_param", "train_net", "train_net_param", "snapshot_prefix", "weights"):
+        solver.ClearField(name)
+    if solver.test_net or solver.test_net_param:  # which keep their own net for testing
+        solver.train_net = DEFAULT_NAME
+    return solver
+
+
+def _usual_solver(student: Network) -> Any:
+    solver = schema.SolverParameter(base_lr=0.01, momentum=0.9, weight_decay=5e-4, lr_policy="multistep")
+    if any(node.type == "BatchNorm" for node in student.graph.nodes):
+        solver.base_lr = 0.1
+    solver.gamma, solver.max_iter = 0.1, 64000
+    solver.stepvalue.extend([32000, 48000])
+    solver.display, solver.snapshot = 100, 8000
+    if any(_only_in_test(layer) and not layer.bottom for layer in student.net.layer):
+        solver.test_iter.append(100)
+        solver.test_interval = 1000
+    return solver
+
+
+def _only_in_test(layer: Any) -> bool:
+    return any(rule.phase == schema.TEST for rule in layer.include if rule.HasField("phase"))
+
+
+def _merged_weights(net: Any, frozen: Sequence[Any], prefix: str, student: Any, teacher: Any) -> Any:
+    """The student's start and the teacher's weights under the names of the built net, None without either.
+
+    Raises:
+        ValueError: if blobs do not fit, or the teacher's lack a layer.
+    """
+    if student is None and teacher is None:
+        return None
+    theirs = {layer.name for layer in frozen}
+    built = {layer.name: layer for layer, _ in dry_layers(with_known_sizes(net)).values()}
+    merged = schema.NetParameter(name=net.name)
+    for role, source in (("student", student), ("teacher", teacher)):
+        if source is None:
+            continue
+        stored = source if isinstance(source, schema.NetParameter) else read_caffemodel(source)
+        own = [layer for layer in net.layer if (layer.name in theirs) == (role == "teacher")]
+        records = _matching(own, stored, prefix if role == "teacher" else "", role)
+        for record in records:
+            _check_record(record, built.get(record.name), role)
+        merged.layer.extend(records)
+    return merged
+
+
+def _matching(layers: Sequence[Any], stored: Any, prefix: str, role: str) -> list[Any]:
+    """The stored layers that these layers have under `prefix`, renamed."""
+    by_name = {prefix + record.name: record for record in reversed(stored.layer) if record.blobs}
+    missing = [
+        layer.name.removeprefix(prefix)
+        for layer in layers
+        if count_blobs(layer) and layer.name not in by_name
+    ]
+    if role == "teacher" and missing:
+        raise ValueError(
+            f"build: expected weights for all layers of the teacher, got none for {', '.join(missing[:6])}. "
+            "A frozen layer would keep its filler. Take the teacher's own caffemodel."
+        )
+    names = list(dict.fromkeys(layer.name for layer in layers if layer.name in by_name))
+    if not names:
+        raise ValueError(
+            f"build: expected {role} weights with layers of the {role}, got none. Is it the file of another "
+            "net?"
+        )
+    return [
+        schema.LayerParameter(name=name, type=by_name[name].type, blobs=by_name[name].blobs) for name in names
+    ]
+
+
+def _check_record(record: Any, layer: Any, role: str) -> None:
+    if layer is None:  # it cannot be built here: Caffe will check
+        return
+    wanted = [tuple(blob.shape) for blob in layer.blobs]
+    fits = len(wanted) == len(record.blobs) and all(map(same_shape, record.blobs, wanted))
+    if not fits:
+        got = [blob_shape(blob) for blob in record.blobs]
+        raise ValueError(
+            f"build: expected {role} weights of shapes {wanted} for layer {record.name!r}, got {got}. "
+            "Rename the layer to let it start anew, or take the right file."
+        )
+
+
+def _read(net: Path_ | Any) -> Any:
+    return _copy(net) if isinstance(net, schema.NetParameter) else read_net(net)
+
+
+def _copy(message: Any) -> Any:
+    return type(message).FromString(message.SerializeToString())

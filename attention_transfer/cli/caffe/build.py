@@ -1,0 +1,100 @@
+"""`attention-transfer caffe build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from attention_transfer._tables import format_table
+from attention_transfer.cli.caffe import VERBS
+from attention_transfer.cli.parsing import PROGRAM, parse, verb_parser
+
+if TYPE_CHECKING:
+    from attention_transfer.caffe.surgery import BuiltPair
+
+
+def run(arguments: list[str]) -> None:
+    usage = f"{PROGRAM} caffe build --student s.prototxt --teacher t.prototxt -o at_train.prototxt"
+    parser = verb_parser("caffe build", usage, VERBS["build"])
+    parser.add_argument("--student", type=Path, required=True, help="The student's prototxt.")
+    parser.add_argument("--teacher", type=Path, required=True, help="The teacher's prototxt.")
+    parser.add_argument(
+        "--pairs", default="auto", help="Blobs to compare, STUDENT:TEACHER,..., or auto: the ends of stages."
+    )
+    parser.add_argument(
+        "--form",
+        type=Literal["caffe", "paper"],
+        default="caffe",
+        help="EuclideanLoss, or the paper's, in Python.",
+    )
+    parser.add_argument("--p", type=int, default=2, help="Power of the activations: 1, 2 or 4.")
+    parser.add_argument(
+        "--beta", type=float, default=None, help="Weight of each pair (default: 1 for paper, 1.25 for caffe)."
+    )
+    parser.add_argument(
+        "--normalize",
+        type=Literal["ssd", "python"],
+        default="ssd",
+        help="SSD's Normalize layer, or one in Python.",
+    )
+    parser.add_argument("--solver", type=Path, help="A solver prototxt to take over.")
+    parser.add_argument("--student-weights", type=Path, help="Where the student starts, a caffemodel.")
+    parser.add_argument("--teacher-weights", type=Path, help="The trained teacher, a caffemodel.")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("at_train.prototxt"),
+        help="The net; other files go beside it.",
+    )
+    parser.add_argument("--force", action="store_true", help="Overwrite files that are already there.")
+    flags = parse(parser, arguments)
+    from attention_transfer.caffe import build
+
+    built = build(
+        flags.student,
+        flags.teacher,
+        pairs=flags.pairs,
+        form=flags.form,
+        p=flags.p,
+        beta=flags.beta,
+        normalize=flags.normalize,
+        solver=flags.solver,
+        student_weights=flags.student_weights,
+        teacher_weights=flags.teacher_weights,
+    )
+    files = built.write(flags.output, force=flags.force)
+    print(_table(built.pairs), "", *(f"wrote {file}" for file in files), "", sep="\n")
+    weights = f" --weights {flags.output.with_suffix('.caffemodel')}" if built.weights is not None else ""
+    print(f"Next: {PROGRAM} caffe train --solver {files[1]}{weights}")
+    print(f"In Caffe: caffe train --solver {files[1]}{weights}")
+    if built.sources:
+        print(f"with PYTHONPATH={flags.output.parent} and a Caffe built WITH_PYTHON_LAYER.")
+    if flags.teacher_weights is None:
+        print("The teacher has no weights yet: give --weights those of a trained one, under its new names.")
+
+
+def _table(pairs: list[BuiltPair]) -> str:
+    header = ["student", "shape", "teacher", "shape", "maps"]
+    return format_table(
+        header,
+        [
+            [pair.student, _shape(pair.student_shape), pair.teacher, _shape(pair.teacher_shape), _maps(pair)]
+            for pair in pairs
+        ],
+    )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "unknown" if shape is None else "x".join(map(str, shape[1:]))
+
+
+def _maps(pair: BuiltPair) -> str:
+    if pair.student_shape is None or pair.teacher_shape is None:
+        return "unknown"
+    if pair.pooled is None:
+        return "x".join(map(str, pair.student_shape[2:]))
+    side, (rows, columns) = pair.pooled
+    smaller = pair.teacher_shape if side == "s" else pair.student_shape
+    whose = "student's" if side == "s" else "teacher's"
+    return f"{'x'.join(map(str, smaller[2:]))} ({whose} pooled {rows}x{columns})"
