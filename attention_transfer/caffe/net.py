@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -30,6 +31,9 @@ from attention_transfer.caffe.prototxt import read_net
 
 Phase = Literal["TRAIN", "TEST"]
 Weights = Any  # a path, a NetParameter, or several of them
+
+# what a Net sets of itself, so that no layer's module may have the name
+OWN = ("training", "autocast", "learnable", "_branches", "_asking", "_anchor", "_loss")
 
 SCORING = ("SoftmaxWithLoss", "Softmax", "SigmoidCrossEntropyLoss", "HingeLoss", "Accuracy")
 
@@ -85,6 +89,9 @@ class Net(nn.Module):
     Parameters that `lr_mult: 0` freezes require no gradient, unless `force_backward` is on. In `eval()` a net
     of the phase TRAIN uses stored statistics and drops nothing.
 
+    The whole net computes in one precision, its `dtype`, as Caffe does: `torch.autocast` around it changes
+    nothing unless the attribute `autocast` is set to True.
+
     Args:
         prototxt: path of a net, or a NetParameter as `read_net` gives it.
         weights: path of a .caffemodel, a NetParameter, or several; see `load`.
@@ -97,6 +104,7 @@ class Net(nn.Module):
     """
 
     _anchor: Tensor
+    autocast = False
 
     def __init__(
         self,
@@ -118,7 +126,7 @@ class Net(nn.Module):
         self._check_memory()
         for layer in self.layers:
             layer.fill_blobs()
-            self._modules[_module_name(layer.name, self._modules)] = layer
+            self._modules[_module_name(layer.name, {*self._modules, *OWN})] = layer
         self._ties: list[tuple[Layer, int, Layer, int]] = []
         self.learnable = self._share_and_list()
         self._freeze()
@@ -209,10 +217,18 @@ class Net(nn.Module):
         Raises:
             ValueError: if an input is missing or unknown, or does not fit a layer.
         """
-        if isinstance(inputs, Tensor):
-            return self._scores(inputs)
-        self._check_inputs(inputs)
-        return self._run(dict(inputs), range(len(self.layers)))
+        with self._own_precision():
+            if isinstance(inputs, Tensor):
+                return self._scores(inputs)
+            self._check_inputs(inputs)
+            return self._run(dict(inputs), range(len(self.layers)))
+
+    def _own_precision(self) -> AbstractContextManager[Any]:
+        """A context in which the layers compute in the net's own precision, unless `autocast` lets them."""
+        kind = self._anchor.device.type
+        if self.autocast or not torch.is_autocast_enabled(kind):
+            return nullcontext()
+        return torch.autocast(kind, enabled=False)
 
     def _scores(self, images: Tensor) -> Tensor:
         layer, name = self._scored()
@@ -278,8 +294,12 @@ class Net(nn.Module):
         bottom = tensors[branch.bottom]
         tensors[branch.top] = branch(bottom)
         for place, name in enumerate(branch.hidden):
-            deferred[name] = partial(branch.layer_by_layer, bottom, place)
+            deferred[name] = partial(self._run_part, branch, bottom, place)
         return branch.end
+
+    def _run_part(self, branch: Branch, bottom: Tensor, place: int) -> Tensor:
+        with self._own_precision():
+            return branch.layer_by_layer(bottom, place)
 
     def _ask_for_gradient(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Let the backward pass run down to a blob that nothing learns from, as Caffe's does."""
@@ -467,7 +487,7 @@ def _make_layer(spec: Any, phase: str) -> Layer:
     return layer_class(spec.type, spec.name)(spec, train_phase=spec.phase == schema.TRAIN)
 
 
-def _module_name(name: str, taken: Mapping[str, object]) -> str:
+def _module_name(name: str, taken: Set[str]) -> str:
     plain = candidate = name.replace(".", "_") or "unnamed"
     number = 2
     while candidate in taken:

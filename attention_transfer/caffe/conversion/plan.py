@@ -103,7 +103,10 @@ def _ends(layers: Sequence[Layer], wiring: Wiring, losses: set[int]) -> list[Ver
         if for_labels and not made_of_weights:
             labels.add(index)
             continue
-        ends += [version for version in tops if all(user in losses for user, _ in wiring.uses[version])]
+        for version in tops:
+            users = {user for user, _ in wiring.uses[version]}
+            if users <= losses | silent | labels and not (users and users <= silent):
+                ends.append(version)
     return sorted(ends)
 
 
