@@ -228,7 +228,7 @@ class Solver:
         return due and (self.iteration > 0 or self.param.test_initialization)
 
     def _iterate(self) -> None:
-        self.net.zero_grad(set_to_none=True)
+        self._clear_gradients()
         self._losses = {}
         total = torch.zeros((), dtype=self.net.dtype, device=self.device)
         with self._drawing(0):
@@ -241,7 +241,11 @@ class Solver:
         self.iteration += 1
         with torch.no_grad():
             self._update()
-        self.net.zero_grad(set_to_none=True)
+        self._clear_gradients()
+
+    def _clear_gradients(self) -> None:
+        for entry in self.net.learnable:
+            entry.tensor.grad = None
 
     def _accumulate(self) -> Tensor:
         """Add the gradients of one batch; its loss."""
@@ -257,7 +261,7 @@ class Solver:
         shown = "  ".join(f"{name} {_shown(value)}" for name, value in self.losses.items())
         return (
             f"iteration {self.iteration - 1}  loss {self.smoothed_loss:.6g}  "
-            f"learning rate {self.learning_rate:.6g}  {shown}"
+            f"learning rate {self.learning_rate:.6g}  |  {shown}"
         )
 
     # ----------------------------------------------------------------------------------------- the update
@@ -341,6 +345,8 @@ class Solver:
             OSError: if a file cannot be read.
         """
         state = read_solverstate(path)
+        if min(state.iter, state.current_step, state.random_seed) < 0:
+            raise ValueError(f"Solver.restore: expected counts of 0 or more, got negative ones in {path}.")
         arrays = [torch.from_numpy(blob_array(blob)) for blob in state.history]
         self._check_history(arrays, path)
         self.net.load(_learned_net(state, Path(path)))
@@ -421,8 +427,10 @@ class Solver:
 @contextlib.contextmanager
 def _drawing_from(seed: int, device: torch.device | None = None) -> Iterator[None]:
     devices = [device] if device is not None and device.type == "cuda" else []
+    generators = [torch.default_generator, *(torch.cuda.default_generators[d.index] for d in devices)]
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        for generator in generators:  # torch.manual_seed would look at every kind of device, which takes long
+            generator.manual_seed(seed)
         yield
 
 
@@ -459,7 +467,7 @@ class _Cycle:
 
 def _device(param: Any) -> torch.device:
     if param.solver_mode == param.GPU and torch.cuda.is_available():
-        return torch.device("cuda", min(param.device_id, torch.cuda.device_count() - 1))
+        return torch.device("cuda", min(max(param.device_id, 0), torch.cuda.device_count() - 1))
     return torch.device("cpu")
 
 
