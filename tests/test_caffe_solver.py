@@ -19,6 +19,7 @@ from torch import Tensor
 
 from attention_transfer.caffe import Net, Solver, schema
 from attention_transfer.caffe.caffemodel import blob_array, read_caffemodel, read_solverstate, write_binary
+from attention_transfer.caffe.prototxt import read_solver
 from attention_transfer.cli import main
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "caffe"
@@ -84,6 +85,32 @@ def test_reference(case: str, dtype: torch.dtype) -> None:
     found = run(solver, meta["iterations"])
     for key, want in load(folder, "expected.npz").items():
         assert_close(found[key], want, tolerance, key)
+
+
+PITFALLS = [folder.parent.name for folder in sorted((REFERENCE / "pitfalls").glob("*/solver.prototxt"))]
+PITFALL_TOLERANCE = {torch.float64: (1e-10, 1e-12), torch.float32: (2e-5, 1e-6)}
+
+
+@DTYPES
+@pytest.mark.parametrize("which", ["net", "fixed"])
+@pytest.mark.parametrize("case", PITFALLS or ABSENT)
+def test_pitfalls_train_as_in_caffe(case: str, which: str, dtype: torch.dtype) -> None:
+    folder = REFERENCE / "pitfalls" / case
+    param = read_solver(folder / "solver.prototxt")
+    param.net = str(folder / f"{which}.prototxt")
+    own = folder / f"init_{which}.caffemodel"
+    weights = own if own.exists() else folder / "init.caffemodel"
+    solver = Solver(param, weights, batches(folder, dtype))
+    solver.net.to(dtype)
+    found = run(solver, len(batches(folder, dtype)))
+    rtol, atol = PITFALL_TOLERANCE[dtype]
+    tolerance = {"rtol": rtol, "atol": atol, "atol_scalar": atol}
+    expected = {
+        key: want for key, want in load(folder, "expected.npz").items() if key.startswith(f"{which}/")
+    }
+    assert expected
+    for key, want in expected.items():
+        assert_close(found[key.removeprefix(f"{which}/")], want, tolerance, key)
 
 
 # ---------------------------------------------------------------------------------------- learning rates
@@ -308,7 +335,7 @@ layer { name: "accuracy" type: "Accuracy" bottom: "fc" bottom: "label" top: "acc
   include { phase: TEST } }
 """
 WHOLE_SOLVER = """net: "net.prototxt" base_lr: 0.05 lr_policy: "multistep" gamma: 0.5 stepvalue: 3
-stepvalue: 7 weight_decay: 0.001 momentum: 0.9 max_iter: 12 iter_size: 2
+stepvalue: 4 weight_decay: 0.001 momentum: 0.9 max_iter: 12 iter_size: 2
 test_iter: 2 test_interval: 3 snapshot: 5
 snapshot_prefix: "%s/run" solver_mode: CPU """
 
@@ -364,6 +391,20 @@ def test_seed_decides_everything(whole: Path) -> None:
         solver.step(3)
         runs.append(state_of(solver)[0])
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+def test_dropout_is_drawn_anew_in_each_iteration(tmp_path: Path) -> None:
+    dropout = 'layer { name: "drop" type: "Dropout" bottom: "data" top: "data" }\nlayer { name: "fc"'
+    (tmp_path / "drop.prototxt").write_text((TINY % ("", "")).replace('layer { name: "fc"', dropout))
+    text = 'net: "drop.prototxt" base_lr: 0 lr_policy: "fixed" random_seed: '
+    first, again = (tiny(tmp_path, f"{text}1", tiny_feed(1)) for _ in range(2))
+    losses = []
+    for solver in (first, again):
+        for _ in range(6):
+            solver.step(1)
+            losses.append(solver.loss)
+    assert losses[:6] == losses[6:]
+    assert len(set(losses)) == 6
 
 
 def test_snapshots_are_as_caffe_writes_them(whole: Path) -> None:
@@ -429,6 +470,18 @@ def test_weights_of_the_prototxt_and_of_the_argument(tmp_path: Path) -> None:
     assert torch.equal(named.net.params["fc"][0], values["b"])
     given = tiny(tmp_path, SGD + 'weights: "a.caffemodel"', weights=tmp_path / "c.caffemodel")
     assert torch.equal(given.net.params["fc"][0], values["c"])
+
+
+def test_weights_for_layers_of_the_train_net_alone_are_no_surprise(tmp_path: Path) -> None:
+    teacher = """layer { name: "teacher" type: "InnerProduct" bottom: "data" top: "teacher"
+      inner_product_param { num_output: 1 } include { phase: TRAIN } }"""
+    (tmp_path / "both.prototxt").write_text(TINY % ("", "") + teacher)
+    solver = f'net: "both.prototxt" test_iter: 1 test_interval: 1 {SGD}'
+    weights = tiny(tmp_path, solver).net.to_caffemodel()
+    del weights.layer[:-1]
+    weights.layer[0].blobs[0].data[:] = [1, 2, 3]
+    trained = tiny(tmp_path, solver, weights=weights)  # a warning would be an error here
+    assert trained.net.params["teacher"][0].tolist() == [[1, 2, 3]]
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -521,7 +574,7 @@ def test_command_trains_and_logs(whole: Path, capsys: pytest.CaptureFixture[str]
     ]  # fmt: skip
     assert [int(row["iteration"]) for row in log] == list(range(13))
     assert [i for i, row in enumerate(log) if row["test/accuracy"]] == [0, 3, 6, 9, 12]
-    assert log[12]["loss"] == "" and float(log[4]["learning_rate"]) == pytest.approx(0.025)
+    assert log[12]["loss"] == "" and float(log[4]["learning_rate"]) == pytest.approx(0.0125)
     smoothed = np.mean([float(row["loss"]) for row in log[4:7]])
     assert f"iteration 6  loss {smoothed:.4f}"[:-1] in printed
     twin = Solver(path)

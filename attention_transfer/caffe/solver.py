@@ -74,7 +74,7 @@ class Solver:
         with _drawing_from(self.seed):
             self.net, self.test_nets = make_nets(self.param, folder)
         for source in starting_weights(self.param, folder) if weights is None else _several(weights):
-            for net in (self.net, *self.test_nets):
+            for net in (self.net, *self._nets_with_more_to_load()):
                 net.load(source)
         self.net.to(_device(self.param))
         self._share()
@@ -386,6 +386,11 @@ class Solver:
         return (iteration - 1) // self.param.test_interval + bool(self.param.test_initialization)
 
     # -------------------------------------------------------------------------- places, inputs, randomness
+
+    def _nets_with_more_to_load(self) -> list[Net]:
+        """The test nets with blobs in layers that the train net lacks; those of the others are shared."""
+        trained = self.net.params.keys()
+        return [net for net in self.test_nets if net.params.keys() - trained]
 
     def _share(self) -> None:
         """Let the test nets have the train net's parameters, wherever and whatever these are by now."""
