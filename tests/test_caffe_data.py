@@ -405,6 +405,21 @@ def test_missing_and_foreign_sources(tmp_path: Path, database: Path) -> None:
         data_net(tmp_path / "empty")
 
 
+def test_an_lmdb_that_was_cut_off_is_refused(tmp_path: Path, database: Path) -> None:
+    whole = (database / "data.mdb").read_bytes()
+    for share in (0.1, 0.5, 0.9):
+        folder = tmp_path / str(share)
+        folder.mkdir()
+        (folder / "data.mdb").write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(ValueError, match="^Data: expected .*LMDB"):
+            data_net(folder)
+
+
+def test_tops_that_caffe_cannot_count_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected tops of at most 2147483647 entries, got the shape"):
+        dummy_net("shape { dim: 70000 dim: 70000 }")
+
+
 def test_damaged_records(tmp_path: Path, pictures: np.ndarray) -> None:
     short = datum(pictures[0])
     short.data = short.data[:-1]
@@ -438,15 +453,17 @@ def test_command_writes_real_cifar(
     shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, mean = tmp_path / "made" / "test.lmdb", tmp_path / "mean.binaryproto"
-    options = ["--root", shared_data, "--split", "test", "--limit", 2500, "--keep-order", "--mean", mean]
+    for split in ("train", "test"):  # to decode 50,000 images more would take long
+        (tmp_path / f"cifar10-{split}.parquet").symlink_to(shared_data / "cifar10-test.parquet")
+    options = ["--root", tmp_path, "--split", "test", "--limit", 2500, "--keep-order", "--mean", mean]
     assert write("--data", "cifar10", *options, "-o", out) == 0
     printed = capsys.readouterr().out
     assert f"{out}: 2,500 images of 3 x 32 x 32 (c, h, w), 10 classes" in printed
-    assert "mean_value: 113.86 mean_value: 122.94 mean_value: 125.28" in printed
-    known = load_data("cifar10", root=shared_data, validation=0).test
+    known = load_data("cifar10", root=tmp_path, validation=0)
+    assert " ".join(f"mean_value: {255 * mean:.2f}" for mean in known.mean[::-1]) in printed
     images, labels = take(data_net(out, 500), 5)
-    assert torch.equal(labels.long(), known.labels[:2500])
-    assert torch.equal(images.flip(1).to(torch.uint8), known.images[:2500])
+    assert torch.equal(labels.long(), known.test.labels[:2500])
+    assert torch.equal(images.flip(1).to(torch.uint8), known.test.images[:2500])
     np.testing.assert_allclose(read_mean(mean), images.double().mean(0), rtol=1e-6)
     keys = open_database(str(out)).keys
     assert keys[0] == b"00000000" and keys[-1] == b"00002499"

@@ -252,6 +252,11 @@ def test_arrays_may_be_fed(tmp_path: Path) -> None:
     assert torch.equal(tensors.net.params["fc"][0], fed.net.params["fc"][0])
 
 
+def test_a_net_that_reads_its_own_data_takes_no_feed(whole: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected no feed for a net without Input layers, got one\."):
+        Solver(whole / "solver.prototxt", feed=tiny_feed())
+
+
 def test_input_layers_need_a_feed(tmp_path: Path) -> None:
     tiny(tmp_path, SGD)
     with pytest.raises(ValueError, match=r"Input layers \(data, label\), got no feed\. Pass feed, or read"):

@@ -29,6 +29,7 @@ class Database:
         self.path = path
         try:
             self._lmdb = lmdb.open(str(path), readonly=True, lock=False, subdir=path.is_dir())
+            self._check_length()
             with self._lmdb.begin() as transaction:
                 self.keys: list[bytes] = list(transaction.cursor().iternext(keys=True, values=False))
         except lmdb.Error as error:
@@ -39,6 +40,17 @@ class Database:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def _check_length(self) -> None:
+        """Refuse a file that was cut off: to read beyond its end would end the process."""
+        file = self.path / "data.mdb" if self.path.is_dir() else self.path
+        pages = self._lmdb.info()["last_pgno"] + 1
+        needed, there = pages * self._lmdb.stat()["psize"], file.stat().st_size
+        if there < needed:
+            raise ValueError(
+                f"{USER}: expected {needed:,} bytes in the LMDB {file}, got {there:,}: it was cut off. "
+                "Copy or write it again."
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_database, (str(self.path),)  # a copy is the same, open, database

@@ -78,6 +78,11 @@ class Solver:
                 net.load(source)
         self.net.to(_device(self.param))
         self._share()
+        if feed is not None and not self.net.inputs:
+            raise ValueError(
+                "Solver: expected no feed for a net without Input layers, got one. "
+                "The net reads its data itself: leave feed out, or declare an Input layer."
+            )
         self._feeds = {id(self.net): _Cycle(feed)} if feed is not None else {}
         self._feeds |= {id(net): _Cycle(one) for net, one in zip(self.test_nets, test_feed, strict=False)}
         self.iteration = self._step = self._tests = 0
