@@ -411,12 +411,12 @@ def test_an_lmdb_that_was_cut_off_is_refused(tmp_path: Path, database: Path) -> 
         folder = tmp_path / str(share)
         folder.mkdir()
         (folder / "data.mdb").write_bytes(whole[: int(share * len(whole))])
-        with pytest.raises(ValueError, match="^Data: expected .*LMDB"):
+        with pytest.raises(ValueError, match=r"^Data: expected .*LMDB"):
             data_net(folder)
 
 
 def test_tops_that_caffe_cannot_count_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected tops of at most 2147483647 entries, got the shape"):
+    with pytest.raises(ValueError, match=r"expected tops of at most 2147483647 entries, got the shape"):
         dummy_net("shape { dim: 70000 dim: 70000 }")
 
 

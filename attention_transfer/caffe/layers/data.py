@@ -390,7 +390,7 @@ class DummyData(DataLayer):
             torch.manual_seed(int(self.draw(self.seed, BATCH, self._next, index).integers(2**32)))
             return fill(shape, filler, self.error).to(place)
 
-    def _declared(self) -> list[tuple[int, ...]]:
+    def _read_shapes(self) -> list[tuple[int, ...]]:
         param = self.spec.dummy_data_param
         legacy = [list(getattr(param, name)) for name in ("num", "channels", "height", "width")]
         if param.shape and any(legacy):
