@@ -617,6 +617,7 @@ def test_command_stops_where_the_loss_is_no_number(whole: Path, capsys: pytest.C
         (["--solver", "none.prototxt"], "No such file or directory: none.prototxt"),
         (["--solver", "s", "--weights", "w", "--snapshot", "x"], "got both. A snapshot brings its weights."),
         (["--solvr", "s"], "--solver"),
+        (["--solver", "s", "--max-iter", "0"], "expected --max-iter of 1 or more, got 0"),
     ],
 )
 def test_command_refuses(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

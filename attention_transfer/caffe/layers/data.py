@@ -110,13 +110,8 @@ class DataLayer(Layer):
         if not source:
             raise self.error(f"a source, {what}", "none")
         if not Path(source).exists():
-            raise FileNotFoundError(
-                str(
-                    self.error(
-                        f"{what} in {source}", "nothing there", "Paths are relative to the working directory."
-                    )
-                )
-            )
+            remedy = "Paths are relative to the working directory."
+            raise FileNotFoundError(str(self.error(f"{what} in {source}", "nothing there", remedy)))
         return Path(source)
 
 

@@ -63,9 +63,7 @@ def _parser() -> Any:
     parser.add_argument(
         "--seed", type=int, default=0, help="Of the order: a Data layer reads one after another."
     )
-    parser.add_argument(
-        "--keep-order", action="store_true", help="Leave the images in their order."
-    )
+    parser.add_argument("--keep-order", action="store_true", help="Leave the images in their order.")
     parser.add_argument("--mean", type=Path, help="Write the mean of the images here, as .binaryproto.")
     return parser
 

@@ -36,6 +36,8 @@ def run(arguments: list[str]) -> None:
             "caffe train: expected --weights to start from or --snapshot to go on from, got both. "
             "A snapshot brings its weights."
         )
+    if flags.max_iter is not None and flags.max_iter < 1:
+        raise UsageError(f"caffe train: expected --max-iter of 1 or more, got {flags.max_iter}.")
     from attention_transfer.caffe import Solver
 
     weights = [name.strip() for name in flags.weights.split(",")] if flags.weights else None
