@@ -217,6 +217,18 @@ def _ratio_with_spread(row: Row | None) -> str:
     return f"{row.ratio:{style}}{spread}"
 
 
+def caffe_nets(rows: Sequence[Row]) -> str:
+    """Steps of nets read from prototxt, and what they are compared with."""
+    cells = [
+        [f"{row.device}: {row.shape}", row.backend, f"{1000 * (row.p50 or 0):.1f}", ""]
+        if not row.against
+        else [f"{row.device}: {row.shape}", f"{row.backend} / ({row.against})", "", _times(row, spread=True)]
+        for row in rows
+        if row.benchmark == "caffe"
+    ]
+    return markdown(["", "", "ms", "ratio"], cells, words=2)
+
+
 def own_defaults(rows: Sequence[Row]) -> str:
     """Each project with its defaults."""
     cells = []
@@ -253,6 +265,7 @@ BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {
     "steps": steps,
     "ratios": ratios,
     "defaults": own_defaults,
+    "caffe": caffe_nets,
     "waits": waits,
 }
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.names import (
     AUTHORS,
+    BY_HAND,
     CACHED,
     COMPILED,
     FLOOR,
@@ -129,6 +130,12 @@ def our_defaults(rows: Sequence[Row]) -> Measured:
     return by_group(found, lambda row: row.shape.split()[0], lambda ratio: ratio >= 2)
 
 
+def net_from_prototxt(rows: Sequence[Row]) -> Measured:
+    """A step of a Caffe net against the same net written by hand."""
+    found = [row for row in rows if (row.benchmark, row.against) == ("caffe", BY_HAND)]
+    return by_group(found, lambda row: row.shape, lambda ratio: ratio <= 1.1, ".3f")
+
+
 def linear(rows: Sequence[Row]) -> Measured:
     """Slopes in a doubly logarithmic plot: 1 is linear."""
     slopes = {
@@ -192,6 +199,7 @@ TARGETS = [
         whole_step(TORCHDISTILL, LIVE, lambda ratio: ratio >= 1.3),
     ),
     Target("the same, each with its defaults", "≥ 2", our_defaults),
+    Target("a step of a Caffe net against the same net written by hand", "≤ 1.1", net_from_prototxt),
     Target("cost against b, c, h·w and number of pairs", "linear", linear),
     Target(
         "`import attention_transfer` beyond `import torch`; `attention-transfer --help` in all",

@@ -258,7 +258,7 @@ def quick_rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_the_quick_run_measures_every_contender(quick_rows: Path) -> None:
     found = rows.read(quick_rows)
-    assert {row.benchmark for row in found} == {"kernels", "scaling", "step", "defaults", "startup"}
+    assert {row.benchmark for row in found} == {"kernels", "scaling", "step", "defaults", "caffe", "startup"}
     assert {row.backend for row in found if row.benchmark == "kernels"} == {FLOOR, *kernels.TERMS}
     unmeasured = {row.backend for row in found if row.note.startswith("not measured")}
     assert unmeasured == {COMPILED}
@@ -351,7 +351,7 @@ def test_the_verb_knows_the_benchmarks() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["speed"], "bench: unknown benchmark speed. Known: kernels, step, startup."),
+        (["speed"], "bench: unknown benchmark speed. Known: kernels, step, caffe, startup."),
         (["--device", "tpu"], "bench: expected --device cpu"),
         (["--output", "FOREIGN"], "bench: expected the columns benchmark,op,backend,"),
     ],
