@@ -14,6 +14,7 @@ from attention_transfer.caffe import check, schema, write_prototxt
 from attention_transfer.caffe.pitfalls import Finding
 from attention_transfer.caffe.prototxt import layer_lines
 from attention_transfer.caffe.schema import text_format
+from attention_transfer.caffe.structure import Graph
 from attention_transfer.cli import main
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "caffe"
@@ -535,6 +536,25 @@ def test_maps_of_equal_area_and_other_shape_are_found(
     assert found(net) == [(name, ["at0"])]
 
 
+# ---------------------------------------------------------------------------- where Caffe runs backward
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_backward_runs_where_something_learns_below_a_loss(force: bool) -> None:
+    """The student learns up to its loss; what leads to no loss, or is cut off, is left out unless forced."""
+    net = transfer(Shape(batch_norm=True))
+    net.layer.add().CopyFrom(layer("unread", "TanH", "small/c2"))
+    net.force_backward = force
+    net.state.phase = schema.TRAIN
+    graph = Graph(net)
+    names = {node.name for node in graph.backward}
+    alone = {"unread", "large/c1", "large/c1/bn", "flat/t0", "norm/t0"}
+    assert names >= {"small/c1", "small/c1/bn", "flat/s0", "norm/s0", "at0", "fc", "ce"}
+    assert names & alone == (alone if force else set())
+    assert {blob.name for blob in graph.gradients} >= {"small/c1", "fc", "norm/s0"}
+    assert ("norm/t0" in {blob.name for blob in graph.gradients}) == force
+
+
 # ------------------------------------------------------------------------------------------------- solvers
 
 
@@ -647,6 +667,33 @@ def test_the_rest_of_the_teacher_behind_its_taps_counts_too() -> None:
         layer("fc/t", "InnerProduct", "large/c3", text="inner_product_param { num_output: 4 }")
     )
     assert found(net) == [("teacher_decays", ["fc/t"])]
+
+
+@pytest.mark.parametrize("python", [True, False])
+def test_a_second_loss_that_counts_for_nothing_may_watch(python: bool) -> None:
+    net = transfer()
+    watching = net.layer.add()
+    watching.CopyFrom(of(transfer(Shape(python=python)), "at0"))
+    watching.name, watching.top[0] = "watching", "watching"
+    del watching.loss_weight[:]
+    watching.loss_weight.extend([] if python else [0])
+    assert check(net) == []
+    net.layer.remove(of(net, "at0"))
+    assert found(net) == [
+        ("python_loss_without_weight" if python else "attention_without_loss", ["watching"])
+    ]
+
+
+def test_a_python_loss_between_scores_needs_a_weight_too() -> None:
+    net = transfer()
+    fc = layer(
+        "fc/t", "InnerProduct", "large/c3", text=f"{FROZEN * 2} inner_product_param {{ num_output: 4 }}"
+    )
+    module = "python_param { module: 'soft' layer: 'DistillationLossLayer' }"
+    net.layer.extend([fc, layer("kd", "Python", "fc fc/t", text=module)])
+    assert found(net) == [("python_loss_without_weight", ["kd"])]
+    of(net, "kd").loss_weight.append(1)
+    assert check(net) == []
 
 
 def test_layers_of_one_network_may_be_compared() -> None:

@@ -310,6 +310,8 @@ def test_the_teacher_reads_the_students_images_and_nothing_of_it_is_left_behind_
     for spec in teacher.layer:
         spec.name, spec.bottom[:] = f"t/{spec.name}", [f"t/{name}" for name in spec.bottom]
         spec.top[:] = [f"t/{name}" for name in spec.top]
+        spec.propagate_down[:] = [True] * len(spec.bottom)
+    teacher.layer[2].loss_weight.append(1)
     made = build(plain((4, 6)), teacher, pairs="conv1:t/conv1,conv2:t/conv2")
     theirs = [spec for spec in made.net.layer if spec.name.startswith("teacher_")]
     kinds = ["Convolution", "BatchNorm", "Scale", "ReLU"]
@@ -318,6 +320,7 @@ def test_the_teacher_reads_the_students_images_and_nothing_of_it_is_left_behind_
     assert theirs[0].bottom == ["data"]
     assert all(spec.include[0].phase == schema.TRAIN for spec in theirs)
     assert [len(spec.param) for spec in theirs[:4]] == [1, 0, 2, 0]
+    assert not any(len(spec.loss_weight) or len(spec.propagate_down) for spec in theirs)
 
 
 def test_dropout_and_old_layers_of_the_teacher_are_the_identity_and_new() -> None:

@@ -219,15 +219,10 @@ class Graph:
         needing = self._needing()
         running: set[Node] = set()
         sent: set[Blob] = set()
-        under_loss: set[Blob] = set()
         for node in reversed(self.nodes):
-            pairs = zip(node.outputs, node.loss_weights, strict=False)
-            weighted = any(weight for _, weight in pairs)
-            for_loss = weighted or any(blob in under_loss for blob in node.outputs)
-            if for_loss:
-                under_loss.update(node.inputs)
+            weighted = any(weight for _, weight in zip(node.outputs, node.loss_weights, strict=False))
             reached = weighted or any(blob in sent for blob in node.outputs)
-            if self.force_backward or (node in needing and for_loss and reached):
+            if self.force_backward or (node in needing and reached):
                 running.add(node)
                 sent.update(blob for i, blob in enumerate(node.inputs) if self._sends(node, i, needing))
         return running, sent

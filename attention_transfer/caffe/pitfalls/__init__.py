@@ -104,15 +104,18 @@ def _cases(net: Any, solver: Any, source: str) -> Iterator[Case]:
     yield from whole
 
 
-def _states(solver: Any) -> Iterator[Any]:
-    """The states in which a solver builds the net."""
+def _states(solver: Any) -> list[Any]:
+    """The states in which a solver builds the net, and those of the two phases alone."""
     given = [] if solver is None else [(schema.TRAIN, solver.train_state)]
     given += [] if solver is None else [(schema.TEST, state) for state in solver.test_state]
+    states: list[Any] = []
     for phase, stated in [*given, (schema.TRAIN, schema.NetState()), (schema.TEST, schema.NetState())]:
-        state = schema.NetState(phase=phase)
+        state = schema.NetState()
         state.MergeFrom(stated)
         state.phase = phase
-        yield state
+        if state not in states:
+            states.append(state)
+    return states
 
 
 def _case(net: Any, state: Any, solver: Any) -> Case:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from attention_transfer.caffe.pitfalls.attention import Branch, Meeting
-from attention_transfer.caffe.pitfalls.layers import counts
+from attention_transfer.caffe.pitfalls.attention import Branch
+from attention_transfer.caffe.pitfalls.layers import counts, watches
 from attention_transfer.caffe.pitfalls.rules import Blame, Case, named, pitfall
 from attention_transfer.caffe.structure import Blob, Node
 
@@ -233,7 +233,8 @@ def attention_without_loss(case: Case) -> Blame | None:
     met = {side.branch for meeting in case.attention.meetings for side in meeting.sides}
     loose = [branch.nodes[-1] for branch in case.attention.branches if branch not in met]
     loose = [node for node in loose if not counts(case, node)]
-    weightless = [meeting.node for meeting in case.attention.meetings if _states_no_weight(case, meeting)]
+    comparing = [meeting.node for meeting in case.attention.meetings]
+    weightless = [node for node in comparing if _stated_to_be_nothing(case, node)]
     blamed = loose + weightless
     if not blamed:
         return None
@@ -244,9 +245,10 @@ def attention_without_loss(case: Case) -> Blame | None:
     return Blame(blamed, message, "Compare them in a loss with a loss_weight other than 0.")
 
 
-def _states_no_weight(case: Case, meeting: Meeting) -> bool:
-    left_out = meeting.node.type == "Python" and not meeting.node.spec.loss_weight
-    return not left_out and not counts(case, meeting.node)
+def _stated_to_be_nothing(case: Case, node: Node) -> bool:
+    """Whether maps are compared with the weight 0 alone; a Python layer without weight is another pitfall."""
+    left_out = node.type == "Python" and not node.spec.loss_weight
+    return not (left_out or counts(case, node) or watches(case, node))
 
 
 def _sentence(text: str) -> str:

@@ -193,14 +193,16 @@ def accuracy_with_force_backward(case: Case) -> Blame | None:
 
 @pitfall("python_loss_without_weight")
 def python_loss_without_weight(case: Case) -> Blame | None:
-    """A Python layer that compares maps, or is called a loss, whose value reaches no loss weight."""
-    meeting = {meeting.node for meeting in case.attention.meetings}
+    """A Python layer that compares maps, or is called a loss, whose value reaches no loss weight.
+
+    Beside a loss that does compare the same maps, it may be meant for watching.
+    """
+    comparing = {meeting.node for meeting in case.attention.meetings}
     blamed = [
         node
         for node in case.graph.nodes
-        if node.type == "Python" and not node.spec.loss_weight
-        if node in meeting or node.spec.python_param.layer.lower().endswith(("loss", "losslayer"))
-        if not counts(case, node)
+        if node.type == "Python" and not node.spec.loss_weight and not counts(case, node)
+        if (node in comparing or _is_called_loss(node)) and not watches(case, node)
     ]
     if not (blamed and case.train):
         return None
@@ -209,6 +211,16 @@ def python_loss_without_weight(case: Case) -> Blame | None:
         "Caffe a Python layer is no loss layer, its loss weight is 0 unless stated. Caffe says nothing."
     )
     return Blame(blamed, message, "Add loss_weight: 1.")
+
+
+def _is_called_loss(node: Node) -> bool:
+    return node.spec.python_param.layer.lower().endswith(("loss", "losslayer"))
+
+
+def watches(case: Case, node: Node) -> bool:
+    """Whether another loss that counts reads the very bottoms of this one."""
+    twins = (user for blob in node.inputs[:1] for user, _ in blob.users)
+    return any(twin.inputs == node.inputs and counts(case, twin) for twin in twins)
 
 
 def counts(case: Case, node: Node) -> bool:
