@@ -125,6 +125,77 @@ def test_onnx(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(got), blobs[net.outputs[0]], rtol=1e-4, atol=1e-5)
 
 
+UNUSUAL = {
+    "argmax": ("ArgMax", "argmax_param { top_k: 3 out_max_val: true }"),
+    "places": ("ArgMax", "argmax_param { top_k: 2 axis: 1 }"),
+    "hanging": ("Pooling", "pooling_param { pool: AVE kernel_size: 3 stride: 2 pad: 2 }"),
+    "padded": ("Pooling", "pooling_param { pool: MAX kernel_size: 3 stride: 3 pad: 2 }"),
+    "attention": ("Reshape", "reshape_param { shape { dim: 0 dim: 0 dim: -1 dim: 1 } }"),
+    "normalize": ("Normalize", "norm_param { across_spatial: false channel_shared: false }"),
+    "slice": ("Slice", "slice_param { slice_point: 1 }"),
+    "mvn": ("MVN", ""),
+    "deconvolution": ("Deconvolution", "convolution_param { num_output: 2 kernel_size: 4 stride: 2 }"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_onnx_of_unusual_layers(name: str, tmp_path: Path) -> None:
+    """The export compares itself, for the declared batch and for another."""
+    pytest.importorskip("onnxruntime")
+    text = Text("unusual", 2, 4, 7, 8)
+    text.add("Power", "below", "power_param { scale: 2 }")
+    kind, settings = UNUSUAL[name]
+    text.add(kind, "layer", settings)
+    if name == "slice":
+        text.text = text.text.replace('top: "layer"', 'top: "layer" top: "rest"')
+    converted(text.text, tmp_path, onnx=True)
+    assert (tmp_path / "model.onnx").stat().st_size > 0
+
+
+def test_onnx_of_doubles_is_in_float32(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    prototxt, weights, net = written(NETS["vgg"](), tmp_path, double=True)
+    convert(prototxt, weights, tmp_path, onnx=True)
+    images = torch.randn(1, *net.inputs["data"][1:])
+    (got,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"data": images.numpy()})
+    want = net.float()({"data": images})["prob"]
+    torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-4, atol=1e-6)
+    assert load(tmp_path).load().fc8.weight.dtype == torch.float64
+
+
+def test_a_net_of_one_batch_size_alone_is_exported_so(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    text = Text("fixed", 2, 3, 4, 4)
+    text.add("Reshape", "one", "reshape_param { shape { dim: 2 dim: 48 } }")
+    text.dense("fc", 2)
+    converted(text.text, tmp_path, onnx=True)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert session.get_inputs()[0].shape == [2, 3, 4, 4]
+
+
+def test_what_onnxruntime_computes_otherwise_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+
+    def forward(self: nn.Softmax, x: Tensor) -> Tensor:
+        return x.sigmoid() if torch.compiler.is_exporting() else x.softmax(1)
+
+    monkeypatch.setattr(nn.Softmax, "forward", forward)
+    prototxt, weights, _ = written(NETS["vgg"](), tmp_path)
+    with pytest.raises(ValueError, match="expected onnxruntime to give the module's 'prob'"):
+        convert(prototxt, weights, tmp_path / "out", onnx=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_packages_of_onnx_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prototxt, weights, _ = written(NETS["vgg"](), tmp_path)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r'pip install "attention-transfer\[onnx\]"'):
+        convert(prototxt, weights, tmp_path / "out", onnx=True)
+    assert not (tmp_path / "out").exists()
+
+
 # ----------------------------------------------------------------------------------------------- back
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from caffe_nets import NETS, Text, written
+from caffe_nets import NETS, Text, randomise, written
 from torch import Tensor
 
-from attention_transfer.caffe import Net, read_caffemodel
+from attention_transfer.caffe import Net, build, write_prototxt
 from attention_transfer.caffe.caffemodel import write_binary
+from attention_transfer.caffe.prototxt import parse_net
 
 cv2 = pytest.importorskip("cv2")
 
@@ -88,20 +89,48 @@ def test_attention_branch(p: int, flat: bool, across: str, tmp_path: Path) -> No
     assert_agree(prototxt, weights, net, {"data": torch.randn(net.inputs["data"])})
 
 
+def write_for_opencv(stored: Any, weights: Path) -> None:
+    """OpenCV cannot read a blob without axes, as Caffe writes a shared scale; as four axes of 1 both can."""
+    for layer in stored.layer:
+        for blob in layer.blobs:
+            if not blob.shape.dim:
+                blob.ClearField("shape")
+                blob.num = blob.channels = blob.height = blob.width = 1
+    write_binary(stored, weights)
+
+
 def test_attention_branch_with_one_scale_for_all_channels(tmp_path: Path) -> None:
-    """OpenCV cannot read a blob without axes, as Caffe writes this scale; as four axes of 1 both can."""
     text = attention_branch(2, flat=True, settings="across_spatial: true channel_shared: true eps: 1e-10")
     prototxt, weights, net = written(text, tmp_path)
-    stored = read_caffemodel(weights)
-    (record,) = (layer for layer in stored.layer if layer.name == "norm")
-    record.blobs[0].ClearField("shape")
-    for axis in ("num", "channels", "height", "width"):
-        setattr(record.blobs[0], axis, 1)
-    record.blobs[0].data[:] = [1.5]
-    write_binary(stored, weights)
+    net.layers[-1].put_blob(0, torch.tensor(1.5))
+    write_for_opencv(net.to_caffemodel(), weights)
     net.load(weights)
     assert net.params["norm"][0] == 1.5
     assert_agree(prototxt, weights, net, {"data": torch.randn(net.inputs["data"])})
+
+
+@pytest.mark.parametrize("pairs", ["res2a:res2a,res3a:res3a", "res2a:res3a", "conv1:res2a"])
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_built_net(p: int, pairs: str, tmp_path: Path) -> None:
+    """All that `caffe build` adds but losses, which OpenCV has not; its branches moved to the phase TEST."""
+    student, teacher = (Net(parse_net(NETS["resnet"]().text)) for _ in range(2))
+    stored = [randomise(net).to_caffemodel() for net in (student, teacher)]
+    made = build(
+        student.proto, teacher.proto, pairs=pairs, p=p, student_weights=stored[0], teacher_weights=stored[1]
+    )
+    for layer in made.net.layer:
+        del layer.include[:]
+    losses = ("SoftmaxWithLoss", "EuclideanLoss", "Accuracy")
+    kept = [layer for layer in made.net.layer if layer.type not in losses and "label" not in layer.top]
+    assert len(made.net.layer) - len(kept) == 2 + len(made.pairs)
+    del made.net.layer[:]
+    made.net.layer.extend(kept)
+    write_prototxt(made.net, tmp_path / "net.prototxt")
+    net = Net(made.net, made.weights)
+    write_for_opencv(net.to_caffemodel(), tmp_path / "net.caffemodel")
+    inputs = {"data": torch.randn(net.inputs["data"])}
+    assert sum(layer.type == "Normalize" for layer in net.layers) == 2 * len(made.pairs)
+    assert_agree(tmp_path / "net.prototxt", tmp_path / "net.caffemodel", net, inputs)
 
 
 def test_normalize_over_the_channels_of_a_position_with_scales_as_in_ssd(tmp_path: Path) -> None:

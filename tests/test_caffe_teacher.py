@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from caffe_nets import Text, randomise, resnet
+from caffe_nets import Text, randomise, resnet, written
 from torch import Tensor
 
 import attention_transfer as at
 from attention_transfer.caffe import Net, convert
 from attention_transfer.caffe.prototxt import parse_net
+from attention_transfer.cli import main
 
 
 def make(phase: str = "TEST") -> Net:
@@ -171,6 +172,28 @@ def test_a_layer_may_have_the_name_of_something_that_a_net_has(name: str) -> Non
     net.train().eval()
     assert net(torch.randn(2, 3)).shape == (2, 4)
     assert net.params[name][0].shape == (4, 3)
+
+
+FACTORY = """
+from attention_transfer.caffe import Net
+
+def teacher(pretrained=False):
+    return Net("net.prototxt", "net.caffemodel" if pretrained else None)
+"""
+
+
+def test_the_command_maps_draws_a_nets_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    _, _, net = written(resnet(), tmp_path)
+    at.models.save_weights(net, "net.safetensors")
+    Path("caffe_factory.py").write_text(FACTORY)
+    image.new("RGB", (16, 16), "red").save("red.png")
+    for weights in ("pretrained", "net.safetensors"):
+        options = ["--model", "caffe_factory:teacher", "--weights", weights, "--image-size", "16"]
+        assert main(["maps", "red.png", *options, "-o", weights[:3]]) == 0
+    assert Path("pre/red-maps.png").read_bytes() == Path("net/red-maps.png").read_bytes()
 
 
 # ------------------------------------------------------------------------------------ a published net

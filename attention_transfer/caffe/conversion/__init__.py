@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from attention_transfer._files import write_atomically
 from attention_transfer.caffe.caffemodel import read_caffemodel
 from attention_transfer.caffe.conversion.back import to_caffemodel as to_caffemodel
-from attention_transfer.caffe.conversion.export import agree, as_tuple, export_onnx
+from attention_transfer.caffe.conversion.export import agree, as_onnx, as_tuple, require_onnx
 from attention_transfer.caffe.conversion.plan import Plan, make_plan
 from attention_transfer.caffe.conversion.source import Source, state_of, write_source
 from attention_transfer.caffe.net import Net, Phase
@@ -37,12 +36,11 @@ class Conversion:
 
     Attributes:
         folder: where its files are.
-        source: what was written; `model` the module, with its weights.
+        source: what was written.
     """
 
     folder: Path
     source: Source
-    model: nn.Module
 
     def differences(self) -> list[str]:
         """For each way in which Caffe's gradient is another one, a line that names the layers."""
@@ -74,7 +72,8 @@ def convert(
         phase: which layers are in.
         output: the blobs to give, and with them which layers are needed; by default, all that no layer but a
             loss reads.
-        onnx: also write `model.onnx`, with a free batch size, and compare it with the module in onnxruntime.
+        onnx: also write `model.onnx`, in float32 with a free batch size, and compare it with the module in
+            onnxruntime.
 
     Returns:
         The folder.
@@ -101,20 +100,23 @@ def convert_net(
     onnx: bool = False,
 ) -> Conversion:
     """Like `convert`, without warnings."""
+    if onnx:
+        require_onnx()
     net = _read(prototxt, weights, phase)
     plan = make_plan(net, [output] if isinstance(output, str) else output)
     source = write_source(plan, net.dtype)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / SOURCE, source.text)
     model = _instance(folder / SOURCE, source, net.dtype)
-    write_atomically(folder / WEIGHTS, _packed(model))
     examples = _examples(plan, net.dtype)
     _compare(plan, source, model, examples)
+    files: dict[str, bytes | str] = {SOURCE: source.text, WEIGHTS: _packed(model)}
     if onnx:
-        inputs = dict(zip(source.inputs, examples, strict=True))
-        export_onnx(model, inputs, source.outputs, folder / ONNX)
-    return Conversion(folder, source, model)
+        inputs = dict(zip(source.inputs, (x.float() for x in examples), strict=True))
+        files[ONNX] = as_onnx(model.float(), inputs, source.outputs)  # onnxruntime lacks much in doubles
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    return Conversion(folder, source)
 
 
 def _read(prototxt: Any, weights: Any, phase: Phase) -> Net:
@@ -135,11 +137,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _instance(path: Path, source: Source, dtype: torch.dtype) -> nn.Module:
-    spec = importlib.util.spec_from_file_location("converted", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    exec(compile(source.text, str(path), "exec"), module.__dict__)  # not by its loader, which would cache
-    model = getattr(module, source.name)().to(dtype)
+    """The module with its weights, made of the source that is going to be at `path`."""
+    namespace: dict[str, Any] = {"__name__": "converted", "__file__": str(path)}
+    exec(compile(source.text, str(path), "exec"), namespace)
+    model = namespace[source.name]().to(dtype)
     own = model.state_dict()
     state = {key: value.reshape(own[key].shape) for key, value in state_of(source).items()}
     model.load_state_dict({**own, **state})

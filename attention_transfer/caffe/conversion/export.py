@@ -6,27 +6,32 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attention_transfer._extras import require
-from attention_transfer._files import write_atomically
 
 USER, EXTRA = "convert: ONNX", "onnx"
 
 
-def export_onnx(model: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], path: Path) -> None:
-    """Write `model` as ONNX with a free batch size, if the net has one, and compare it in onnxruntime.
+def require_onnx() -> None:
+    """Look for the packages.
 
     Raises:
-        ImportError: if a package is missing.
-        ValueError: if it cannot be exported, or onnxruntime gets other numbers.
+        ImportError: if one is missing.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, extra=EXTRA, user=USER)
+
+
+def as_onnx(model: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> bytes:
+    """`model` as an ONNX file, with a free batch size if the net has one, and compared in onnxruntime.
+
+    Raises:
+        ValueError: if it cannot be exported, or onnxruntime gets other numbers.
+    """
     examples = _with_batch(inputs)
     free = examples is not None and _runs(model, [*examples.values()])
     program = _export(model, examples if examples is not None and free else inputs, outputs, free)
@@ -35,7 +40,7 @@ def export_onnx(model: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequenc
     _check(session, model, [*inputs.values()])
     if examples is not None and free:
         _check(session, model, [*examples.values()])
-    write_atomically(path, data)
+    return data
 
 
 def _with_batch(inputs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -72,8 +77,14 @@ def _export(model: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[st
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{USER}: expected a module that torch can export, got: {reason}") from None
+        raise ValueError(f"{USER}: expected a module that torch can export, got: {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error goes back to."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextlib.contextmanager
@@ -105,9 +116,8 @@ def _check(session: Any, model: nn.Module, inputs: Sequence[Tensor]) -> None:
     names = [each.name for each in session.get_inputs()]
     got = session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
     wanted = as_tuple(model(*inputs))
-    tolerance = 1e-4 if inputs[0].dtype == torch.float32 else 1e-9
     for place, (array, want) in enumerate(zip(got, wanted, strict=True)):
-        if not agree(torch.from_numpy(array), want, tolerance):
+        if not agree(torch.from_numpy(array), want, 1e-4):
             name = session.get_outputs()[place].name
             raise ValueError(
                 f"{USER}: expected onnxruntime to give the module's {name!r} for inputs of shape "

@@ -109,17 +109,20 @@ def unit(x: Tensor, eps: float) -> Tensor:
 
 def arg_max(x: Tensor, k: int, axis: int, values: bool) -> Tensor:
     """Places of the k largest along an axis, or values; of equals, the higher place."""
-    found, places = x.flip(axis).sort(dim=axis, descending=True, stable=True)
-    if values:
-        return found.narrow(axis, 0, k)
-    return (x.shape[axis] - 1 - places.narrow(axis, 0, k)).to(x.dtype)
+    rest, places, found = x.flip(axis), [], []
+    for _ in range(k):
+        place = rest.argmax(axis, keepdim=True)
+        places.append(x.shape[axis] - 1 - place)
+        found.append(rest.gather(axis, place))
+        rest = rest.scatter(axis, place, -math.inf)
+    return torch.cat(found, axis) if values else torch.cat(places, axis).to(x.dtype)
 
 
 def arg_max_of_sample(x: Tensor, k: int, values: bool) -> Tensor:
     """Places of the k largest of each sample, (b, 1, k, ...); with values, both."""
-    found, places = x.flatten(1).flip(1).sort(dim=1, descending=True, stable=True)
-    places = (x[0].numel() - 1 - places[:, None, :k]).to(x.dtype)
-    both = torch.cat((places, found[:, None, :k]), 1) if values else places
+    vectors = x.flatten(1)[:, None]
+    found = [arg_max(vectors, k, 2, kind) for kind in (False, True)[: 1 + values]]
+    both = torch.cat(found, 1)
     return both.reshape(*both.shape, *[1] * (x.dim() - 3))
 
 
@@ -180,7 +183,7 @@ def mean_pool(
 ) -> Tensor:
     """Mean pooling over windows that may hang over the edge; padding counts."""
     around = framed(x, kernel, stride, pad, 0.0)
-    sums = F.avg_pool2d(around, kernel, stride, divisor_override=1)
+    sums = F.avg_pool2d(around, kernel, stride) * (kernel[0] * kernel[1])
     extents = []
     for axis in (0, 1):
         start = torch.arange(sums.shape[2 + axis], device=x.device) * stride[axis]

@@ -81,7 +81,8 @@ class _Writer:
         self.plan = plan
         fixed = {*IMPORTED, *_PIECES}
         name = class_name(plan.net.proto.name, fixed)
-        self._attributes = Names("layer", [*dir(nn.Module()), *nn.Module().__dict__])
+        attributes = Names("layer", [*dir(nn.Module()), *nn.Module().__dict__])
+        self._attributes = [attributes.new(layer.name) for layer in plan.net.layers]  # whatever is left out
         self._locals = Names("blob", {*fixed, name, *dir(builtins)})
         self._blobs: dict[str, str] = {}
         inputs = [self._blob(plan.name(version)) for version in plan.inputs]
@@ -111,14 +112,13 @@ class _Writer:
             scale = self._scale_of(index) if layer.type == "BatchNorm" else None
             if scale is not None:
                 merged.add(scale)
-            yield index, self._code(layer, None if scale is None else self.plan.net.layers[scale])
+            yield index, self._code(index, None if scale is None else self.plan.net.layers[scale])
 
-    def _code(self, layer: Layer, scale: Layer | None) -> Code:
-        shapes = self.plan.net.shapes
-        attribute = self._attributes.new(layer.name)
+    def _code(self, index: int, scale: Layer | None) -> Code:
+        layer, shapes = self.plan.net.layers[index], self.plan.net.shapes
         bottoms = [self._blob(name) for name in layer.bottoms]
         tops = [self._blob(name) for name in (scale or layer).tops]
-        site = Site(layer, attribute, bottoms, tops, [shapes[name] for name in layer.bottoms])
+        site = Site(layer, self._attributes[index], bottoms, tops, [shapes[name] for name in layer.bottoms])
         return batch_norm(site, scale) if layer.type == "BatchNorm" else emit(site)
 
     def _scale_of(self, index: int) -> int | None:
