@@ -34,14 +34,17 @@ def add(net: Any, kind: str, name: str, bottoms: Sequence[str], top: str, **part
     return top
 
 
-def convolution(net: Any, name: str, bottom: str, channels: int, size: int, stride: int = 1) -> str:
-    """A convolution without bias, then BatchNorm and Scale in place."""
+def convolution(
+    net: Any, name: str, bottom: str, channels: int, size: int, stride: int = 1, *, start: float = 1.0
+) -> str:
+    """A convolution without bias, then BatchNorm and Scale in place; the scales begin with `start`."""
     filler = {"type": "msra", "variance_norm": "FAN_OUT"}
     param = {"num_output": channels, "kernel_size": [size], "stride": [stride], "pad": [size // 2]}
     add(net, "Convolution", name, [bottom], name,
         convolution_param={**param, "bias_term": False, "weight_filler": filler})  # fmt: skip
     add(net, "BatchNorm", f"{name}_bn", [name], name, batch_norm_param={"moving_average_fraction": 0.95})
-    return add(net, "Scale", f"{name}_scale", [name], name, scale_param={"bias_term": True})
+    scale = {"bias_term": True, "filler": {"value": start}}
+    return add(net, "Scale", f"{name}_scale", [name], name, scale_param=scale)
 
 
 def relu(net: Any, blob: str) -> str:
@@ -49,9 +52,13 @@ def relu(net: Any, blob: str) -> str:
 
 
 def block(net: Any, name: str, bottom: str, channels: int, stride: int, top: str, *, project: bool) -> str:
-    """Two convolutions beside a shortcut."""
+    """Two convolutions beside a shortcut.
+
+    The second one's scales start at 0, so that every block begins as its shortcut (Goyal et al., 2017): 56
+    layers do not learn at the full rate from the first iteration otherwise.
+    """
     inner = relu(net, convolution(net, f"{name}_conv1", bottom, channels, 3, stride))
-    branch = convolution(net, f"{name}_conv2", inner, channels, 3)
+    branch = convolution(net, f"{name}_conv2", inner, channels, 3, start=0.0)
     shortcut = convolution(net, f"{name}_shortcut", bottom, channels, 1, stride) if project else bottom
     add(net, "Eltwise", top, [shortcut, branch], top, eltwise_param={"operation": "SUM"})
     return relu(net, top)
@@ -81,8 +88,9 @@ def resnet(depth: int, train: str, test: str, *, batch: int = 128, test_batch: i
             top = f"group{group}" if number == blocks else name
             blob = block(net, name, blob, channels, 2 if grows else 1, top, project=grows)
     add(net, "Pooling", "pool", [blob], "pool", pooling_param={"pool": "AVE", "global_pooling": True})
-    add(net, "InnerProduct", "fc", ["pool"], "fc",
-        inner_product_param={"num_output": 10, "weight_filler": {"type": "msra"}})  # fmt: skip
+    filler = {"type": "gaussian", "std": 0.01}
+    scores = {"num_output": 10, "weight_filler": filler}
+    add(net, "InnerProduct", "fc", ["pool"], "fc", inner_product_param=scores)
     add(net, "SoftmaxWithLoss", "loss", ["fc", "label"], "loss")
     add(net, "Accuracy", "accuracy", ["fc", "label"], "accuracy", include=[{"phase": "TEST"}])
     return net
