@@ -516,6 +516,14 @@ def test_a_bad_request_is_refused_in_one_line(options: dict[str, Any], message: 
     assert "\n" not in str(caught.value) and str(caught.value).startswith("build: ")
 
 
+def test_a_mistake_that_a_net_brings_is_warned_about() -> None:
+    student = plain((4, 6))
+    student.layer[3].name = "conv1"
+    student.layer[5].name = "conv1"
+    with pytest.warns(UserWarning, match="the nets brought same_layer_name with them"):
+        build(student, plain((5, 8)))
+
+
 def test_maps_that_are_no_multiples_are_refused() -> None:
     student = parse_net(source("data", 1, 3, 12, 12) + conv("a", "data", 2, 3) + layer("fc", "Softmax", "a"))
     with pytest.raises(ValueError, match="whole multiple of the other, got 'a' of 4x4 and 'conv2' of 6x6"):

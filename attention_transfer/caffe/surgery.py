@@ -16,6 +16,7 @@ from attention_transfer.caffe import schema
 from attention_transfer.caffe.caffemodel import blob_shape, read_caffemodel, same_shape, write_binary
 from attention_transfer.caffe.net import dry_layers
 from attention_transfer.caffe.networks import Network, suggest_blobs, survey_student, survey_teacher
+from attention_transfer.caffe.pitfalls import check
 from attention_transfer.caffe.prototxt import read_net, read_solver, write_prototxt
 from attention_transfer.caffe.structure import Blob, Node, count_blobs, with_known_sizes
 from attention_transfer.functional import convert_beta
@@ -119,7 +120,7 @@ def build(
     The student's layers stay as they are, for both phases; one without a loss gets a label and a
     cross-entropy. The layers of the teacher that a pair needs get new names, take the images of the student,
     are frozen, and are there in TRAIN phase only, as are the branches and losses. Maps of unequal size
-    are made equal by average pooling of the larger map.
+    are made equal by average pooling of the larger map. Mistakes that the nets bring are warned about.
 
     Args:
         student, teacher: prototxts of nets for training or deployment, or NetParameters.
@@ -159,7 +160,13 @@ def build(
     net.name = f"{net.name or 'student'}_with_attention_transfer"
     weights = _merged_weights(net, frozen, prefix, student_weights, teacher_weights)
     comment = f"Made by `attention-transfer caffe build`: student {ours.title}, teacher {theirs.title}."
-    return Built(net, _solver(solver, ours), weights, style.sources(), built, comment)
+    settings = _solver(solver, ours)
+    for finding in check(net, settings):  # what is built here is clean by construction
+        warnings.warn(
+            f"build: the nets brought {finding.pitfall} with them. {finding.message} {finding.mend}",
+            stacklevel=2,
+        )
+    return Built(net, settings, weights, style.sources(), built, comment)
 
 
 def _check_options(form: str, p: int, beta: float | None, normalize: str) -> None:
