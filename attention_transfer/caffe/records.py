@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from google.protobuf import message as protobuf
 
 from attention_transfer._extras import require
 from attention_transfer.caffe import schema
+from attention_transfer.caffe.schema import DecodeError
 
 USER = "Data"
 
@@ -67,7 +67,7 @@ class Database:
     def _datum(self, transaction: Any, key: bytes) -> Any:
         try:
             return schema.Datum.FromString(bytes(transaction.get(key)))
-        except protobuf.DecodeError:
+        except DecodeError:
             raise ValueError(
                 f"{USER}: expected a Datum under the key {key!r} of {self.path}, got something else. "
                 "Write the LMDB again."
