@@ -306,6 +306,50 @@ def test_losses_labels_and_what_is_silenced_are_left_out(tmp_path: Path) -> None
     assert "Caffe transformed what 'data' reads: 'scale: 0.5 mean_value: 104'" in source
 
 
+def test_rounding_may_turn_a_few_decisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ArgMax over many places: one that falls out otherwise is no error, many are."""
+    from attention_transfer.caffe.layers.score import ArgMax
+
+    text = Text("segment", 1, 3, 20, 20)
+    text.conv("conv", 5, 1)
+    text.add("ArgMax", "classes", "argmax_param { axis: 1 }")
+    original = ArgMax.forward
+    for wrong, fine in ((1, True), (40, False)):
+
+        def forward(self: ArgMax, x: Tensor, wrong: int = wrong) -> Tensor:
+            places = original(self, x)
+            places.view(-1)[:wrong] = 9
+            return places
+
+        monkeypatch.setattr(ArgMax, "forward", forward)
+        if fine:
+            converted(text.text, tmp_path)
+        else:
+            with pytest.raises(ValueError, match="to give the net's 'classes', got other numbers"):
+                converted(text.text, tmp_path)
+
+
+def test_a_net_for_training_with_data_of_its_own_converts(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        file["data"] = np.zeros((4, 3, 6, 6), dtype=np.float32)
+        file["label"] = np.zeros(4, dtype=np.float32)
+    (tmp_path / "list.txt").write_text(f"{tmp_path / 'data.h5'}\n")
+    text = Text("train_val", 2, 3, 6, 6)
+    text.text = (
+        'name: "train_val" layer { name: "data" type: "HDF5Data" top: "data" top: "label" '
+        f'hdf5_data_param {{ source: "{tmp_path / "list.txt"}" batch_size: 2 }} }}\n'
+    )
+    text.conv("conv", 4, 3)
+    text.dense("fc", 3)
+    text.add("SoftmaxWithLoss", "loss", "", "fc", "label")
+    module, _, net = converted(text.text, tmp_path / "out")
+    images = torch.randn(5, 3, 6, 6)
+    model = module.load()
+    assert list(inspect.signature(model.forward).parameters) == ["data"]
+    assert_same(model(images), net(images))
+
+
 def test_outputs_may_be_chosen(tmp_path: Path) -> None:
     module, _, net = converted(TRAINING, tmp_path, output="ip")
     data = torch.randn(2, 4)

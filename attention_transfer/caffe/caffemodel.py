@@ -149,10 +149,10 @@ def array_blob(array: np.ndarray) -> Any:
     """A BlobProto of an array; float64 goes into its doubles, anything else into its floats."""
     blob = schema.BlobProto()
     blob.shape.dim.extend(array.shape)
-    if array.dtype == np.float64:
-        blob.double_data.extend(array.ravel().tolist())
-    else:
-        blob.data.extend(array.astype(np.float32).ravel().tolist())
+    data = blob.double_data if array.dtype == np.float64 else blob.data
+    entries = array.ravel() if array.dtype == np.float64 else array.astype(np.float32).ravel()
+    for start in range(0, entries.size, 1 << 20):  # as Python numbers they take ten times the memory
+        data.extend(entries[start : start + (1 << 20)].tolist())
     return blob
 
 

@@ -111,8 +111,9 @@ def convert_net(
     _compare(plan, source, model, examples)
     files: dict[str, bytes | str] = {SOURCE: source.text, WEIGHTS: _packed(model)}
     if onnx:
+        # in float32: onnxruntime lacks much in doubles
         inputs = dict(zip(source.inputs, (x.float() for x in examples), strict=True))
-        files[ONNX] = as_onnx(model.float(), inputs, source.outputs)  # onnxruntime lacks much in doubles
+        files[ONNX] = as_onnx(model.float(), inputs, source.outputs, plan.share)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(folder / name, content)
@@ -171,7 +172,7 @@ def _compare(plan: Plan, source: Source, model: nn.Module, examples: Sequence[Te
     tolerance = 1e-4 if plan.net.dtype == torch.float32 else 1e-9
     got = as_tuple(model(*examples))
     for mine, version in zip(got, plan.outputs, strict=True):
-        if not agree(mine, blobs[version], tolerance):
+        if not agree(mine, blobs[version], tolerance, plan.share):
             raise ValueError(
                 f"convert: expected the module to give the net's {plan.name(version)!r}, got other numbers "
                 f"in {source.name}. Please report the prototxt: this is a bug."

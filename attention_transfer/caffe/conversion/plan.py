@@ -12,6 +12,7 @@ from attention_transfer.caffe.layers.loss import Loss
 from attention_transfer.caffe.net import Net
 
 SCORES = ("Accuracy",)
+DECIDING = ("ArgMax", "Threshold")
 
 
 @dataclass
@@ -30,6 +31,13 @@ class Plan:
     inputs: list[Version]
     outputs: list[Version]
     dropped: list[int]
+
+    @property
+    def share(self) -> float:
+        """The share of entries in which two computations must agree: where a layer decides, rounding may."""
+        layers = [self.net.layers[index] for index in self.layers]
+        decides = any(layer.type in DECIDING or _gives_places(layer) for layer in layers)
+        return 0.99 if decides else 1.0
 
     def name(self, version: Version) -> str:
         """The name of a blob."""
@@ -62,6 +70,10 @@ def make_plan(net: Net, wanted: Sequence[str] = ()) -> Plan:
             f"{net.proto.name or 'the net'!r}. Is it the right phase?"
         )
     return Plan(net, wiring, computing, sources, outputs, dropped)
+
+
+def _gives_places(layer: Layer) -> bool:
+    return layer.type == "Pooling" and len(layer.tops) > 1
 
 
 def _is_source(layer: Layer) -> bool:
