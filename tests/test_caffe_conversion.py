@@ -306,6 +306,15 @@ def test_losses_labels_and_what_is_silenced_are_left_out(tmp_path: Path) -> None
     assert "Caffe transformed what 'data' reads: 'scale: 0.5 mean_value: 104'" in source
 
 
+def test_a_part_that_is_silenced_is_no_output(tmp_path: Path) -> None:
+    text = Text("silence", 2, 4)
+    text.text += 'layer { name: "cut" type: "Slice" bottom: "data" top: "kept" top: "unused" }\n'
+    text.text += 'layer { name: "silence" type: "Silence" bottom: "unused" }\n'
+    module, _, _ = converted(text.text, tmp_path)
+    data = torch.randn(2, 4)
+    assert torch.equal(module.load()(data), data[:, :2])
+
+
 def test_rounding_may_turn_a_few_decisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An ArgMax over many places: one that falls out otherwise is no error, many are."""
     from attention_transfer.caffe.layers.score import ArgMax
@@ -415,6 +424,7 @@ HOSTILE = [
     "print",
     "relu",
     "ReLU",
+    "été\nimport os",
     "conv 1",
     "conv-1",
     "conv_1",
@@ -501,6 +511,23 @@ def test_batchnorm_with_scale_is_one_module(tmp_path: Path) -> None:
 
 
 UNEQUAL = 'norm_param { channel_shared: false scale_filler { type: "uniform" } }'
+
+
+def test_a_batchnorm_whose_own_values_are_wanted_keeps_to_itself(tmp_path: Path) -> None:
+    text = Text("apart", 2, 3, 5, 5)
+    text.add("BatchNorm", "norm")
+    text.add("Scale", "scaled", "scale_param { bias_term: true }")
+    images = torch.randn(2, 3, 5, 5)
+    module, _, net = converted(text.text, tmp_path, output=["norm", "scaled"])
+    got, want = module.load()(images), net({"data": images})
+    assert not torch.equal(got["norm"], got["scaled"])
+    for name in got:
+        assert_same(got[name], want[name])
+    text.add("TanH", "other", "", "norm")
+    module, _, net = converted(text.text, tmp_path)
+    assert_same(module.load()(images)["other"], net({"data": images})["other"])
+
+
 DIFFERING = {
     "in place, Power": ("Power", "power_param { power: 2 }", True),
     "is 0, it is not a number": ("Power", "power_param { power: 3 }", False),

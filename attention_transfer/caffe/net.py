@@ -294,12 +294,8 @@ class Net(nn.Module):
         bottom = tensors[branch.bottom]
         tensors[branch.top] = branch(bottom)
         for place, name in enumerate(branch.hidden):
-            deferred[name] = partial(self._run_part, branch, bottom, place)
+            deferred[name] = partial(branch.layer_by_layer, bottom, place)
         return branch.end
-
-    def _run_part(self, branch: Branch, bottom: Tensor, place: int) -> Tensor:
-        with self._own_precision():
-            return branch.layer_by_layer(bottom, place)
 
     def _ask_for_gradient(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Let the backward pass run down to a blob that nothing learns from, as Caffe's does."""
