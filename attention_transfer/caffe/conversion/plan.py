@@ -105,18 +105,19 @@ def _ends(layers: Sequence[Layer], wiring: Wiring, losses: set[int]) -> list[Ver
     for index in reversed(range(len(layers))):
         if index in losses or index in silent or _is_source(layers[index]):
             continue
-        tops = [(index, top) for top in range(len(layers[index].tops))]
-        uses = [use for version in tops for use in wiring.uses[version]]
-        if uses and all(user in silent for user, _ in uses):
+        uses = {(index, top): wiring.uses[index, top] for top in range(len(layers[index].tops))}
+        if all(each and all(user in silent for user, _ in each) for each in uses.values()):
             silent.add(index)
             continue
-        made_of_weights = any(layers[i].blobs for i in wiring.ancestors(index))
-        for_labels = uses and all(use[0] in labels or _is_label(layers, losses, use) for use in uses)
-        if for_labels and not made_of_weights:
+        for_labels = all(
+            each and all(use[0] in labels or _is_label(layers, losses, use) for use in each)
+            for each in uses.values()
+        )
+        if for_labels and not any(layers[i].blobs for i in wiring.ancestors(index)):
             labels.add(index)
             continue
-        for version in tops:
-            users = {user for user, _ in wiring.uses[version]}
+        for version, each in uses.items():
+            users = {user for user, _ in each}
             if users <= losses | silent | labels and not (users and users <= silent):
                 ends.append(version)
     return sorted(ends)
