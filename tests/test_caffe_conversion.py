@@ -589,6 +589,15 @@ def test_a_type_that_does_not_convert_is_named(tmp_path: Path, monkeypatch: pyte
 # -------------------------------------------------------------------------------------------- the command
 
 
+def test_a_net_too_large_to_try_is_refused(tmp_path: Path) -> None:
+    text = Text("huge", 2, 3, 10000, 10000)
+    for number in range(60):
+        text.add("TanH", f"tanh{number}")
+    text.text = text.text.replace("dim: 3 dim", "dim: 9 dim")
+    with pytest.raises(ValueError, match=r"convert: expected blobs that fit into \d+ GB of memory"):
+        convert(parse_net(text.text), schema.NetParameter(), tmp_path)
+
+
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
     monkeypatch.chdir(tmp_path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -19,6 +21,7 @@ from attention_transfer.caffe.conversion.back import to_caffemodel as to_caffemo
 from attention_transfer.caffe.conversion.export import agree, as_onnx, as_tuple, require_onnx
 from attention_transfer.caffe.conversion.plan import Plan, make_plan
 from attention_transfer.caffe.conversion.source import Source, state_of, write_source
+from attention_transfer.caffe.graph import Version
 from attention_transfer.caffe.net import Net, Phase
 
 File = str | PathLike[str]
@@ -106,9 +109,9 @@ def convert_net(
     plan = make_plan(net, [output] if isinstance(output, str) else output)
     source = write_source(plan, net.dtype)
     folder = Path(folder)
+    examples, blobs = _trial(plan, net.dtype)
     model = _instance(folder / SOURCE, source, net.dtype)
-    examples = _examples(plan, net.dtype)
-    _compare(plan, source, model, examples)
+    _compare(plan, source, model, examples, blobs)
     files: dict[str, bytes | str] = {SOURCE: source.text, WEIGHTS: _packed(model)}
     if onnx:
         # in float32: onnxruntime lacks much in doubles
@@ -153,25 +156,58 @@ def _packed(model: nn.Module) -> bytes:
     return safetensors_torch.save({key: value.clone() for key, value in model.state_dict().items()})
 
 
-def _examples(plan: Plan, dtype: torch.dtype) -> list[Tensor]:
-    """Random inputs of the declared shapes."""
-    generator = torch.Generator().manual_seed(0)
+def _trial(plan: Plan, dtype: torch.dtype) -> tuple[list[Tensor], dict[Version, Tensor]]:
+    """Random inputs, and the blobs that the net makes of them.
+
+    They are two samples, if the net can do with fewer than it declares.
+
+    Raises:
+        ValueError: if the blobs would not fit into memory.
+    """
     shapes = [plan.shape(version) for version in plan.inputs]
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    for few in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        sizes = [(min(shape[0], 2), *shape[1:]) if few and shape else shape for shape in shapes]
+        _check_memory(plan, math.prod(sizes[0]) / max(math.prod(shapes[0]), 1), dtype)
+        examples = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+        try:
+            return examples, _blobs(plan, examples)
+        except (RuntimeError, ValueError):  # such as a Reshape to a fixed batch
+            if not few:
+                raise
+    raise AssertionError
+
+
+def _check_memory(plan: Plan, share: float, dtype: torch.dtype) -> None:
+    shapes = plan.net.shapes
+    names = {name for index in plan.layers for name in plan.net.layers[index].tops}
+    entries = sum(math.prod(shapes[name]) for name in (*names, *map(plan.name, plan.inputs)))
+    needed = int(entries * share * dtype.itemsize)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(
+            f"convert: expected blobs that fit into {there >> 30} GB of memory, to try the net out, got "
+            f"{needed >> 30} GB. Declare smaller inputs."
+        )
 
 
 @torch.no_grad()
-def _compare(plan: Plan, source: Source, model: nn.Module, examples: Sequence[Tensor]) -> None:
+def _blobs(plan: Plan, examples: Sequence[Tensor]) -> dict[Version, Tensor]:
     plan.net.eval()
     blobs = dict(zip(plan.inputs, examples, strict=True))
     for index in plan.layers:
-        layer = plan.net.layers[index]
-        tops = layer(*(blobs[version] for version in plan.wiring.sources[index]))
+        tops = plan.net.layers[index](*(blobs[version] for version in plan.wiring.sources[index]))
         for top, value in enumerate(tops if isinstance(tops, tuple) else (tops,)):
             blobs[index, top] = value
+    return blobs
+
+
+@torch.no_grad()
+def _compare(
+    plan: Plan, source: Source, model: nn.Module, examples: Sequence[Tensor], blobs: Mapping[Version, Tensor]
+) -> None:
     tolerance = 1e-4 if plan.net.dtype == torch.float32 else 1e-9
-    got = as_tuple(model(*examples))
-    for mine, version in zip(got, plan.outputs, strict=True):
+    for mine, version in zip(as_tuple(model(*examples)), plan.outputs, strict=True):
         if not agree(mine, blobs[version], tolerance, plan.share):
             raise ValueError(
                 f"convert: expected the module to give the net's {plan.name(version)!r}, got other numbers "

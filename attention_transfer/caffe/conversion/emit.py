@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from attention_transfer.caffe.layers import Layer
@@ -564,14 +563,12 @@ def _collected(bottoms: list[str], top: str, axis: int) -> list[tuple[list[str],
 def _slice(site: Site) -> Code:
     param = site.layer.spec.slice_param
     axis = site.axis(param.slice_dim if param.HasField("slice_dim") else param.axis)
-    x, size = site.bottoms[0], site.shapes[0][axis]
+    x = site.bottoms[0]
     if len(site.tops) == 1:
         return site.apply(x)
     if not param.slice_point:
         return Code(steps=[(site.tops, Call("torch.chunk", [x, str(len(site.tops)), f"dim={axis}"]))])
-    edges = [0, *param.slice_point, size]
-    parts = [b - a for a, b in pairwise(edges)]
-    return Code(steps=[(site.tops, Call("torch.split", [x, axes(parts), f"dim={axis}"]))])
+    return Code(steps=[(site.tops, Call("torch.tensor_split", [x, axes(param.slice_point), f"dim={axis}"]))])
 
 
 @emits("Tile")
