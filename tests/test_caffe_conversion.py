@@ -284,6 +284,9 @@ layer { name: "accuracy" type: "Accuracy" bottom: "ip" bottom: "label" top: "acc
 """
 
 
+ONES = 'num_output: 1 kernel_size: 1 bias_term: false weight_filler { type: "constant" value: 1 }'
+
+
 def converted(text: str, folder: Path, **options: Any) -> tuple[ModuleType, str, Net]:
     """The module of a net whose weights are random, its source, and the net."""
     net = randomise(Net(parse_net(text)))
@@ -378,6 +381,18 @@ def test_a_layer_without_weights_is_named(tmp_path: Path) -> None:
     stored.layer.append(next(x for x in Net(parse_net(TRAINING)).to_caffemodel().layer if x.name == "ip"))
     with pytest.warns(UserWarning, match="no weights for 'aux': they start from fillers"):
         convert(parse_net(TRAINING), stored, tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_frozen_layers_may_come_from_their_fillers(tmp_path: Path) -> None:
+    text = Text("frozen", 2, 3, 4, 4)
+    text.conv("conv", 3, 1)
+    stored = Net(parse_net(text.text)).to_caffemodel()
+    text.add("Convolution", "sum", f"param {{ lr_mult: 0 }} convolution_param {{ {ONES} }}")
+    convert(parse_net(text.text), stored, tmp_path)
+    model = load(tmp_path).load()
+    images = torch.randn(2, 3, 4, 4)
+    assert_same(model(images), model.conv(images).sum(1, keepdim=True))
 
 
 def test_shared_and_frozen_parameters_stay_so(tmp_path: Path) -> None:

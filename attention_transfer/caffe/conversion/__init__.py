@@ -130,9 +130,14 @@ def _read(prototxt: Any, weights: Any, phase: Phase) -> Net:
     net.load(stored)
     doubles = any(blob.double_data for each in stored for layer in each.layer for blob in layer.blobs)
     known = {layer.name for each in stored for layer in each.layer}
-    if missing := [name for name in net.params if name not in known]:
+    if missing := [name for name, blobs in net.params.items() if name not in known and not _constant(blobs)]:
         warnings.warn(f"convert: no weights for {_listed(missing)}: they start from fillers.", stacklevel=4)
     return net.double() if doubles else net
+
+
+def _constant(blobs: Sequence[Tensor]) -> bool:
+    """Whether these are parameters that are never learned, so that their fillers say all."""
+    return all(isinstance(blob, nn.Parameter) and not blob.requires_grad for blob in blobs)
 
 
 def _listed(names: Sequence[str]) -> str:
