@@ -284,6 +284,14 @@ def test_a_net_without_labels_scores_images() -> None:
     assert torch.equal(net(x), net({"data": x, "label": torch.zeros(7)})["fc"])
 
 
+def test_scores_of_a_pooled_map_have_two_axes() -> None:
+    convolution = "convolution_param { num_output: 6 kernel_size: 1 }"
+    pooling = "pooling_param { pool: AVE global_pooling: true }"
+    text = source("data", 2, 3, 4, 5) + layer("Convolution", "data", "c", convolution)
+    text += layer("Pooling", "c", "p", pooling) + layer("Softmax", "p", "prob")
+    assert net_of(text, "TEST")(torch.randn(2, 3, 4, 5)).shape == (2, 6)
+
+
 def test_a_test_net_shares_the_blobs_and_a_saved_net_loads() -> None:
     text = source() + layer(
         "Convolution",

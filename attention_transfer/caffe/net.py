@@ -212,7 +212,7 @@ class Net(nn.Module):
 
         Returns:
             Every named blob; for one tensor, the scores that the last softmax (or its loss) is taken of, or
-            the single output of a net without.
+            the single output of a net without. Scores (b, k, 1, 1) come as (b, k).
 
         Raises:
             ValueError: if an input is missing or unknown, or does not fit a layer.
@@ -241,7 +241,8 @@ class Net(nn.Module):
                 f"Net: expected {name!r} to depend on a blob of images, got none. Pass a dictionary."
             )
         given = dict(zip(self.layers[source].tops, (images,), strict=False))
-        return self._run(given, [index for index in needed if index != source])[name]
+        scores = self._run(given, [index for index in needed if index != source])[name]
+        return scores.flatten(1) if scores.shape[2:].numel() == 1 and scores.dim() > 1 else scores
 
     def _scored(self) -> tuple[int, str]:
         """The layer that makes the scores, and their name."""

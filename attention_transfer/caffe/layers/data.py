@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from attention_transfer._extras import require
 from attention_transfer.caffe import schema
-from attention_transfer.caffe.caffemodel import MOST_ENTRIES
 from attention_transfer.caffe.layers.base import Layer, register
 from attention_transfer.caffe.layers.fillers import fill
 from attention_transfer.caffe.records import datum_pixels, decode_image, open_database
@@ -58,22 +56,6 @@ class DataLayer(Layer):
         self._next += 1
         tops = tuple(torch.from_numpy(array).to(place) for array in arrays)
         return tops if len(tops) > 1 else tops[0]
-
-    def shapes(self) -> list[tuple[int, ...]]:
-        """The shapes of the tops.
-
-        Raises:
-            ValueError: if Caffe could not count the entries of one.
-        """
-        shapes = self.declared()
-        for shape in shapes:
-            if math.prod(shape) > MOST_ENTRIES:
-                raise self.error(f"tops of at most {MOST_ENTRIES} entries", f"the shape {shape}")
-        return shapes
-
-    def declared(self) -> list[tuple[int, ...]]:
-        """The shapes of the tops, as `setup` found them."""
-        raise NotImplementedError
 
     def batch(self, number: int, seed: int, dtype: Any) -> Arrays:
         """The tops of a batch, as arrays of `dtype`.
@@ -164,7 +146,7 @@ class Data(DataLayer):
         first = datum_pixels(*self._named([0])[0])
         self._transform = Transform(transform, first.shape, train=self.train_phase, error=self.error)
 
-    def declared(self) -> list[tuple[int, ...]]:
+    def shapes(self) -> list[tuple[int, ...]]:
         return [(self._size, *self._transform.shape), (self._size,)][: len(self.tops)]
 
     def batch(self, number: int, seed: int, dtype: Any) -> Arrays:
@@ -227,7 +209,7 @@ class ImageData(DataLayer):
             self.spec.transform_param, first.shape, train=self.train_phase, error=self.error
         )
 
-    def declared(self) -> list[tuple[int, ...]]:
+    def shapes(self) -> list[tuple[int, ...]]:
         return [(self._size, *self._transform.shape), (self._size,)]
 
     def batch(self, number: int, seed: int, dtype: Any) -> Arrays:
@@ -293,7 +275,7 @@ class HDF5Data(DataLayer):
         self._orders = _Orders(self._order)
         self._loaded: dict[int, Arrays] = {}
 
-    def declared(self) -> list[tuple[int, ...]]:
+    def shapes(self) -> list[tuple[int, ...]]:
         return [(self._size, *tail) for tail in self._tails]
 
     def batch(self, number: int, seed: int, dtype: Any) -> Arrays:
@@ -302,7 +284,7 @@ class HDF5Data(DataLayer):
         ]
         ends = np.cumsum(self._rows)
         files = np.searchsorted(ends, places, side="right")
-        tops = [np.empty(shape, dtype) for shape in self.declared()]
+        tops = [np.empty(shape, dtype) for shape in self.shapes()]
         for i, (file, place) in enumerate(zip(files.tolist(), places, strict=True)):
             row = place - int(ends[file]) + self._rows[file]
             for top, array in zip(tops, self._read(file), strict=True):
@@ -366,7 +348,7 @@ class DummyData(DataLayer):
         self._shapes = self._read_shapes()
         self._constants: dict[int, Tensor] = {}
 
-    def declared(self) -> list[tuple[int, ...]]:
+    def shapes(self) -> list[tuple[int, ...]]:
         return self._shapes
 
     def forward(self, *bottoms: Tensor) -> Tensor | tuple[Tensor, ...]:
