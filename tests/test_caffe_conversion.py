@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from caffe_nets import NETS, Text, randomise, written
+from conftest import SHARED
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from attention_transfer.caffe.conversion import GradientWarning
 from attention_transfer.caffe.prototxt import parse_net
 from attention_transfer.cli import main
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "caffe"
+REFERENCE = SHARED / "reference" / "caffe"
 CASES = [
     f"{kind}/{folder.name}"
     for kind in ("layers", "attention", "nets")
@@ -360,6 +361,28 @@ def test_a_net_for_training_with_data_of_its_own_converts(tmp_path: Path) -> Non
     model = module.load()
     assert list(inspect.signature(model.forward).parameters) == ["data"]
     assert_same(model(images), net(images))
+
+
+DATA = """layer { name: "data" type: "Data" top: "data" top: "label" %s
+    data_param { source: "away" backend: LMDB batch_size: 2 } }"""
+CROPPED = DATA % "transform_param { crop_size: 8 }"
+SCORES = """layer { name: "fc" type: "InnerProduct" bottom: "data" top: "fc" inner_product_param {
+    num_output: 3 weight_filler { type: "xavier" } } }
+    layer { name: "loss" type: "SoftmaxWithLoss" bottom: "fc" bottom: "label" top: "loss" }"""
+
+
+def test_a_net_converts_without_its_data_if_it_tells_their_size(tmp_path: Path) -> None:
+    fed = parse_net(CROPPED + SCORES)
+    fed.layer[0].CopyFrom(schema.LayerParameter(name="data", type="Input", top=["data"]))
+    fed.layer[0].input_param.shape.add(dim=[1, 3, 8, 8])
+    del fed.layer[2]
+    net, x = Net(fed), torch.randn(2, 3, 8, 8)
+    folder = convert(parse_net(CROPPED + SCORES), net.to_caffemodel(), tmp_path)
+    assert_same(load(folder).load(folder)(x), net({"data": x})["fc"])
+    back = to_caffemodel(parse_net(CROPPED + SCORES), folder / "model.safetensors")
+    np.testing.assert_array_equal(blob_array(back.layer[1].blobs[0]), net.params["fc"][0].detach().numpy())
+    with pytest.raises(FileNotFoundError, match="an LMDB in away, got nothing there"):
+        convert(parse_net(DATA % "" + SCORES), net.to_caffemodel(), tmp_path)
 
 
 def test_outputs_may_be_chosen(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SHARED
 
 from attention_transfer.caffe import check, schema, write_prototxt
 from attention_transfer.caffe.pitfalls import Finding
@@ -17,7 +18,7 @@ from attention_transfer.caffe.schema import text_format
 from attention_transfer.caffe.structure import Graph
 from attention_transfer.cli import main
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "caffe"
+REFERENCE = SHARED / "reference" / "caffe"
 
 
 def folders(kind: str) -> list[str]:

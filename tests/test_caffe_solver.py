@@ -15,6 +15,7 @@ import lmdb
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED
 from torch import Tensor
 
 from attention_transfer.caffe import Net, Solver, schema
@@ -22,7 +23,7 @@ from attention_transfer.caffe.caffemodel import blob_array, read_caffemodel, rea
 from attention_transfer.caffe.prototxt import read_solver
 from attention_transfer.cli import main
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "caffe"
+REFERENCE = SHARED / "reference" / "caffe"
 CASES = [folder.name for folder in sorted((REFERENCE / "solvers").glob("*"))]
 ABSENT = [pytest.param("", marks=pytest.mark.skip("no shared/reference"))]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED
 from torch import Tensor
 
 import attention_transfer as at
@@ -32,7 +33,7 @@ from attention_transfer.caffe.networks import stage_ends, survey_student
 from attention_transfer.caffe.prototxt import parse_net, read_solver
 from attention_transfer.cli import main
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "caffe"
+REFERENCE = SHARED / "reference" / "caffe"
 PYCAFFE = Path(at.__file__).parent / "caffe" / "pycaffe"
 
 

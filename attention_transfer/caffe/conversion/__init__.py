@@ -19,7 +19,7 @@ from attention_transfer._files import write_atomically
 from attention_transfer.caffe.caffemodel import read_caffemodel
 from attention_transfer.caffe.conversion.back import to_caffemodel as to_caffemodel
 from attention_transfer.caffe.conversion.export import agree, as_onnx, as_tuple, require_onnx
-from attention_transfer.caffe.conversion.plan import Plan, make_plan
+from attention_transfer.caffe.conversion.plan import Plan, make_plan, net_without_data
 from attention_transfer.caffe.conversion.source import Source, state_of, write_source
 from attention_transfer.caffe.graph import Version
 from attention_transfer.caffe.net import Net, Phase
@@ -124,7 +124,7 @@ def convert_net(
 
 
 def _read(prototxt: Any, weights: Any, phase: Phase) -> Net:
-    net = Net(prototxt, phase=phase)
+    net = net_without_data(prototxt, phase)
     given = weights if isinstance(weights, (list, tuple)) else [weights]
     stored = [read_caffemodel(each) if isinstance(each, (str, PathLike)) else each for each in given]
     net.load(stored)

@@ -15,7 +15,7 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from attention_transfer.caffe.conversion.emit import Tensors
-from attention_transfer.caffe.conversion.plan import make_plan
+from attention_transfer.caffe.conversion.plan import make_plan, net_without_data
 from attention_transfer.caffe.conversion.source import write_source
 from attention_transfer.caffe.layers import Layer
 from attention_transfer.caffe.net import Net, Phase
@@ -51,7 +51,7 @@ def to_caffemodel(
     tensors = read_state(state) if isinstance(state, (str, PathLike)) else state
     tensors = {WRAPPERS.sub("", key): tensor for key, tensor in tensors.items()}
     tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(COUNTERS)}
-    net = Net(prototxt, phase=phase)
+    net = net_without_data(prototxt, phase)
     if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
         net.double()
     if any(key.endswith("running_var") for key in tensors) or tensors.keys() != _own(net).keys():

@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from attention_transfer.caffe import schema
 from attention_transfer.caffe.graph import Version, Wiring, connect
 from attention_transfer.caffe.layers import Layer
 from attention_transfer.caffe.layers.loss import Loss
-from attention_transfer.caffe.net import Net
+from attention_transfer.caffe.net import Net, Phase
+from attention_transfer.caffe.prototxt import read_net
+from attention_transfer.caffe.structure import with_known_sizes
 
 SCORES = ("Accuracy",)
 DECIDING = ("ArgMax", "Threshold")
@@ -46,6 +50,22 @@ class Plan:
     def shape(self, version: Version) -> tuple[int, ...]:
         """The shape of a blob, for the declared batch."""
         return self.net.shapes[self.name(version)]
+
+
+def net_without_data(prototxt: Any, phase: Phase) -> Net:
+    """A net whose data need not be there, if its prototxt tells the size of the images.
+
+    Raises:
+        ValueError, OSError: as `Net`.
+    """
+    net = prototxt if isinstance(prototxt, schema.NetParameter) else read_net(prototxt)
+    try:
+        return Net(net, phase=phase)
+    except FileNotFoundError:
+        known = with_known_sizes(net)
+        if known == net:
+            raise
+        return Net(known, phase=phase)
 
 
 def make_plan(net: Net, wanted: Sequence[str] = ()) -> Plan:
