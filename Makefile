@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 SHAPED := functional kernels losses taps pairs distiller preflight augment visualize
 
 .PHONY: help demo test test-slow check bench schema clean
@@ -13,11 +14,11 @@ demo: $(READY) ## Train a teacher and a student on digits, with and without atte
 	$(BIN)/attention-transfer demo
 
 test: $(READY) ## Run the tests, and the core ones again with every array shape checked
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --shapes $(addprefix tests/test_,$(addsuffix .py,$(SHAPED)))
+	$(PYTEST)
+	$(PYTEST) --shapes $(addprefix tests/test_,$(addsuffix .py,$(SHAPED)))
 
 test-slow: $(READY) ## Run the slow tier too
-	$(BIN)/python -m pytest --slow
+	$(PYTEST) --slow
 
 check: $(READY) ## Lint, check the format and the types
 	$(BIN)/ruff check .
