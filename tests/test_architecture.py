@@ -27,7 +27,7 @@ ALLOWED = {
     "data": set(),
     "visualize": {"functional", "taps"},
     "cache": {"data", "pairs"},
-    "caffe": {"data", "functional", "pairs", "taps"},
+    "caffe": {"functional"},
     "training": {"cache", "data", "distiller", "functional", "losses", "models", "pairs", "plan", "taps"},
 }
 HELPERS = {"_choices", "_extras", "_files", "_memory", "_outputs", "_tables", "_untouched"}

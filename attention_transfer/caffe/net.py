@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -124,9 +125,9 @@ class Net(nn.Module):
         self._weights = [loss_weights(layer) for layer in self.layers]
         self._shapes = _set_up(self.layers)
         self._check_memory()
-        for layer in self.layers:
+        for name, layer in zip(_module_names(self.layers), self.layers, strict=True):
             layer.fill_blobs()
-            self._modules[_module_name(layer.name, {*self._modules, *OWN})] = layer
+            self._modules[name] = layer
         self._ties: list[tuple[Layer, int, Layer, int]] = []
         self.learnable = self._share_and_list()
         self._freeze()
@@ -484,12 +485,17 @@ def _make_layer(spec: Any, phase: str) -> Layer:
     return layer_class(spec.type, spec.name)(spec, train_phase=spec.phase == schema.TRAIN)
 
 
-def _module_name(name: str, taken: Set[str]) -> str:
-    plain = candidate = name.replace(".", "_") or "unnamed"
-    number = 2
-    while candidate in taken:
-        candidate, number = f"{plain}_{number}", number + 1
-    return candidate
+def _module_names(layers: Sequence[Layer]) -> list[str]:
+    """A submodule's name for each layer: its own where that is free, else with a number."""
+    taken, numbers, names = set(OWN), Counter[str](), []
+    for layer in layers:
+        plain = name = layer.name.replace(".", "_") or "unnamed"
+        while name in taken:
+            numbers[plain] += 1
+            name = f"{plain}_{numbers[plain] + 1}"
+        taken.add(name)
+        names.append(name)
+    return names
 
 
 def _set_up(layers: Sequence[Layer]) -> list[list[tuple[int, ...]]]:

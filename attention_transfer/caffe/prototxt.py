@@ -14,7 +14,7 @@ from attention_transfer.caffe import schema
 from attention_transfer.caffe.schema import text_format
 from attention_transfer.caffe.upgrade import upgrade_net, upgrade_solver
 
-LARGEST_TEXT = 16 << 20  # bytes; the deepest published nets take 0.2 MB
+LARGEST_TEXT = 4 << 20  # bytes; the deepest published nets take 0.2 MB
 
 TOKEN = re.compile(r"""#[^\n]*|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|[{}<>]|[^\s{}<>"'#:;,\[\]]+|\S""")
 
@@ -68,7 +68,7 @@ def read_text(path: str | PathLike[str], user: str) -> str:
             f"{user}: expected a prototxt of at most {LARGEST_TEXT >> 20} MB, got more in {path}."
         )
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         remedy = "A .caffemodel holds weights; the net is in a .prototxt."
         raise ValueError(f"{user}: expected text, got other bytes in {path}. {remedy}") from None
