@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -161,8 +161,3 @@ def same_shape(blob: Any, shape: Sequence[int]) -> bool:
     stored = blob_shape(blob)
     legacy = (1,) * (4 - len(shape)) + tuple(shape)
     return stored == (legacy if _has_legacy_shape(blob) else tuple(shape))
-
-
-def layer_with_blobs(name: str, kind: str, arrays: Iterable[np.ndarray]) -> Any:
-    """A LayerParameter as a .caffemodel holds it: a name, a type, and its blobs."""
-    return schema.LayerParameter(name=name, type=kind, blobs=[array_blob(array) for array in arrays])
