@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from attention_transfer.caffe import Net
-from attention_transfer.caffe.caffemodel import write_binary
+from attention_transfer.caffe.files.caffemodel import write_binary
 
 
 class Text:

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from attention_transfer.caffe import Net, convert, read_caffemodel, schema, to_caffemodel
-from attention_transfer.caffe.caffemodel import blob_array, write_binary
 from attention_transfer.caffe.conversion import GradientWarning
-from attention_transfer.caffe.prototxt import parse_net
+from attention_transfer.caffe.files.caffemodel import blob_array, write_binary
+from attention_transfer.caffe.files.prototxt import parse_net
 from attention_transfer.cli import main
 
 REFERENCE = SHARED / "reference" / "caffe"

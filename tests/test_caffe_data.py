@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from attention_transfer.caffe import Net, schema
-from attention_transfer.caffe.caffemodel import array_blob, read_mean, write_binary
+from attention_transfer.caffe.files.caffemodel import array_blob, read_mean, write_binary
+from attention_transfer.caffe.files.prototxt import parse_net
 from attention_transfer.caffe.layers.data import resize
-from attention_transfer.caffe.prototxt import parse_net
-from attention_transfer.caffe.records import decode_image, open_database
+from attention_transfer.caffe.layers.records import decode_image, open_database
 from attention_transfer.cli import main
 from attention_transfer.data import load_data
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from attention_transfer.caffe import Net, read_caffemodel, read_solver, write_prototxt
-from attention_transfer.caffe.caffemodel import blob_array
+from attention_transfer.caffe.files.caffemodel import blob_array
 from attention_transfer.cli import main
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "caffe_resnet.py"

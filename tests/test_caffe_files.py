@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from attention_transfer.caffe import Net, read_caffemodel, read_net, read_solver, schema, write_prototxt
-from attention_transfer.caffe.caffemodel import (
+from attention_transfer.caffe.files.caffemodel import (
     array_blob,
     blob_array,
     read_mean,
@@ -21,7 +21,7 @@ from attention_transfer.caffe.caffemodel import (
     same_shape,
     write_binary,
 )
-from attention_transfer.caffe.prototxt import layer_lines, parse_net
+from attention_transfer.caffe.files.prototxt import layer_lines, parse_net
 
 NET = """
 name: "a"
@@ -189,7 +189,7 @@ HOSTILE = """
 import resource, sys, warnings
 from pathlib import Path
 
-from attention_transfer.caffe.caffemodel import read_caffemodel
+from attention_transfer.caffe.files.caffemodel import read_caffemodel
 
 warnings.simplefilter("ignore")
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

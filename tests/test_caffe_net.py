@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attention_transfer import Taps, attention_map
 from attention_transfer.caffe import Net, fusion
-from attention_transfer.caffe.prototxt import parse_net
+from attention_transfer.caffe.files.prototxt import parse_net
 from attention_transfer.caffe.schema import ParamSpec
 
 REFERENCE = SHARED / "reference" / "caffe"

@@ -16,8 +16,8 @@ from caffe_nets import NETS, Text, randomise, written
 from torch import Tensor
 
 from attention_transfer.caffe import Net, build, write_prototxt
-from attention_transfer.caffe.caffemodel import write_binary
-from attention_transfer.caffe.prototxt import parse_net
+from attention_transfer.caffe.files.caffemodel import write_binary
+from attention_transfer.caffe.files.prototxt import parse_net
 
 cv2 = pytest.importorskip("cv2")
 

@@ -12,8 +12,8 @@ import pytest
 from conftest import SHARED
 
 from attention_transfer.caffe import check, schema, write_prototxt
+from attention_transfer.caffe.files.prototxt import layer_lines
 from attention_transfer.caffe.pitfalls import Finding
-from attention_transfer.caffe.prototxt import layer_lines
 from attention_transfer.caffe.schema import text_format
 from attention_transfer.caffe.structure import Graph
 from attention_transfer.cli import main

@@ -19,8 +19,13 @@ from conftest import SHARED
 from torch import Tensor
 
 from attention_transfer.caffe import Net, Solver, schema
-from attention_transfer.caffe.caffemodel import blob_array, read_caffemodel, read_solverstate, write_binary
-from attention_transfer.caffe.prototxt import read_solver
+from attention_transfer.caffe.files.caffemodel import (
+    blob_array,
+    read_caffemodel,
+    read_solverstate,
+    write_binary,
+)
+from attention_transfer.caffe.files.prototxt import read_solver
 from attention_transfer.cli import main
 
 REFERENCE = SHARED / "reference" / "caffe"

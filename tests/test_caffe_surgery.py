@@ -28,13 +28,13 @@ from attention_transfer.caffe import (
     schema,
     write_prototxt,
 )
-from attention_transfer.caffe.caffemodel import array_blob, write_binary
-from attention_transfer.caffe.networks import stage_ends, survey_student
-from attention_transfer.caffe.prototxt import parse_net, read_solver
+from attention_transfer.caffe.files.caffemodel import array_blob, write_binary
+from attention_transfer.caffe.files.prototxt import parse_net, read_solver
+from attention_transfer.caffe.surgery.networks import stage_ends, survey_student
 from attention_transfer.cli import main
 
 REFERENCE = SHARED / "reference" / "caffe"
-PYCAFFE = Path(at.__file__).parent / "caffe" / "pycaffe"
+PYCAFFE = Path(at.__file__).parent / "caffe" / "surgery" / "pycaffe"
 
 
 # ------------------------------------------------------------------------------------ nets of the reference

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import attention_transfer as at
 from attention_transfer.caffe import Net, convert
-from attention_transfer.caffe.prototxt import parse_net
+from attention_transfer.caffe.files.prototxt import parse_net
 from attention_transfer.cli import main
 
 

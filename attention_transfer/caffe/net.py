@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_transfer.caffe import schema
-from attention_transfer.caffe.caffemodel import (
+from attention_transfer.caffe.files.caffemodel import (
     MOST_ENTRIES,
     array_blob,
     blob_array,
@@ -25,10 +25,10 @@ from attention_transfer.caffe.caffemodel import (
     read_caffemodel,
     same_shape,
 )
+from attention_transfer.caffe.files.prototxt import read_net
 from attention_transfer.caffe.fusion import Branch, fusable
 from attention_transfer.caffe.graph import connect, loss_weights, select
 from attention_transfer.caffe.layers import Layer, layer_class
-from attention_transfer.caffe.prototxt import read_net
 
 Phase = Literal["TRAIN", "TEST"]
 Weights = Any  # a path, a NetParameter, or several of them

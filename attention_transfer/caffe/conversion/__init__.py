@@ -16,11 +16,11 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor, nn
 
 from attention_transfer._files import write_atomically
-from attention_transfer.caffe.caffemodel import read_caffemodel
 from attention_transfer.caffe.conversion.back import to_caffemodel as to_caffemodel
 from attention_transfer.caffe.conversion.export import agree, as_onnx, as_tuple, require_onnx
 from attention_transfer.caffe.conversion.plan import Plan, make_plan, net_without_data
 from attention_transfer.caffe.conversion.source import Source, state_of, write_source
+from attention_transfer.caffe.files.caffemodel import read_caffemodel
 from attention_transfer.caffe.graph import Version
 from attention_transfer.caffe.net import Net, Phase
 

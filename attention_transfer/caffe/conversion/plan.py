@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from attention_transfer.caffe import schema
+from attention_transfer.caffe.files.prototxt import read_net
 from attention_transfer.caffe.graph import Version, Wiring, connect
 from attention_transfer.caffe.layers import Layer
 from attention_transfer.caffe.layers.loss import Loss
 from attention_transfer.caffe.net import Net, Phase
-from attention_transfer.caffe.prototxt import read_net
 from attention_transfer.caffe.structure import with_known_sizes
 
 SCORES = ("Accuracy",)

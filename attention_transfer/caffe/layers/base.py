@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_transfer.caffe import schema
-from attention_transfer.caffe.caffemodel import MOST_ENTRIES
+from attention_transfer.caffe.files.caffemodel import MOST_ENTRIES
 from attention_transfer.caffe.layers.fillers import fill
 
 REGISTRY: dict[str, type[Layer]] = {}

@@ -16,8 +16,8 @@ from attention_transfer._extras import require
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.layers.base import Layer, register
 from attention_transfer.caffe.layers.fillers import fill
-from attention_transfer.caffe.records import datum_pixels, decode_image, open_database
-from attention_transfer.caffe.transform import DRAWS, Transform
+from attention_transfer.caffe.layers.records import datum_pixels, decode_image, open_database
+from attention_transfer.caffe.layers.transform import DRAWS, Transform
 
 Arrays = list[np.ndarray]
 

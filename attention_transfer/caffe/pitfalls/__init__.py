@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from attention_transfer.caffe import prototxt as files
 from attention_transfer.caffe import schema
+from attention_transfer.caffe.files import prototxt as files
 from attention_transfer.caffe.net import shapes_of
 from attention_transfer.caffe.pitfalls import branches, layers, teachers  # noqa: F401 (they enter their rules)
 from attention_transfer.caffe.pitfalls.rules import RULES, Blame, Case

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from attention_transfer.caffe import prototxt, schema
+from attention_transfer.caffe import schema
+from attention_transfer.caffe.files import prototxt
+from attention_transfer.caffe.files.upgrade import upgrade_net
 from attention_transfer.caffe.schema import text_format
-from attention_transfer.caffe.upgrade import upgrade_net
 
 # Fields of other Caffes whose layers this package has no messages for: their users have spelled them right.
 FOREIGN = {

@@ -10,7 +10,7 @@ from attention_transfer.cli.caffe import VERBS
 from attention_transfer.cli.parsing import PROGRAM, parse, verb_parser
 
 if TYPE_CHECKING:
-    from attention_transfer.caffe.surgery import BuiltPair
+    from attention_transfer.caffe.surgery.joining import BuiltPair
 
 
 def run(arguments: list[str]) -> None:

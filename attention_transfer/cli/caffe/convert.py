@@ -79,8 +79,8 @@ def _back(flags: Any) -> None:
     if path.suffix != ".caffemodel":
         raise UsageError(f"{VERB}: expected -o NAME.caffemodel for weights in safetensors, got {path}.")
     _refuse_to_replace([path], flags.force)
-    from attention_transfer.caffe.caffemodel import write_binary
     from attention_transfer.caffe.conversion import to_caffemodel
+    from attention_transfer.caffe.files.caffemodel import write_binary
 
     stored = to_caffemodel(flags.net, flags.weights, phase=flags.phase)
     path.parent.mkdir(parents=True, exist_ok=True)

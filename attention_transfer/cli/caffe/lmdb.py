@@ -174,6 +174,6 @@ def _put(environment: Any, items: Sequence[tuple[bytes, bytes]]) -> None:
 def _write_mean(mean: np.ndarray, path: Path) -> None:
     import numpy as np
 
-    from attention_transfer.caffe.caffemodel import array_blob, write_binary
+    from attention_transfer.caffe.files.caffemodel import array_blob, write_binary
 
     write_binary(array_blob(mean[None].astype(np.float32)), path)

@@ -11,8 +11,8 @@ from typing import Any
 
 from attention_transfer._files import write_atomically
 from attention_transfer.caffe import schema
+from attention_transfer.caffe.files.upgrade import upgrade_net, upgrade_solver
 from attention_transfer.caffe.schema import text_format
-from attention_transfer.caffe.upgrade import upgrade_net, upgrade_solver
 
 LARGEST_TEXT = 4 << 20  # bytes; the deepest published nets take 0.2 MB
 

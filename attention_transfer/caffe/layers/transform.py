@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from attention_transfer.caffe.caffemodel import read_mean
+from attention_transfer.caffe.files.caffemodel import read_mean
 
 DRAWS = 3  # random numbers that an image takes
 

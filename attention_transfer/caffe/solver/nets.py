@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from attention_transfer.caffe import schema
+from attention_transfer.caffe.files.prototxt import read_net
 from attention_transfer.caffe.net import Net
-from attention_transfer.caffe.prototxt import read_net
-from attention_transfer.caffe.rates import check_policy
-from attention_transfer.caffe.updates import check_type
+from attention_transfer.caffe.solver.rates import check_policy
+from attention_transfer.caffe.solver.updates import check_type
 
 TRAIN_NETS = ("net", "net_param", "train_net", "train_net_param")
 

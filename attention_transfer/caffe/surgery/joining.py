@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from attention_transfer.caffe import schema
-from attention_transfer.caffe.caffemodel import blob_shape, read_caffemodel, same_shape, write_binary
+from attention_transfer.caffe.files.caffemodel import blob_shape, read_caffemodel, same_shape, write_binary
+from attention_transfer.caffe.files.prototxt import read_net, read_solver, write_prototxt
 from attention_transfer.caffe.net import dry_layers
-from attention_transfer.caffe.networks import Network, suggest_blobs, survey_student, survey_teacher
 from attention_transfer.caffe.pitfalls import check
-from attention_transfer.caffe.prototxt import read_net, read_solver, write_prototxt
 from attention_transfer.caffe.structure import Blob, Node, count_blobs, with_known_sizes
+from attention_transfer.caffe.surgery.networks import Network, suggest_blobs, survey_student, survey_teacher
 from attention_transfer.functional import convert_beta
 
 Path_ = str | PathLike[str]

@@ -13,8 +13,8 @@ import numpy as np
 
 from attention_transfer._files import write_atomically
 from attention_transfer.caffe import schema
+from attention_transfer.caffe.files.upgrade import upgrade_net
 from attention_transfer.caffe.schema import DecodeError, UnknownFieldSet
-from attention_transfer.caffe.upgrade import upgrade_net
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 MOST_ENTRIES = 2**31 - 1  # of a blob: Caffe counts them in an int
