@@ -25,7 +25,7 @@ check: $(READY) ## Lint, check the format and the types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY) ## Measure the speed against the floor and others, and write docs/speed.md (12 minutes)
+bench: $(READY) ## Measure the speed against the floor and others, and write docs/speed.md (14 minutes)
 	$(BIN)/attention-transfer bench
 
 schema: $(READY) ## Compile the schema of Caffe's files again, after a change of caffe.proto
