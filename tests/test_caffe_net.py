@@ -253,6 +253,31 @@ def test_batchnorm_and_scale_in_one_pass_equal_the_layers() -> None:
             torch.testing.assert_close(one.tensor.grad, other.tensor.grad, rtol=1e-12, atol=1e-14)
 
 
+def test_what_a_scale_hides_of_a_batchnorm_is_there_when_asked_for() -> None:
+    text = (
+        source() + layer("BatchNorm", "x", "n") + layer("Scale", "n", "y", "scale_param { bias_term: true }")
+    )
+    net, x = net_of(text), torch.randn(2, 3, 4, 5)
+    with torch.no_grad():
+        net.params["y"][0].fill_(3.0)
+    blobs = net({"x": x})
+    stored = [blob.clone() for blob in net.params["n"]]
+    assert list(blobs) == ["x", "y", "n"]
+    torch.testing.assert_close(3 * blobs["n"], blobs["y"])
+    assert all(torch.equal(one, other) for one, other in zip(stored, net.params["n"], strict=True))
+
+
+def test_a_cut_batchnorm_sends_no_gradient_back() -> None:
+    text = source() + layer("BatchNorm", "x", "n", "propagate_down: false", name="bn")
+    text += layer("Scale", "n", "n", name="s")
+    text += layer("Reduction", "n", "loss", "loss_weight: 1 reduction_param { operation: SUMSQ }")
+    x = torch.randn(2, 3, 4, 5, requires_grad=True)
+    net = net_of(text)
+    net({"x": x})
+    net.loss.backward()
+    assert x.grad is None and net.params["s"][0].grad is not None
+
+
 def test_doubles_of_a_filler_survive_the_change_of_precision() -> None:
     deconvolution = (
         "convolution_param { num_output: 1 kernel_size: 5 stride: 3 bias_term: false "

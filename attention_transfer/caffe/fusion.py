@@ -1,6 +1,6 @@
 """Chains of layers that run faster as one, with the same numbers.
 
-Two are recognised: BatchNorm with the Scale that overwrites it, and the attention branch from an activation
+Two are recognised: BatchNorm with the Scale that alone reads it, and the attention branch from an activation
 to its map, which goes to the package's kernels: [Reshape] - AbsVal - [Power 2] - [Power 2] - Convolution of
 ones. Where a hook listens to one of the layers, or the ones are no longer ones, the layers run by themselves.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 from attention_transfer.caffe.graph import Wiring
 from attention_transfer.caffe.layers import Layer
 from attention_transfer.caffe.layers.convolution import Convolution
+from attention_transfer.caffe.layers.normalization import BatchNorm
 from attention_transfer.functional import attention_map
 
 
@@ -50,6 +51,11 @@ class Branch:
 
 class ScaledBatchNorm(Branch):
     """BatchNorm and the Scale on top of it in one pass."""
+
+    def layer_by_layer(self, x: Tensor, place: int) -> Tensor:
+        norm = self.layers[0]
+        assert isinstance(norm, BatchNorm)
+        return norm.again(x)
 
     def __call__(self, x: Tensor) -> Tensor:
         norm, scale = self.layers
@@ -91,7 +97,7 @@ def fusable(
     """The chains of a net, by the place of their first layer; `weights` and `shapes` belong to the tops."""
     found: dict[int, Branch] = {}
     for index, layer in enumerate(layers):
-        if layer.type == "BatchNorm":
+        if layer.type == "BatchNorm" and not layer.cut:
             chain = _chain(layers, wiring, weights, index, 1)
             if len(chain) == 2 and _is_channel_scale(layers[chain[1]]):
                 found[index] = ScaledBatchNorm([layers[i] for i in chain], chain)
@@ -126,8 +132,7 @@ def _chain(
 
 def _is_channel_scale(layer: Layer) -> bool:
     param = layer.spec.scale_param
-    fits = layer.type == "Scale" and layer.in_place and layer.blobs[0].dim() == 1
-    return fits and param.axis == 1
+    return layer.type == "Scale" and layer.blobs[0].dim() == 1 and param.axis == 1
 
 
 def _map_chain(layers: Sequence[Layer], chain: list[int]) -> list[int]:

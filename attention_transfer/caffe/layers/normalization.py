@@ -76,6 +76,14 @@ class BatchNorm(Layer):
         self._accumulate(mean, variance)
         return y
 
+    def again(self, x: Tensor) -> Tensor:
+        """What `forward` gave for `x`, with the statistics left as they are."""
+        stored = [self.mean, self.variance, self.factor]
+        before = [blob.clone() for blob in stored]
+        y = self.forward(x)
+        torch._foreach_copy_(stored, before)
+        return y
+
     @torch.no_grad()
     def _accumulate(self, mean: Tensor, variance: Tensor) -> None:
         stored = [self.mean, self.variance, self.factor]
