@@ -30,7 +30,7 @@ ALLOWED = {
     "caffe": {"functional"},
     "training": {"cache", "data", "distiller", "functional", "losses", "models", "pairs", "plan", "taps"},
 }
-HELPERS = {"_choices", "_extras", "_files", "_memory", "_outputs", "_tables", "_untouched"}
+HELPERS = {"_choices", "_extras", "_files", "_hints", "_memory", "_outputs", "_tables", "_untouched"}
 COMPOSERS = {"cli", "__main__", "__init__"}
 HEAVY = [
     "torchvision",

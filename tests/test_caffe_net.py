@@ -83,9 +83,14 @@ def asked_of(key: str) -> str:
     return key.split("/", 2)[2]
 
 
+# of shared/reference: relative and absolute
+PITFALL_TOLERANCE = {torch.float64: (1e-10, 1e-12), torch.float32: (2e-5, 1e-6)}
+
+
+@pytest.mark.parametrize("dtype", PITFALL_TOLERANCE, ids=["float64", "float32"])
 @pytest.mark.parametrize("side", ["net", "fixed"])
 @pytest.mark.parametrize("name", FORWARD or [pytest.param("", marks=pytest.mark.skip("no shared/reference"))])
-def test_pitfall_does_what_caffe_does(name: str, side: str) -> None:
+def test_pitfall_does_what_caffe_does(name: str, side: str, dtype: torch.dtype) -> None:
     folder = REFERENCE / "pitfalls" / name
     meta = json.loads((folder / "meta.json").read_text())
     repaired = side == "fixed" and (folder / "fixed.caffemodel").exists()
@@ -95,13 +100,14 @@ def test_pitfall_does_what_caffe_does(name: str, side: str) -> None:
         with pytest.raises(ValueError, match=r"^(Net: layer|read_net: )"):
             Net(*arguments, phase=meta["phase"])
         return
-    net = Net(*arguments, phase=meta["phase"]).double()
+    net = Net(*arguments, phase=meta["phase"]).to(dtype)
     given = load(folder, "inputs.npz")
     chosen = {
         name: given.get(f"{name}@fixed", given[name]) if side == "fixed" else given[name]
         for name in net.inputs
     }
-    inputs = {name: torch.from_numpy(array) for name, array in chosen.items()}
+    inputs = {name: torch.from_numpy(array).to(dtype) for name, array in chosen.items()}
+    relative, absolute = PITFALL_TOLERANCE[dtype]
     expected = {key: value for key, value in load(folder, "expected.npz").items() if key.startswith(side)}
     assert expected
     asked = [asked_of(key) for key in expected if key.split("/")[1] == "grad"]
@@ -130,7 +136,7 @@ def test_pitfall_does_what_caffe_does(name: str, side: str) -> None:
             got = blobs[rest] if kind == "blob" else net.loss
         values = np.zeros_like(want) if got is None else got.detach().numpy()
         scale = np.nanmax(np.abs(want), initial=0)
-        np.testing.assert_allclose(values, want, rtol=0, atol=1e-10 * scale + 1e-12, err_msg=key)
+        np.testing.assert_allclose(values, want, rtol=0, atol=relative * scale + absolute, err_msg=key)
 
 
 def test_of_two_layers_with_one_name_the_first_is_loaded(shared_reference: Path) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from attention_transfer._hints import did_you_mean
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.layers import Layer
 
@@ -127,10 +126,7 @@ def connect(layers: Sequence[Layer]) -> Wiring:
 
 def _source(wiring: Wiring, layer: Layer, name: str) -> Version:
     if name not in wiring.last:
-        near = difflib.get_close_matches(name, wiring.last, n=3)
-        hint = (
-            f"Did you mean {' or '.join(near)}?" if near else "Layers read only what layers before them make."
-        )
+        hint = did_you_mean(name, wiring.last) or "Layers read only what layers before them make."
         raise layer.error("bottoms that earlier layers make", f"{name!r}", hint)
     return wiring.last[name]
 
@@ -176,8 +172,3 @@ def loss_weights(layer: Layer) -> list[float]:
     if given and len(given) != len(layer.tops):
         raise layer.error(f"no loss_weight, or one for each of {len(layer.tops)} tops", f"{len(given)}")
     return given or [layer.default_loss_weight, *[0.0] * (len(layer.tops) - 1)][: len(layer.tops)]
-
-
-def repeated_names(layers: Sequence[Layer]) -> list[str]:
-    """Names that several layers have."""
-    return [name for name, count in Counter(layer.name for layer in layers).items() if count > 1]

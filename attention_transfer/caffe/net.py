@@ -144,11 +144,7 @@ class Net(nn.Module):
     @property
     def params(self) -> dict[str, list[Tensor]]:
         """The blobs of each layer that has some, by the layer's name: parameters, or buffers of BatchNorm."""
-        found: dict[str, list[Tensor]] = {}
-        for layer in self.layers:
-            if layer.blobs:
-                found.setdefault(layer.name, layer.blobs)
-        return found
+        return {name: layer.blobs for name, layer in self._by_name().items() if layer.blobs}
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
@@ -202,6 +198,11 @@ class Net(nn.Module):
         """The precision of the whole net, as in Caffe."""
         return self._anchor.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the net is."""
+        return self._anchor.device
+
     # ------------------------------------------------------------------------------------------- forward
 
     def forward(self, inputs: Mapping[str, Tensor] | Tensor) -> Blobs | Tensor:
@@ -226,7 +227,7 @@ class Net(nn.Module):
 
     def _own_precision(self) -> AbstractContextManager[Any]:
         """A context in which the layers compute in the net's own precision, unless `autocast` lets them."""
-        kind = self._anchor.device.type
+        kind = self.device.type
         if self.autocast or not torch.is_autocast_enabled(kind):
             return nullcontext()
         return torch.autocast(kind, enabled=False)
@@ -322,6 +323,13 @@ class Net(nn.Module):
                 "Inputs are the tops of Input layers."
             )
 
+    def _by_name(self) -> dict[str, Layer]:
+        """The layers by name; of several with one name the first, as Caffe takes it."""
+        found: dict[str, Layer] = {}
+        for layer in self.layers:
+            found.setdefault(layer.name, layer)
+        return found
+
     def _automatic(self) -> set[str]:
         return {layer.tops[0] for layer in self.layers if len(layer.spec.top) < len(layer.tops)}
 
@@ -345,10 +353,7 @@ class Net(nn.Module):
             self._load_one(stored, source if isinstance(source, (str, PathLike)) else "the given weights")
 
     def _load_one(self, stored: Any, source: Any) -> None:
-        layers: dict[str, Layer] = {}
-        for layer in self.layers:
-            layers.setdefault(layer.name, layer)
-        found = 0
+        layers, found = self._by_name(), 0
         for record in stored.layer:
             if record.name not in layers:
                 continue
@@ -379,9 +384,7 @@ class Net(nn.Module):
         Raises:
             ValueError: if a layer of the same name has blobs of other shapes.
         """
-        theirs: dict[str, Layer] = {}
-        for layer in other.layers:
-            theirs.setdefault(layer.name, layer)
+        theirs = other._by_name()
         for layer in self.layers:
             if layer.blobs and layer.name in theirs:
                 for index in range(len(layer.blobs)):
@@ -461,8 +464,7 @@ class _Shared:
 def _share(shared: _Shared, layer: Layer, index: int, spec: Any) -> tuple[Layer, int, Layer, int]:
     owner, own = shared.entry.owner, layer.blobs[index]
     blob = shared.entry.tensor
-    loose = spec.share_mode == spec.PERMISSIVE
-    if own.numel() != blob.numel() if loose else own.shape != blob.shape:
+    if own.shape != blob.shape:  # share_mode PERMISSIVE, of other shapes, is left out
         shapes = f"{tuple(own.shape)}, and {tuple(blob.shape)} in {owner.name!r}"
         raise layer.error(f"the shape of the shared blob {spec.name!r}", shapes)
     for multiplier in ("lr_mult", "decay_mult"):

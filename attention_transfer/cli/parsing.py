@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from attention_transfer._extras import require
+from attention_transfer._hints import did_you_mean
 
 PROGRAM = "attention-transfer"
 
@@ -75,8 +75,7 @@ def _plain_types(text: str) -> str:
 def suggest(word: str, known: Iterable[str]) -> str:
     """Near matches of a misspelt word, or all that is known."""
     known = list(known)
-    near = difflib.get_close_matches(word, known, n=3)
-    return f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known)}."
+    return did_you_mean(word, known) or f"Known: {', '.join(known)}."
 
 
 def one_line(text: str) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from attention_transfer._hints import did_you_mean
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.files.prototxt import read_net
 from attention_transfer.caffe.graph import Version, Wiring, connect
@@ -153,8 +153,7 @@ def _find(net: Net, wiring: Wiring, wanted: Sequence[str], losses: set[int]) -> 
     found = []
     for name in dict.fromkeys(wanted):
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known[-8:])}."
+            hint = did_you_mean(name, known) or f"Known: {', '.join(known[-8:])}."
             raise ValueError(f"convert: expected a blob of the net as output, got {name!r}. {hint}")
         layer = net.layers[wiring.last[name][0]]
         if wiring.last[name][0] in losses:

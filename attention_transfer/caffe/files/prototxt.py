@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator
 from os import PathLike
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attention_transfer._files import write_atomically
+from attention_transfer._hints import did_you_mean
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.files.upgrade import upgrade_net, upgrade_solver
 from attention_transfer.caffe.schema import text_format
@@ -92,11 +92,10 @@ def describe_parse_error(error: text_format.ParseError) -> str:
     if unknown := unknown_field(error):
         message, name = unknown
         fields = schema.fields(message)
-        near = difflib.get_close_matches(name, fields, n=2)
         if message == "V1LayerParameter" and name == "layer":
             hint = "The V0 format must go through Caffe's upgrade_net_proto_text first."
         else:
-            hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(fields[:12])}."
+            hint = did_you_mean(name, fields) or f"Known: {', '.join(fields[:12])}."
         return f"{place}{message} has no field {name!r}. {hint}"
     return place + re.sub(r"^\d+:\d+ : ", "", str(error)).replace("\n", " ")
 

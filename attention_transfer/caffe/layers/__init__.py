@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
+from attention_transfer._hints import did_you_mean
 from attention_transfer.caffe.layers import (
     activation,
     arithmetic,
@@ -31,8 +30,6 @@ def layer_class(kind: str, name: str) -> type[Layer]:
         ValueError: if this package does not run the type; the message lists near matches.
     """
     if kind not in REGISTRY:
-        lowered = {known.lower(): known for known in REGISTRY}
-        near = [lowered[match] for match in difflib.get_close_matches(kind.lower(), lowered, n=3)]
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(sorted(REGISTRY))}."
+        hint = did_you_mean(kind, REGISTRY) or f"Known: {', '.join(sorted(REGISTRY))}."
         raise ValueError(f"Net: layer {name!r}: expected a type that this package runs, got {kind!r}. {hint}")
     return REGISTRY[kind]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.layers.base import Layer, register
-from attention_transfer.caffe.layers.rules import with_gradient, with_slope
+from attention_transfer.caffe.layers.rules import with_slope
 
 
 @register("ReLU")
@@ -154,7 +154,7 @@ class Power(Layer):
         if self.in_place:
             value = self._value(x)
             slope = self._slope(value, value)
-            return with_gradient(x, value, slope * slope)
+            return with_slope(x, value, slope * slope, whatever_arrives=True)
         if param.power in (1, 2):
             return self._value(x)
         value = self._value(x.detach())

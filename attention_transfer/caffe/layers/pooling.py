@@ -52,7 +52,7 @@ class Pooling(Layer):
         else:
             kernel, stride = self.kernel, self.stride
         axes = zip(hw, kernel, stride, self.pad, strict=True)
-        sizes = [_windows(*axis, clip=any(self.pad)) for axis in axes]
+        sizes = [count_windows(*axis, clip=any(self.pad)) for axis in axes]
         plain = all(_is_plain(*axis) for axis in zip(hw, kernel, stride, self.pad, sizes, strict=True))
         if self.spec.pooling_param.pool == AVE:
             return self._mean(x, kernel, stride, sizes, plain)
@@ -95,7 +95,8 @@ class Pooling(Layer):
         return (end - start).to(x.dtype)
 
 
-def _windows(size: int, kernel: int, stride: int, pad: int, *, clip: bool) -> int:
+def count_windows(size: int, kernel: int, stride: int, pad: int, *, clip: bool) -> int:
+    """How many windows there are along an axis; with `clip`, none that begins in the padding behind."""
     count = math.ceil((size + 2 * pad - kernel) / stride) + 1
     return count - 1 if clip and (count - 1) * stride >= size + pad else count
 
@@ -104,7 +105,7 @@ def _is_plain(size: int, kernel: int, stride: int, pad: int, count: int) -> bool
     """Whether torch's own ceil_mode, which always drops such a window, makes the same ones."""
     return (
         2 * pad <= kernel
-        and count == _windows(size, kernel, stride, pad, clip=True)
+        and count == count_windows(size, kernel, stride, pad, clip=True)
         and size + 2 * pad >= kernel
     )
 

@@ -9,40 +9,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class WithSlope(torch.autograd.Function):
-    """`value`, whose gradient for `x` is `slope` times the gradient that arrives."""
+class _Slope(torch.autograd.Function):
+    """`value`, whose gradient for `x` is `slope` times the one that arrives, or `slope` whatever arrives."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor, whatever_arrives: bool) -> Tensor:
         ctx.save_for_backward(slope)
-        return value.clone() if value is x else value
+        ctx.whatever_arrives = whatever_arrives
+        return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
-        return gradient * slope, None, None
+        return slope if ctx.whatever_arrives else gradient * slope, None, None, None
 
 
-class WithGradient(torch.autograd.Function):
-    """`value`, whose gradient for `x` is `gradient`, whatever arrives: so some in-place layers do."""
+def with_slope(x: Tensor, value: Tensor, slope: Tensor, *, whatever_arrives: bool = False) -> Tensor:
+    """`value`, a function of `x`, with a slope that is Caffe's own.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return value.clone() if value is x else value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.saved_tensors[0], None, None
-
-
-def with_slope(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    """`value` with the gradient rule of `WithSlope`."""
-    return WithSlope.apply(x, value.detach(), slope.detach())
-
-
-def with_gradient(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-    """`value` with the gradient rule of `WithGradient`."""
-    return WithGradient.apply(x, value.detach(), gradient.detach())
+    With `whatever_arrives`, the slope itself is sent back: so do layers that overwrite, in place, the
+    gradient that they are to multiply by.
+    """
+    return _Slope.apply(x, value.detach(), slope.detach(), whatever_arrives)

@@ -112,9 +112,6 @@ class Attention:
                 found |= _union(theirs) - _union(others)
         return found
 
-    def on_teacher_side(self, branch: Branch) -> bool:
-        return any(side.branch is branch for meeting in self.meetings for side in meeting.teachers)
-
 
 def _union(sides: list[Side]) -> set[Node]:
     return set().union(*(side.trunk for side in sides))

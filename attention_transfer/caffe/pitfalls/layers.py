@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attention_transfer.caffe.layers.pooling import count_windows
 from attention_transfer.caffe.pitfalls.rules import Blame, Case, named, pitfall
 from attention_transfer.caffe.structure import Node
 
@@ -159,8 +160,7 @@ def _has_empty_window(case: Case, node: Node) -> bool:
     for side, size in (("h", shape[2]), ("w", shape[3])):
         kernel = getattr(given, f"kernel_{side}") or given.kernel_size
         stride = getattr(given, f"stride_{side}") or given.stride
-        windows = -(-(size - kernel) // stride) + 1 if stride else 0
-        if (windows - 1) * stride >= size:
+        if stride and (count_windows(size, kernel, stride, 0, clip=False) - 1) * stride >= size:
             return True
     return False
 

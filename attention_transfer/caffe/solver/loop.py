@@ -73,9 +73,9 @@ class Solver:
             self.seed = int(torch.randint(2**31, ()))
         with _drawing_from(self.seed):
             self.net, self.test_nets = make_nets(self.param, folder)
-        for source in starting_weights(self.param, folder) if weights is None else _several(weights):
-            for net in (self.net, *self._nets_with_more_to_load()):
-                net.load(source)
+        sources = starting_weights(self.param, folder) if weights is None else weights
+        for net in (self.net, *self._nets_with_more_to_load()):
+            net.load(sources)
         self.net.to(_device(self.param))
         self._share()
         if feed is not None and not self.net.inputs:
@@ -109,7 +109,7 @@ class Solver:
     @property
     def device(self) -> torch.device:
         """Where the net is."""
-        return self.net._anchor.device
+        return self.net.device
 
     @property
     def loss(self) -> float:
@@ -479,10 +479,6 @@ def _device(param: Any) -> torch.device:
     if param.solver_mode == param.GPU and torch.cuda.is_available():
         return torch.device("cuda", min(max(param.device_id, 0), torch.cuda.device_count() - 1))
     return torch.device("cpu")
-
-
-def _several(weights: Weights) -> list[Any]:
-    return list(weights) if isinstance(weights, list | tuple) else [weights]
 
 
 def _add(totals: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

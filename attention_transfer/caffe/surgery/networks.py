@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from attention_transfer._hints import did_you_mean
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.graph import select
 from attention_transfer.caffe.net import shapes_of
@@ -52,8 +52,7 @@ class Network:
         """
         names = [blob.name for blob in self.seen]
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=3)
-            remedy = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(names[:12])}."
+            remedy = did_you_mean(name, names) or f"Known: {', '.join(names[:12])}."
             raise ValueError(f"build: expected a blob of the {self.role}, got {name!r}. {remedy}")
         blob = self.graph.last[name]
         shape = self.graph.shape(blob)
