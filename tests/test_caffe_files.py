@@ -12,7 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attention_transfer.caffe import Net, read_caffemodel, read_net, read_solver, schema, write_prototxt
+from attention_transfer.caffe import (
+    Net,
+    check,
+    read_caffemodel,
+    read_net,
+    read_solver,
+    schema,
+    write_prototxt,
+)
 from attention_transfer.caffe.files.caffemodel import (
     array_blob,
     blob_array,
@@ -244,3 +252,20 @@ def test_hostile_numbers_in_a_net_are_refused_in_one_line(shared_reference: Path
             assert re.match(r"(Net|read_net): [^\n]+$", str(error)), error
             refused += 1
     assert refused > 100
+
+
+def test_damaged_nets_are_checked_or_refused_in_one_line(shared_reference: Path, tmp_path: Path) -> None:
+    files = sorted((shared_reference / "caffe").glob("*/*/net.prototxt"))
+    chance = random.Random(0)
+    refused = 0
+    for _ in range(200):
+        text = chance.choice(files).read_text()
+        place = chance.randrange(len(text))
+        rest = chance.choice(["", chr(chance.randrange(32, 127)) + text[place + 1 :], text[place + 20 :]])
+        (tmp_path / "net").write_text(text[:place] + rest)
+        try:
+            check(tmp_path / "net")
+        except ValueError as error:
+            assert re.match(r"(check|read_net|Net): [^\n]+$", str(error)), error
+            refused += 1
+    assert 50 < refused < 200
