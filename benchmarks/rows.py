@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import platform
-import re
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
@@ -14,7 +11,10 @@ from pathlib import Path
 
 import torch
 
+from attention_transfer._machine import commit, device_name
+
 ROOT = Path(__file__).resolve().parents[1]
+CODE = ("attention_transfer", "benchmarks/*.py")
 FIGURES = ("p50", "p20", "p80", "rounds", "ratio", "ratio_p20", "ratio_p80", "bytes", "saved", "moved")
 
 
@@ -68,12 +68,12 @@ class Results:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.rows = read(self.path)
-        self.commit = commit()
+        self.commit = commit(*CODE)
 
     def append(self, rows: Iterable[Row], device: torch.device) -> list[Row]:
         """Write the rows at the end of the file, with where and when they were measured."""
         here = {
-            "device": describe(device),
+            "device": device_name(device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "commit": self.commit,
@@ -100,7 +100,7 @@ class Results:
         """Whether this very code has measured the case on this device: then a restarted run passes it by."""
         if self.commit.endswith("+") or self.commit == "unknown":
             return False
-        here = {**case, "device": describe(device), "commit": self.commit, "torch": torch.__version__}
+        here = {**case, "device": device_name(device), "commit": self.commit, "torch": torch.__version__}
         return any(
             row.threads == torch.get_num_threads()
             and all(getattr(row, name) == value for name, value in here.items())
@@ -143,31 +143,3 @@ def _row(line: dict[str, str]) -> Row:
 
 def _written(value: object) -> object:
     return f"{value:.6g}" if isinstance(value, float) else "" if value is None else value
-
-
-def describe(device: torch.device) -> str:
-    """The kind of processor, without the machine's name."""
-    if device.type == "cuda":
-        return f"GPU: {torch.cuda.get_device_name(device)}"
-    return f"CPU: {_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
-    return found[1].strip() if found else platform.machine()
-
-
-def commit() -> str:
-    """The checkout's commit, with a + if the code differs from it; "unknown" outside of git."""
-    code = ["attention_transfer", "benchmarks/*.py"]
-    try:
-        head = _git("rev-parse", "--short", "HEAD")
-        return head + ("+" if _git("status", "--porcelain", "--", *code) else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
-    return done.stdout.strip()

@@ -23,7 +23,7 @@ def collect(runs: Sequence[Path], images: int) -> Examples | None:
     None too where that student learned from a cache, whose teacher is no longer at hand.
     """
     found = [Run(folder) for folder in runs]
-    taught = next((run for run in found if run.finished and "at" in run.recipe.method), None)
+    taught = next((run for run in found if run.finished and "at" in run.recipe.terms), None)
     if taught is None:
         return None
     splits = load_splits(taught.recipe)

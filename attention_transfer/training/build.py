@@ -39,7 +39,17 @@ def load_splits(recipe: Recipe) -> Splits:
 def build_student(recipe: Recipe, splits: Splits) -> nn.Module:
     """The student with its initial weights, which depend on the seed alone."""
     torch.manual_seed(recipe.seed)
-    return _build(recipe.student, recipe.student_weights, splits, splits.num_classes)
+    student = _build(recipe.student, recipe.student_weights, splits, splits.num_classes)
+    if recipe.batchnorm_init == "uniform" and recipe.student_weights is None:
+        draw_batchnorm_scales(student)
+    return student
+
+
+def draw_batchnorm_scales(model: nn.Module) -> None:
+    """BatchNorm scales drawn from [0, 1), in place: PyTorch's own start when the paper was written."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            nn.init.uniform_(module.weight)
 
 
 def _build(name: str, weights: str | None, splits: Splits, classes: int) -> nn.Module:
@@ -82,7 +92,7 @@ def build_teacher(recipe: Recipe, splits: Splits, train_first: Callable[[], Run]
     Raises:
         ValueError: if the method compares answers and the teacher has other classes than the data.
     """
-    if recipe.method == "none" or recipe.teacher is None:
+    if recipe.teacher is None or not recipe.needs_teacher:
         return None
     named = Run(Path(recipe.teacher))
     if named.exists:
@@ -99,7 +109,7 @@ def build_teacher(recipe: Recipe, splits: Splits, train_first: Callable[[], Run]
 
 def check_classes(recipe: Recipe, classes: int, splits: Splits) -> None:
     """Raise ValueError if the method compares answers and the teacher has other classes than the data."""
-    if "kd" in recipe.method and classes != splits.num_classes:
+    if "kd" in recipe.terms and classes != splits.num_classes:
         raise ValueError(
             f'train: method "{recipe.method}" compares answers: expected a teacher of {splits.num_classes} '
             f"classes, as the data, got {classes}. Attention maps need no equal classes: --method at."

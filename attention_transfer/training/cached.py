@@ -104,7 +104,7 @@ class CachedTeacher:
         check_classes(recipe, cache.manifest.classes, splits)
         _check_images(splits, cache)
         _check_teacher(recipe, splits, cache)
-        if "at" not in recipe.method:
+        if "at" not in recipe.terms:
             return cls(cache, [])
         _check_energy(recipe, cache)
         return cls(cache, _pairs(recipe, splits, student, cache))

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from attention_transfer.training.fit import resume, train
-from attention_transfer.training.recipe import Method, Recipe
+from attention_transfer.training.recipe import Recipe
 from attention_transfer.training.run import Run
 
 SEEDS = (0, 1, 2, 3, 4)
-NAMES: dict[Method, str] = {"none": "student alone", "at": "student with attention transfer"}
+NAMES: dict[str, str] = {"none": "student alone", "at": "student with attention transfer"}
 
 TEACHER = Recipe(
     student="wrn-10-2",
@@ -36,7 +36,7 @@ class DemoRuns:
     """The teacher's run, and the students' by method, a run a seed."""
 
     teacher: Run
-    students: dict[Method, list[Run]]
+    students: dict[str, list[Run]]
 
 
 def run(
@@ -65,7 +65,7 @@ def run(
         return done
 
     teacher = get(replace(TEACHER, output=str(folder / "teacher")), f"teacher {TEACHER.student}")
-    students: dict[Method, list[Run]] = {method: [] for method in NAMES}
+    students: dict[str, list[Run]] = {method: [] for method in NAMES}
     for seed in SEEDS:
         for method, name in NAMES.items():
             recipe = student_recipe(folder, method, seed)
@@ -73,7 +73,7 @@ def run(
     return DemoRuns(teacher, students)
 
 
-def student_recipe(folder: Path, method: Method, seed: int) -> Recipe:
+def student_recipe(folder: Path, method: str, seed: int) -> Recipe:
     """The recipe of one student; those of a seed differ in the method alone."""
     teacher = None if method == "none" else str(folder / "teacher")
     return replace(

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from attention_transfer._extras import require
+from attention_transfer._machine import commit, device_name
 from attention_transfer.data import Batches, Splits
 from attention_transfer.models import fingerprint, save_weights
 from attention_transfer.training.build import (
@@ -283,8 +285,20 @@ def _finish(
             "method": recipe.method,
             "teacher_fingerprint": module.teacher_fingerprint,
             "plan": module.distiller.plan().as_dicts(),
+            "machine": _machine(module.device),
         }
     )
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """Where the numbers of a run come from."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "version": version("attention-transfer"),
+        "commit": commit(),
+    }
 
 
 def _card(recipe: Recipe, splits: Splits) -> ModelCard:

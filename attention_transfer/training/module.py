@@ -88,6 +88,8 @@ class DistillationModule(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.clock.data_has_come()
+        if self.recipe.reset_momentum and self.global_step in rate_drops(self.recipe, self.steps_per_epoch):
+            self.trainer.optimizers[0].state.clear()
         seed = step_seed(self.recipe.seed, self.current_epoch, batch_idx, self.global_rank)
         seed_generators(seed, self.device)
 
@@ -183,7 +185,7 @@ class DistillationModule(LightningModule):
 
     def _preflight(self, inputs: Tensor, labels: Tensor, teacher: Reading | None) -> None:
         plan = self.distiller.preflight(inputs, labels, teacher=teacher).plan
-        if self.trainer.is_global_zero and self.recipe.method != "none":
+        if self.trainer.is_global_zero and self.recipe.terms:
             self.say(str(plan))
 
     def _check_finite(self, loss: float) -> None:
@@ -263,8 +265,15 @@ def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_e
         return OneCycleLR(
             optimizer, recipe.lr, total_steps=recipe.epochs * steps_per_epoch, cycle_momentum=False
         )
-    drops = [round(share * recipe.epochs) * steps_per_epoch for share in recipe.milestones]
+    drops = rate_drops(recipe, steps_per_epoch)
     return LambdaLR(optimizer, lambda step: recipe.factor ** sum(step >= drop for drop in drops))
+
+
+def rate_drops(recipe: Recipe, steps_per_epoch: int) -> list[int]:
+    """The steps before which the rate drops, under the schedule "steps"."""
+    if recipe.schedule != "steps":
+        return []
+    return [round(share * recipe.epochs) * steps_per_epoch for share in recipe.milestones]
 
 
 def seed_generators(seed: int, device: torch.device) -> None:

@@ -11,10 +11,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from attention_transfer import _choices as choices
+from attention_transfer._hints import did_you_mean
 
 VALIDATION = 0.1  # share of the training images that are held out where nothing is said
 
-Method = Literal["none", "at", "kd", "at+kd"]
+TERMS = ("at", "kd", "f-actt", "gradient", "symmetry", "min-l2")
+"""What a method is made of, in the order of its name."""
+
+WITHOUT_TEACHER = ("symmetry", "min-l2")
+"""Terms that only look at the student."""
+
+AUTO = "auto"
+
+Weight = float | Literal["auto"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"]
 
 
@@ -24,7 +33,8 @@ class Recipe:
 
     The defaults are the paper's CIFAR recipe: SGD 0.1 with momentum 0.9 and weight decay 5e-4, the rate
     times 0.2 at 30, 60 and 80 percent of 200 epochs, batches of 128, reflect-padded random crops and flips.
-    beta is the exception: 1 with the form "paper" did best in this project's first trial.
+    beta is the exception: 1 with the form "paper" did best in this project's first trial. `reproductions/`
+    has the authors' recipes to the letter.
 
     Raises:
         ValueError: if a value is out of its range or contradicts another; the message names the field.
@@ -68,14 +78,17 @@ class Recipe:
     num_workers: int | None = None
     """Processes that decode images which do not fit in memory. One a core, at most 8, if not given."""
 
-    method: Method = "at"
-    """What the student learns from besides labels: attention maps (at), distillation (kd), both, or none."""
+    method: str = "at"
+    """What the student learns from besides labels: none, or any of at (attention maps), kd (distillation),
+    f-actt (full activations), gradient (input gradients), symmetry (of the input gradient under a flip) and
+    min-l2 (a small input gradient), joined by +, such as at+kd."""
     pairs: str = "auto"
     """Student and teacher layers to compare, "layer1:layer1,layer2:block2"; "auto" finds the stage ends."""
-    beta: float = 1.0
-    """Weight of the attention transfer term. It does not carry over between the forms."""
+    beta: Weight = 1.0
+    """Weight of the attention transfer term, which does not carry over between the forms; "auto" sets it from
+    the first batches: see docs/beta.md."""
     form: choices.Form = "paper"
-    """Form of the attention term: the paper's equation, the authors' code (beta about 1000), or Caffe's."""
+    """Form of the terms at layer pairs: the paper's, the authors' code's (beta about 1000), or Caffe's."""
     p: float = 2.0
     """Exponent of the attention map, the sum over channels of |A|^p; at least 1."""
     mapping: choices.Mapping = "sum"
@@ -86,6 +99,17 @@ class Recipe:
     """Distillation: share of the teacher's answer in the loss, from 0 to 1."""
     temperature: float = 4.0
     """Distillation: temperature that softens both answers."""
+    beta_f_actt: Weight = 1.0
+    """Weight of full-activation transfer, or "auto" as for beta."""
+    beta_gradient: float = 1.0
+    """Weight of gradient-based attention transfer, which needs about three times a step's time and memory."""
+    beta_symmetry: float = 1.0
+    """Weight of the symmetry term, which shows the student every image and its mirror image."""
+    beta_min_l2: float = 1.0
+    """Weight of the norm of the student's input gradient."""
+    term_schedule: str = "constant"
+    """Course of the terms' weights over the run: constant, linear (down to 0), cosine (down to 0) or step
+    (with the rate's milestones and factor) for every term, or for some, such as at:linear,kd:cosine."""
 
     epochs: int = 200
     """Passes over the training images."""
@@ -105,6 +129,10 @@ class Recipe:
     """Where the rate drops, as shares of all epochs."""
     factor: float = 0.2
     """What the rate is multiplied by at each milestone."""
+    reset_momentum: bool = False
+    """Forget the momentum at each milestone, as the authors' code does, which makes a new optimizer there."""
+    batchnorm_init: Literal["ones", "uniform"] = "ones"
+    """Initial BatchNorm scales: ones, or drawn from [0, 1) as in the authors' code."""
     gradient_clip: float | None = None
     """Clip the gradient to this norm."""
     keep: Literal["last", "best"] = "last"
@@ -139,7 +167,9 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise ValueError(f"Recipe: expected {name} {expected}, got {value}. Change {_flag(name)}.")
+        object.__setattr__(self, "method", _canonical(self.method))
         self._check_teacher()
+        self._check_momentum()
         self._check_views()
         self._check_teacher_precision()
         parse_pairs(self.pairs)
@@ -158,17 +188,29 @@ class Recipe:
             )
 
     def _check_teacher(self) -> None:
-        if self.method == "none" and self.cache:
+        if self.cache and not self.needs_teacher:
             raise ValueError(
-                'Recipe: method "none" learns from no teacher, got a cache. '
+                f'Recipe: method "{self.method}" learns from no teacher, got a cache. '
                 "Leave --cache out; --views shows the same images."
             )
-        if self.method != "none" and not (self.teacher or self.cache):
+        if self.needs_teacher and not (self.teacher or self.cache):
             raise ValueError(
                 f'Recipe: method "{self.method}" needs a teacher, got none. Pass --teacher, or --method none.'
             )
+
+    def _check_momentum(self) -> None:
         if self.nesterov and self.momentum == 0:
             raise ValueError("Recipe: expected momentum > 0 with nesterov, got 0. Pass --momentum 0.9.")
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The names of the method's terms, none for "none"."""
+        return terms_of(self.method)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether one of the terms asks a teacher."""
+        return any(term not in WITHOUT_TEACHER for term in self.terms)
 
     @property
     def folder(self) -> Path:
@@ -248,6 +290,29 @@ class Recipe:
         return cls(**{name: _mend(name, value) for name, value in values.items()})
 
 
+def terms_of(method: str) -> tuple[str, ...]:
+    """The terms in the name of a method, in the order of `TERMS`.
+
+    Raises:
+        ValueError: if there is an unknown one, or one twice.
+    """
+    named = [] if method == "none" else [part.strip() for part in method.split("+")]
+    for part in named:
+        if part not in TERMS:
+            near = did_you_mean(part, (*TERMS, "none")) or "Join them by +, such as at+kd."
+            raise ValueError(
+                f'Recipe: expected method "none" or some of {", ".join(TERMS)}, got {part!r} in {method!r}. '
+                f"{near}"
+            )
+        if named.count(part) > 1:
+            raise ValueError(f"Recipe: expected each term once, got {part} twice in method {method!r}.")
+    return tuple(term for term in TERMS if term in named)
+
+
+def _canonical(method: str) -> str:
+    return "+".join(terms_of(method)) or "none"
+
+
 def parse_pairs(text: str) -> list[tuple[str, str, float]] | None:
     """Layers from "a:b,c:d" or "a:b:0.5" as (student, teacher, weight); a lone "a" is "a:a"; None for "auto".
 
@@ -292,6 +357,7 @@ _ALONE: dict[str, Any] = {"method": "none", "teacher": None}
 _TEACHING = {
     *("method", "cache", "teacher", "teacher_weights", "teacher_classes", "teacher_epochs"),
     *("teacher_precision", "pairs", "beta", "form", "p", "mapping", "resize", "alpha", "temperature"),
+    *("beta_f_actt", "beta_gradient", "beta_symmetry", "beta_min_l2", "term_schedule"),
     "output",
 }
 
@@ -300,6 +366,7 @@ _MAYBE_PATHS = ("cache", "data", "data_root", "teacher", "teacher_weights", "stu
 _POSITIVE = (lambda v: v > 0, "> 0")
 _AT_LEAST_ONE = (lambda v: v >= 1, ">= 1")
 _NOT_NEGATIVE = (lambda v: v >= 0, ">= 0")
+_WEIGHT = (lambda v: v == AUTO or v >= 0, '>= 0 or "auto"')
 _SHARE = (lambda v: 0 <= v <= 1, "from 0 to 1")
 _SEED = (lambda v: 0 <= v < 2**32, "from 0 to 2^32 - 1")
 _RANGES = {
@@ -311,7 +378,11 @@ _RANGES = {
     "image_size": _AT_LEAST_ONE,
     "pad": _NOT_NEGATIVE,
     "num_workers": _NOT_NEGATIVE,
-    "beta": _NOT_NEGATIVE,
+    "beta": _WEIGHT,
+    "beta_f_actt": _WEIGHT,
+    "beta_gradient": _NOT_NEGATIVE,
+    "beta_symmetry": _NOT_NEGATIVE,
+    "beta_min_l2": _NOT_NEGATIVE,
     "p": _AT_LEAST_ONE,
     "alpha": _SHARE,
     "temperature": _POSITIVE,
