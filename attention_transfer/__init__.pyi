@@ -6,15 +6,21 @@ from . import kernels as kernels
 from . import losses as losses
 from . import models as models
 from . import pairs as pairs
+from . import schedules as schedules
 from . import taps as taps
 from . import training as training
 from . import visualize as visualize
 from .distiller import Distiller as Distiller
 from .distiller import InputTransform as InputTransform
+from .functional import activation_transfer_loss as activation_transfer_loss
 from .functional import attention_map as attention_map
 from .functional import attention_transfer_loss as attention_transfer_loss
 from .functional import convert_beta as convert_beta
 from .functional import distillation_loss as distillation_loss
+from .functional import flip_symmetry_loss as flip_symmetry_loss
+from .functional import gradient_transfer_loss as gradient_transfer_loss
+from .functional import input_gradient as input_gradient
+from .functional import input_gradient_norm as input_gradient_norm
 from .losses import AttentionTransfer as AttentionTransfer
 from .losses import KnowledgeDistillation as KnowledgeDistillation
 from .models import build_model as build_model
@@ -22,6 +28,7 @@ from .models import load_weights as load_weights
 from .models import save_weights as save_weights
 from .pairs import Pair as Pair
 from .pairs import suggest_pairs as suggest_pairs
+from .schedules import schedule_factor as schedule_factor
 from .taps import Taps as Taps
 
 __version__: str

@@ -7,17 +7,19 @@ Komodakis, "Paying More Attention to Attention" (ICLR 2017).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from . import kernels
 from ._choices import Form, Mapping, Side
-from .kernels.reference import accumulation_dtype, unit
+from ._outputs import logits_of
+from .kernels import reference
+from .kernels.reference import L2Norm, accumulation_dtype, power_of_two_near, unit
 
 Activations = Float[Tensor, "b _ _ _"] | Sequence[Float[Tensor, "b _ _ _"]]  # channels and sizes may differ
 
@@ -94,17 +96,11 @@ def attention_transfer_loss(
         ValueError: on unequal numbers of pairs, batch sizes or, without resize, (h, w), and on an option
             that is not as above.
     """
-    students, teachers = _as_pairs(student, teacher)
-    factors = [1.0] * len(students) if weights is None else list(weights)
-    check_loss_options("attention_transfer_loss", beta, p, mapping, form, resize)
-    if len(factors) != len(students):
-        raise ValueError(
-            f"attention_transfer_loss: expected a weight for each of {len(students)} pairs, "
-            f"got {len(factors)}."
-        )
+    function = "attention_transfer_loss"
+    check_loss_options(function, beta, p, mapping, form, resize)
     terms = []
-    for factor, a_s, a_t in zip(factors, students, teachers, strict=True):
-        _check_pair(a_s, a_t, resize)
+    for factor, a_s, a_t in _weighted_pairs(function, student, teacher, weights):
+        _check_pair(function, a_s, a_t, resize)
         energies = [kernels.energy(features, float(p), mapping)[0] for features in (a_s, a_t)]
         terms.append(loss_of_energies(*energies, beta=beta * factor, form=form, resize=resize))
     return torch.stack(terms).sum()
@@ -127,17 +123,22 @@ def loss_of_energies(
     Raises:
         ValueError: on unequal batch sizes or, without resize, (h, w).
     """
-    _check_sizes(student.shape, teacher.shape, resize)
+    _check_sizes("attention_transfer_loss", student.shape, teacher.shape, resize)
     if resize == "student":
         student = resize_maps(student, teacher.shape[1:])
     elif resize == "teacher":
         teacher = resize_maps(teacher, student.shape[1:])
+    return _in_form(form, beta, student, teacher, kernels.distance)
+
+
+def _in_form(
+    form: Form, beta: float, student: Tensor, teacher: Tensor, distance: Callable[..., Tensor]
+) -> Float[Tensor, ""]:
     squared, factor = _FORMS[form]
-    n = student.shape[1] * student.shape[2]
-    return beta * factor(n) * kernels.distance(student, teacher, squared=squared).mean()
+    return beta * factor(student[0].numel()) * distance(student, teacher, squared=squared).mean()
 
 
-# Each form is a factor times the mean over b of ||D||_2, or of its square: (squared, factor at n positions).
+# Each form is a factor times the mean over b of ||D||_2, or of its square: (squared, factor at n entries).
 _FORMS: dict[Form, tuple[bool, Callable[[int], float]]] = {
     "paper": (False, lambda n: 1 / 2),
     "code": (True, lambda n: 1 / n),
@@ -208,6 +209,256 @@ def distillation_loss(
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
+# --- full activations ---------------------------------------------------------------------------------------
+
+
+def activation_transfer_loss(
+    student: Activations,
+    teacher: Activations,
+    *,
+    beta: float,
+    form: Form = "paper",
+    resize: Side | None = None,
+    weights: Sequence[float] | None = None,
+) -> Float[Tensor, ""]:
+    """Full-activation transfer, F-ActT: how far the student's activations are from the teacher's.
+
+    The paper's baseline (section 4.1.2, table 1): the hints of FitNets (Romero et al. 2015) with activations
+    brought to unit L2 norm first. With D = A_S/||A_S||_2 - A_T/||A_T||_2 of each sample, taken as one vector
+    of c*h*w entries, summed over the pairs:
+
+    - form "paper": beta/2 * mean over b of ||D||_2
+    - form "code": beta * mean over b and c*h*w of D^2
+    - form "caffe": beta/(2b) * sum over b and c*h*w of D^2
+
+    Args:
+        student, teacher: activations of equal batch size and channels, a tensor each or a sequence each with
+            one entry a pair. `ActivationTransfer` learns the 1x1 convolution that unequal channels need.
+        beta: weight of the term, >= 0.
+        form: which of the three.
+        resize: whose activations are resized to the other's (h, w) before they are normalised, as in
+            `resize_maps`. None: unequal (h, w) are an error.
+        weights: a factor for each pair; 1 unless given.
+
+    Returns:
+        A scalar, float32 (float64 for float64 activations). A sample of zeros stays zero, with no gradient.
+
+    Raises:
+        TypeError: if an activation is not a floating tensor.
+        ValueError: on unequal numbers of pairs, batch sizes, channels or, without resize, (h, w), and on an
+            option that is not as above.
+    """
+    function = "activation_transfer_loss"
+    check_term_options(function, beta, form, resize)
+    terms = []
+    for factor, a_s, a_t in _weighted_pairs(function, student, teacher, weights):
+        _check_pair(function, a_s, a_t, resize)
+        _check_channels(function, a_s, a_t)
+        a_s, a_t = _at_one_size(a_s, a_t, resize)
+        terms.append(_in_form(form, beta * factor, a_s, a_t, reference.distance))
+    return torch.stack(terms).sum()
+
+
+def _at_one_size(
+    student: Float[Tensor, "b c _ _"], teacher: Float[Tensor, "b c _ _"], resize: Side | None
+) -> tuple[Float[Tensor, "b c n"], Float[Tensor, "b c n"]]:
+    """Both activations at the (h, w) that they are compared at, in the type that they are summed in."""
+    size = (teacher if resize == "student" else student).shape[2:]
+    return _resized(student, size).flatten(2), _resized(teacher, size).flatten(2)
+
+
+def _resized(features: Float[Tensor, "b c _ _"], size: Sequence[int]) -> Float[Tensor, "b c height width"]:
+    """`resize_maps` of each channel; then up to a positive factor a sample, so that no sum overflows."""
+    wide = _wide(features)
+    if features.shape[2:] == tuple(size):
+        return wide
+    scale = power_of_two_near(wide.detach().abs().amax((1, 2, 3)))
+    channels = (wide / scale.view(-1, 1, 1, 1)).flatten(0, 1)
+    return resize_maps(channels, size).unflatten(0, features.shape[:2])
+
+
+# --- input gradients ----------------------------------------------------------------------------------------
+
+
+def input_gradient(
+    model: nn.Module,
+    x: Float[Tensor, "b c h w"],
+    y: Int[Tensor, " b"],
+    *,
+    create_graph: bool = False,
+) -> Float[Tensor, "b c h w"]:
+    """Input gradient of a classifier: J = d(cross-entropy summed over the batch)/dx, equation 3.
+
+    Summed, so that each sample has the gradient of its own loss whatever the batch size (where BatchNorm in
+    train mode couples the samples, that of the whole sum). No `.grad` is changed, x's included, and the
+    caller may be in no_grad mode.
+
+    With create_graph the result can be differentiated by the model's parameters (double backward). That
+    keeps what the forward and the backward pass made in memory until then: about twice what an ordinary
+    step keeps (1.95 to 1.98 times in wide residual networks, in float32).
+
+    Args:
+        model: gives logits (b, k): a tensor, an object with `.logits`, or a tuple that begins with them.
+        x: the images, of any floating type.
+        y: the labels.
+        create_graph: whether J is to be differentiated again.
+
+    Returns:
+        J, of the type of x.
+
+    Raises:
+        ValueError: if x is not floating, if y is not a label for each of the logits' rows, if the logits do
+            not depend on x; and with create_graph, if the model is compiled or holds an operation that
+            cannot be differentiated twice.
+    """
+    if not x.is_floating_point():
+        raise ValueError(
+            f"input_gradient: expected floating images, got {x.dtype}. Normalise them first, as for training."
+        )
+    if create_graph:
+        check_double_backward(model, "input_gradient")
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = logits_of(model(x), user="input_gradient")
+        return input_gradient_of(logits, y, x, create_graph=create_graph)
+
+
+def input_gradient_of(
+    logits: Float[Tensor, "b k"],
+    labels: Int[Tensor, " b"],
+    x: Float[Tensor, "b c h w"],
+    *,
+    create_graph: bool,
+    user: str = "input_gradient",
+) -> Float[Tensor, "b c h w"]:
+    """`input_gradient` where the model has run: from the logits that it made of an x that requires grad.
+
+    Without create_graph the graph of the logits is gone afterwards.
+
+    Raises:
+        ValueError: in the name of `user`, as `input_gradient`.
+    """
+    _check_labels(user, logits, labels)
+    _check_graph(user, logits, x)
+    with torch.enable_grad():
+        loss = F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=create_graph, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            f"{user}: expected logits that depend on x, got none that do. Run the model on this very x, "
+            "without detach() or no_grad() inside."
+        )
+    if create_graph:
+        _check_twice_differentiable(user, gradient)
+    return gradient
+
+
+def check_double_backward(model: nn.Module, user: str) -> None:
+    """Raise ValueError, in the name of `user`, if the model or a part of it is compiled."""
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{user}: expected an eager model, for compiled code cannot be differentiated twice, got "
+                f"{f'the compiled module {name!r}' if name else 'a compiled model'}. "
+                "Pass the model as it was before torch.compile."
+            )
+
+
+# What stands in the graph of a gradient that cannot be differentiated again, and what put it there.
+_DEAD_ENDS = {
+    "torch::autograd::Error": "a custom autograd function that is once_differentiable",
+    "torch::autograd::NotImplemented": "an operation without a second derivative, such as fused attention",
+    "CompiledFunctionBackwardBackward": "a compiled function",
+}
+
+
+def _check_twice_differentiable(user: str, gradient: Tensor) -> None:
+    found = "a gradient cut off from its graph" if gradient.grad_fn is None else _dead_end(gradient.grad_fn)
+    if found:
+        raise ValueError(
+            f"{user}: expected a model that can be differentiated twice, got {found}. "
+            "Use plain PyTorch operations in its place; for fused attention, "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+        )
+
+
+def _dead_end(node: torch.autograd.graph.Node) -> str | None:
+    """What in the graph of a gradient forbids to differentiate it, or None."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        node = waiting.pop()
+        if reason := _DEAD_ENDS.get(node.name()):
+            return reason
+        following = {after for after, _ in node.next_functions if after is not None} - seen
+        seen |= following
+        waiting += following
+    return None
+
+
+def gradient_transfer_loss(
+    student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c h w"], *, beta: float
+) -> Float[Tensor, ""]:
+    """Gradient-based attention transfer (section 3.2): beta/2 * mean over b of ||J_S - J_T||_2.
+
+    Args:
+        student, teacher: input gradients of both, by the same images; see `input_gradient`. The norm is over
+            all entries of a sample.
+        beta: weight of the term, >= 0.
+
+    Returns:
+        A scalar, float32 (float64 for float64 gradients); it has no gradient where J_S = J_T.
+
+    Raises:
+        TypeError: if a gradient is not a floating tensor.
+        ValueError: on unequal shapes or a negative beta.
+    """
+    _check_gradients("gradient_transfer_loss", beta, student=student, teacher=teacher)
+    return _half_mean_norm(beta, _wide(student) - _wide(teacher))
+
+
+def flip_symmetry_loss(
+    gradient: Float[Tensor, "b c h w"], gradient_of_flipped: Float[Tensor, "b c h w"], *, beta: float
+) -> Float[Tensor, ""]:
+    """Symmetry under horizontal flips (section 3.2): beta/2 * mean over b of ||J(x) - flip(J(flip x))||_2.
+
+    Args:
+        gradient: J(x).
+        gradient_of_flipped: J(flip x), as it is; its flip back, along w, is taken here.
+        beta: weight of the term, >= 0.
+
+    Returns:
+        A scalar, float32 (float64 for float64 gradients).
+
+    Raises:
+        TypeError: if a gradient is not a floating tensor.
+        ValueError: on unequal shapes or a negative beta.
+    """
+    _check_gradients("flip_symmetry_loss", beta, gradient=gradient, gradient_of_flipped=gradient_of_flipped)
+    return _half_mean_norm(beta, _wide(gradient) - _wide(gradient_of_flipped).flip(-1))
+
+
+def input_gradient_norm(gradient: Float[Tensor, "b c h w"], *, beta: float) -> Float[Tensor, ""]:
+    """Size of the input gradient, the min-l2 row of the paper's tables: beta/2 * mean over b of ||J||_2.
+
+    Double backpropagation (Drucker & LeCun 1992), which has ||J||_2^2. The paper speaks of the l2 norm, and
+    the norm it is here, so that beta means what it means in `gradient_transfer_loss` with J_T = 0.
+
+    Raises:
+        TypeError: if the gradient is not a floating tensor.
+        ValueError: on a negative beta.
+    """
+    _check_gradients("input_gradient_norm", beta, gradient=gradient)
+    return _half_mean_norm(beta, _wide(gradient))
+
+
+def _half_mean_norm(beta: float, difference: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+    return beta / 2 * L2Norm.apply(difference.flatten(1)).mean()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(accumulation_dtype(tensor.dtype))
+
+
 # --- maps of unequal size -----------------------------------------------------------------------------------
 
 
@@ -233,21 +484,32 @@ def _mean_distance(student: Tensor, teacher: Tensor) -> float:
 # --- checks -------------------------------------------------------------------------------------------------
 
 
-def _as_pairs(student: Activations, teacher: Activations) -> tuple[list[Tensor], list[Tensor]]:
+def _weighted_pairs(
+    function: str, student: Activations, teacher: Activations, weights: Sequence[float] | None
+) -> Iterator[tuple[float, Tensor, Tensor]]:
     students = [student] if isinstance(student, Tensor) else list(student)
     teachers = [teacher] if isinstance(teacher, Tensor) else list(teacher)
     if len(students) != len(teachers) or not students:
         raise ValueError(
-            f"attention_transfer_loss: expected as many student as teacher activations, at least one, got "
+            f"{function}: expected as many student as teacher activations, at least one, got "
             f"{len(students)} and {len(teachers)}."
         )
-    return students, teachers
+    factors = [1.0] * len(students) if weights is None else list(weights)
+    if len(factors) != len(students):
+        raise ValueError(
+            f"{function}: expected a weight for each of {len(students)} pairs, got {len(factors)}."
+        )
+    return zip(factors, students, teachers, strict=True)
+
+
+def _check_floating(function: str, what: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{function}: expected {what} as a floating tensor, got {got}.")
 
 
 def _check_features(function: str, what: str, features: Tensor) -> None:
-    if not isinstance(features, Tensor) or not features.is_floating_point():
-        got = features.dtype if isinstance(features, Tensor) else type(features).__name__
-        raise TypeError(f"{function}: expected {what} as a floating tensor, got {got}.")
+    _check_floating(function, what, features)
     if features.ndim != 4 or 0 in features.shape:
         raise ValueError(
             f"{function}: expected {what} of shape (b, c, h, w) with no empty axis, got "
@@ -255,16 +517,23 @@ def _check_features(function: str, what: str, features: Tensor) -> None:
         )
 
 
-def _check_pair(student: Tensor, teacher: Tensor, resize: Side | None) -> None:
-    function = "attention_transfer_loss"
+def _check_pair(function: str, student: Tensor, teacher: Tensor, resize: Side | None) -> None:
     _check_features(function, "student activations", student)
     _check_features(function, "teacher activations", teacher)
-    _check_sizes((len(student), *student.shape[2:]), (len(teacher), *teacher.shape[2:]), resize)
+    _check_sizes(function, (len(student), *student.shape[2:]), (len(teacher), *teacher.shape[2:]), resize)
 
 
-def _check_sizes(student: Sequence[int], teacher: Sequence[int], resize: Side | None) -> None:
+def _check_channels(function: str, student: Tensor, teacher: Tensor) -> None:
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"{function}: expected equal channels, got student {student.shape[1]} and teacher "
+            f"{teacher.shape[1]}. Bring the student's to the teacher's by a learnt 1x1 convolution, "
+            "as ActivationTransfer does."
+        )
+
+
+def _check_sizes(function: str, student: Sequence[int], teacher: Sequence[int], resize: Side | None) -> None:
     """(b, h, w) of both sides."""
-    function = "attention_transfer_loss"
     if student[0] != teacher[0]:
         raise ValueError(
             f"{function}: expected equal batch sizes, got student {student[0]} and teacher {teacher[0]}. "
@@ -274,6 +543,41 @@ def _check_sizes(student: Sequence[int], teacher: Sequence[int], resize: Side | 
         raise ValueError(
             f"{function}: expected equal (h, w), got student {tuple(student[1:])} and teacher "
             f'{tuple(teacher[1:])}. Tap layers of equal stride, or pass resize="student".'
+        )
+
+
+def _check_labels(user: str, logits: Tensor, labels: Tensor) -> None:
+    if labels.is_floating_point() or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"{user}: expected an integer label for each of {len(logits)} rows of logits, got "
+            f"{labels.dtype} of shape {tuple(labels.shape)}. Give the class numbers of the batch."
+        )
+
+
+def _check_graph(user: str, logits: Tensor, x: Tensor) -> None:
+    if not x.requires_grad or not logits.requires_grad:
+        what = "logits without a graph" if x.requires_grad else "an x that does not require grad"
+        raise ValueError(
+            f"{user}: expected logits computed from an x that requires grad, got {what}. "
+            "Run the model on x.detach().requires_grad_() outside no_grad() and inference_mode()."
+        )
+
+
+def _check_gradients(function: str, beta: float, **gradients: Tensor) -> None:
+    _check_beta(function, beta)
+    for name, gradient in gradients.items():
+        _check_floating(function, name, gradient)
+        if gradient.ndim != 4 or 0 in gradient.shape:
+            raise ValueError(
+                f"{function}: expected {name} of shape (b, c, h, w) with no empty axis, got "
+                f"{tuple(gradient.shape)}. `input_gradient` gives it."
+            )
+    shapes = {name: tuple(gradient.shape) for name, gradient in gradients.items()}
+    if len(set(shapes.values())) > 1:
+        got = " and ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(
+            f"{function}: expected gradients of equal shape, got {got}. Take both by the same images, before "
+            "any transform that one of the models needs."
         )
 
 
@@ -287,12 +591,21 @@ def check_loss_options(
     function: str, beta: float, p: float, mapping: str, form: str, resize: str | None
 ) -> None:
     """Raise ValueError, in the name of `function`, unless the options are those of the loss."""
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"{function}: expected a finite beta >= 0, got {beta}.")
     _check_energy_options(function, p, mapping)
+    check_term_options(function, beta, form, resize)
+
+
+def check_term_options(function: str, beta: float, form: str, resize: str | None) -> None:
+    """Raise ValueError, in the name of `function`, unless the options are those of a loss at layer pairs."""
+    _check_beta(function, beta)
     _check_choice(function, "form", form, Form)
     if resize is not None:
         _check_choice(function, "resize", resize, Side)
+
+
+def _check_beta(function: str, beta: float) -> None:
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"{function}: expected a finite beta >= 0, got {beta}.")
 
 
 def _check_choice(function: str, option: str, value: str, choices: object) -> None:
