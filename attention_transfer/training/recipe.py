@@ -257,6 +257,8 @@ class Recipe:
     def load(cls, path: str | Path) -> Recipe:
         """Read a recipe from YAML; fields that the file leaves out keep their defaults.
 
+        Of several documents in a file the last is the recipe: those of `reproductions/` begin with facts.
+
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if it is not flat YAML, or holds an unknown field or a bad value.
@@ -266,10 +268,11 @@ class Recipe:
         if not Path(path).is_file():
             raise FileNotFoundError(f"Recipe.load: expected a YAML recipe, got {path}, which is not a file.")
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            documents = list(yaml.safe_load_all(Path(path).read_text(encoding="utf-8")))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"Recipe.load: {path} is not readable as YAML ({reason}).") from None
+        values = documents[-1] if documents else None
         if not isinstance(values, dict):
             raise ValueError(f"Recipe.load: expected `field: value` lines in {path}, got {values!s:.60}.")
         return cls.from_mapping(values)
