@@ -19,18 +19,43 @@ ALLOWED = {
     "functional": {"kernels"},
     "taps": set(),
     "pairs": {"taps"},
-    "losses": {"functional", "pairs"},
+    "schedules": set(),
+    "losses": {"functional", "pairs", "schedules"},
     "plan": {"pairs"},
     "preflight": {"functional", "losses", "pairs", "plan"},
-    "distiller": {"kernels", "losses", "pairs", "plan", "preflight", "taps"},
+    "distiller": {"functional", "kernels", "losses", "pairs", "plan", "preflight", "taps"},
     "models": set(),
     "data": set(),
     "visualize": {"functional", "taps"},
     "cache": {"data", "pairs"},
     "caffe": {"functional"},
-    "training": {"cache", "data", "distiller", "functional", "losses", "models", "pairs", "plan", "taps"},
+    "reproduction": {"cache", "training"},
+    "training": {
+        *(
+            "cache",
+            "data",
+            "distiller",
+            "functional",
+            "losses",
+            "models",
+            "pairs",
+            "plan",
+            "schedules",
+            "taps",
+        )
+    },
 }
-HELPERS = {"_choices", "_extras", "_files", "_hints", "_memory", "_outputs", "_tables", "_untouched"}
+HELPERS = {
+    "_choices",
+    "_extras",
+    "_files",
+    "_hints",
+    "_machine",
+    "_memory",
+    "_outputs",
+    "_tables",
+    "_untouched",
+}
 COMPOSERS = {"cli", "__main__", "__init__"}
 HEAVY = [
     "torchvision",

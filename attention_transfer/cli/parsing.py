@@ -19,6 +19,7 @@ VERBS = {
     "pairs": "Show which layers of a student and a teacher would be compared",
     "maps": "Draw a model's attention maps over images",
     "report": "Write one HTML page about some runs",
+    "reproduce": "Run a published table again: what is missing of it, then the table, published and ours",
     "cache": "Store what a teacher sees in every image, to train any number of students from it",
     "caffe": "Attention transfer for Caffe's nets: build, check, train, convert",
     "bench": "Measure what attention transfer costs, against the memory floor and others",

@@ -72,7 +72,7 @@ def load_data(
         ImportError: if a package is missing; the message says which.
     """
     _check_arguments(validation, seed, max_train, image_size)
-    source = _find_source(str(name), root, download, image_column, label_column)
+    source = find_source(str(name), root, download, image_column, label_column)
     check_source(source)
     if stream is None:
         stream = _is_large(source, image_size)
@@ -109,9 +109,18 @@ def _check_arguments(validation: float, seed: int, max_train: int | None, image_
         raise ValueError(f"load_data: expected image_size >= 1, got {image_size}. Pass pixels, such as 224.")
 
 
-def _find_source(
-    name: str, root: str | Path | None, download: bool, image_column: str | None, label_column: str | None
+def find_source(
+    name: str,
+    root: str | Path | None,
+    download: bool,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> Source:
+    """A data set as it was found, before anything is decoded: a look at what is there costs a second.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: as `load_data`.
+    """
     columns = {"image_column": image_column, "label_column": label_column}
     if name in NAMES:
         return read_named(name, root=Path(root) if root else None, download=download, **columns)
