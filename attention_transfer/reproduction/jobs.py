@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -155,8 +155,8 @@ def make_plan(library: Library, setting: Setting, chosen: list[Reproduction], se
     trainings = {
         (name, seed): _training(library, setting, name, seed, caches.get(name)) for name, seed in wanted
     }
-    for each in trainings.values():
-        _check_there(each)
+    for training in trainings.values():
+        _check_there(training)
     left = sorted((key for key in trainings if not trainings[key].done()), key=_order(library, trainings))
     builds = [build for build in caches.values() if not build.done()]
     needed = {need for key in left for need in trainings[key].needs}
@@ -192,7 +192,7 @@ def _caches(library: Library, setting: Setting, wanted: list[tuple[str, int]]) -
         each = library.reproductions[name]
         if setting.can_cache(library, each) and not setting.run(name, seed).finished:
             readers.setdefault(_shared(setting, each, readers), []).append(name)
-    found = {}
+    found: dict[str, CacheBuild] = {}
     for path, names in readers.items():
         build = _build(library, setting, library.reproductions[names[0]], path)
         if len(names) > 1 or build.done():
@@ -213,8 +213,9 @@ def _build(library: Library, setting: Setting, each: Reproduction, path: Path) -
     assert each.teacher is not None
     teacher = setting.run(each.teacher, 0)
     recipe = setting.recipe(library, each, 0)
-    energy = path.name.rpartition("-p")[2].partition("-")
-    recipe = replace(recipe, teacher=str(teacher.folder.absolute()), p=float(energy[0]), mapping=energy[2])
+    p, _, mapping = path.name.rpartition("-p")[2].partition("-")
+    energy = {"p": float(p), "mapping": mapping}
+    recipe = Recipe.from_mapping({**asdict(recipe), **energy, "teacher": str(teacher.folder.absolute())})
     model = library.reproductions[each.teacher].recipe.student
     views = setting.views_of(library, each) or 1
     needs = () if teacher.finished else (teacher.folder,)

@@ -97,6 +97,7 @@ _BESIDE = {
     *("output", "num_workers", "accelerator", "devices", "nodes", "compile", "teacher_precision"),
     *("cache", "teacher", "teacher_weights", "teacher_classes", "teacher_epochs", "data_root"),
 }
+_LEFT_OPEN = {"pad", "flip", "validation", "split_seed", "view_seed"}  # to the data, or to the cache, if None
 _OF_TERM = {
     "beta": {"at"},
     "p": {"at"},
@@ -127,7 +128,8 @@ def differences(wanted: Recipe, there: Recipe) -> list[str]:
         if name in _BESIDE or unread or (name == "term_schedule" and not terms):
             continue
         ours, theirs = _comparable(name, wanted), _comparable(name, there)
-        if ours != theirs and not (name == "precision" and ours == "auto"):
+        is_open = (name == "precision" and ours == "auto") or (name in _LEFT_OPEN and ours is None)
+        if ours != theirs and not is_open:
             found.append(f"{name}: {theirs}, not {ours}")
     return found
 
