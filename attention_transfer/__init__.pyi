@@ -21,7 +21,11 @@ from .functional import flip_symmetry_loss as flip_symmetry_loss
 from .functional import gradient_transfer_loss as gradient_transfer_loss
 from .functional import input_gradient as input_gradient
 from .functional import input_gradient_norm as input_gradient_norm
+from .losses import ActivationTransfer as ActivationTransfer
 from .losses import AttentionTransfer as AttentionTransfer
+from .losses import FlipSymmetry as FlipSymmetry
+from .losses import GradientTransfer as GradientTransfer
+from .losses import InputGradientNorm as InputGradientNorm
 from .losses import KnowledgeDistillation as KnowledgeDistillation
 from .models import build_model as build_model
 from .models import load_weights as load_weights

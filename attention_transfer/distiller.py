@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, cast
@@ -16,11 +16,22 @@ from torch import Tensor, nn
 from . import kernels
 from ._outputs import logits_of
 from ._untouched import untouched
-from .losses import Energy, Observation, Reading, Term, names_at_pairs
+from .functional import check_double_backward, input_gradient_of
+from .losses import Energy, Observation, Reading, Shapes, Term, names_at_pairs
 from .pairs import Pair, suggest_pairs
 from .plan import Plan, PlanRow
-from .preflight import Preflight, check_models, check_observation, check_terms, statistics_kept
+from .preflight import (
+    Preflight,
+    check_models,
+    check_observation,
+    check_terms,
+    gradient_norms_at_pairs,
+    statistics_kept,
+)
 from .taps import Taps
+
+AUTO_SHARE = 0.1
+"""What `balance` makes of a term's gradient at the layer pairs, over the cross-entropy's there."""
 
 Images = Float[Tensor, "b channels height width"]
 Statistics = tuple[Sequence[float], Sequence[float]]
@@ -46,7 +57,7 @@ class Distiller(nn.Module):
         teacher: any model of the same images. Its classes may differ unless a term compares logits. None for
             the student alone, or where each call is given the teacher's `Reading`, such as from a cache.
         pairs: "auto" lets `suggest_pairs` choose from `example_input`; or `Pair`s, or tuples of two names.
-        terms: the terms beside the cross-entropy.
+        terms: the terms beside the cross-entropy. What they learn themselves is among the parameters.
         example_input: a batch (b, channels, height, width) as the student will see it.
         teacher_transform: from the student's input to the teacher's, where they differ; see `InputTransform`.
         teacher_dtype: the precision of the teacher's arithmetic, by autocast; None follows the student's.
@@ -77,6 +88,7 @@ class Distiller(nn.Module):
             teacher.requires_grad_(False).eval()
         self.pairs = self._resolve(pairs, example_input) if self._terms(at_pairs=True) else []
         self._plan = self._measure(example_input)
+        self._prepare_terms()
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -98,6 +110,11 @@ class Distiller(nn.Module):
         terms = self.addends(seen)
         return Output(torch.stack(list(terms.values())).sum(), terms, seen.student.logits)
 
+    def advance(self, progress: float) -> None:
+        """Take the share of the training that is done, from 0 to 1: the weights follow their schedules."""
+        for term in self._terms():
+            term.progress = progress
+
     def observe(
         self,
         x: Images,
@@ -109,21 +126,45 @@ class Distiller(nn.Module):
         """Run student and teacher on the batch, and keep what the terms read; all activations if asked."""
         keep_features |= any(term.needs_features for term in self._terms())
         energies = list(dict.fromkeys(term.energy for term in self._terms() if term.energy))
-        if self.terms and teacher is None:  # first, while none of the student's activations are in memory
-            teacher = self._ask_teacher(x, energies, keep_features)
-        student = _read(self.student, [pair.student for pair in self.pairs], x, energies, keep_features)
-        return Observation(self.pairs, student, teacher, y)
+        if teacher is None and any(term.needs_teacher for term in self._terms()):
+            # first, while none of the student's activations are in memory
+            teacher = self._ask_teacher(x, y, energies, keep_features)
+        return Observation(self.pairs, self._ask_student(x, y, energies, keep_features), teacher, y)
 
-    def _ask_teacher(self, x: Images, energies: list[Energy], keep_features: bool) -> Reading:
+    def _ask_student(self, x: Images, y: Tensor, energies: list[Energy], keep_features: bool) -> Reading:
+        names = [pair.student for pair in self.pairs]
+        if not any(term.needs_input_gradient for term in self._terms()):
+            return _read(self.student, names, x, energies, keep_features)
+        check_double_backward(self.student, "Distiller")
+        twice = torch.is_grad_enabled()
+        flipped = any(term.needs_flip for term in self._terms())
+        images, labels = (torch.cat([x, x.flip(-1)]), torch.cat([y, y])) if flipped else (x, y)
+        with torch.enable_grad():
+            images = images.detach().requires_grad_()
+            seen = _read(self.student, names, images, energies, keep_features)
+            gradient = input_gradient_of(seen.logits, labels, images, create_graph=twice, user="Distiller")
+        return replace(
+            seen.of_first(len(x)),
+            input_gradient=gradient[: len(x)],
+            input_gradient_of_flipped=gradient[len(x) :] if flipped else None,
+        )
+
+    def _ask_teacher(self, x: Images, y: Tensor, energies: list[Energy], keep_features: bool) -> Reading:
         if self.teacher is None:
+            asking = [term for term in self._terms() if term.needs_teacher]
             raise ValueError(
-                f"Distiller: expected a teacher for {list(self.terms)}, got None. Pass one to the Distiller, "
+                f"Distiller: expected a teacher for {asking}, got None. Pass one to the Distiller, "
                 "or its reading of these images to each call: distiller(x, y, teacher=reading)."
             )
         names = [pair.teacher for pair in self.pairs]
-        with torch.no_grad(), _precision(self.teacher_dtype, x.device):
-            images = self.teacher_transform(x) if self.teacher_transform else x
-            return _read(self.teacher, names, images, energies, keep_features)
+        wanted = any(term.needs_teacher and term.needs_input_gradient for term in self._terms())
+        with torch.set_grad_enabled(wanted), _precision(self.teacher_dtype, x.device):
+            x = x.detach().requires_grad_() if wanted else x
+            seen = _read(self.teacher, names, self._as_teacher_sees(x), energies, keep_features)
+            if not wanted:
+                return seen
+            gradient = input_gradient_of(seen.logits, y, x, create_graph=False, user="Distiller (teacher)")
+            return replace(seen.detached(), input_gradient=gradient)
 
     def addends(self, seen: Observation) -> dict[str, Float[Tensor, ""]]:
         """The loss as its named terms: "ce" and what each term contributes."""
@@ -156,9 +197,37 @@ class Distiller(nn.Module):
         with torch.enable_grad(), untouched(self.student), statistics_kept(self.teacher):
             seen = self.observe(x, y, teacher=teacher, keep_features=True)
             check_observation(seen, x)
-            report = check_terms(self.addends(seen), seen, self._plan_of(seen))
+            report = check_terms(self.addends(seen), seen, self._plan_of(seen), self.student)
         self._plan = report.plan
         return report
+
+    def balance(self, x: Images, y: Int[Tensor, " b"], *, teacher: Reading | None = None) -> dict[str, float]:
+        """Find the weight of each term with weight "auto" on one batch, by name; nothing is changed by it.
+
+        With that weight the gradient of the term with respect to the student's activations at the pairs has
+        `AUTO_SHARE` times the L2 norm of the cross-entropy's, over all pairs. Give the mean of a few batches
+        to `settle`.
+
+        Raises:
+            ValueError: if a term has no gradient there.
+        """
+        automatic = [term for term in self._terms() if term.automatic]
+        if not automatic:
+            return {}
+        with torch.enable_grad(), untouched(self.student):
+            seen = self.observe(x, y, teacher=teacher, keep_features=True)
+            labels = F.cross_entropy(seen.student.logits, y)
+            norm = gradient_norms_at_pairs(labels, seen)
+            return {term.name: AUTO_SHARE * norm / _pull(term, seen) for term in automatic}
+
+    def settle(self, weights: Mapping[str, float]) -> None:
+        """Set the weights of terms, by name: those that `balance` found, or those of a run that goes on."""
+        for term in self._terms():
+            term.full_weight = weights.get(term.name, term.full_weight)
+
+    def weights(self) -> dict[str, float]:
+        """The weight of each term now, by name."""
+        return {term.name: term.weight for term in self._terms()}
 
     def train(self, mode: bool = True) -> Distiller:
         super().train(mode)
@@ -174,7 +243,16 @@ class Distiller(nn.Module):
 
     def _terms(self, *, at_pairs: bool = False) -> list[Term]:
         terms = cast("list[Term]", list(self.terms))
-        return [term for term in terms if term.energy or term.needs_features] if at_pairs else terms
+        return [term for term in terms if term.at_pairs] if at_pairs else terms
+
+    def _prepare_terms(self) -> None:
+        like = next(self.student.parameters(), torch.empty(0))
+        shapes: list[Shapes | None] = [
+            (row.student_shape, row.teacher_shape) if row.student_shape and row.teacher_shape else None
+            for row in self._plan.rows
+        ]
+        for term in self._terms(at_pairs=True):
+            term.prepare(shapes, like)
 
     def _check_apart(self, teacher: nn.Module) -> None:
         own = {id(parameter) for parameter in self.student.parameters()}
@@ -205,9 +283,15 @@ class Distiller(nn.Module):
     def _measure(self, example_input: Images | None) -> Plan:
         if example_input is None or not self.pairs or self.teacher is None:
             return self._plan_of(None)
-        labels = torch.zeros(len(example_input), dtype=torch.long, device=example_input.device)
+        names, others = [pair.student for pair in self.pairs], [pair.teacher for pair in self.pairs]
         with torch.no_grad(), untouched(self.student, training=False):
-            return self._plan_of(self.observe(example_input, labels))
+            student = _read(self.student, names, example_input, [], False)
+            teacher = _read(self.teacher, others, self._as_teacher_sees(example_input), [], False)
+            labels = torch.zeros(len(example_input), dtype=torch.long)
+            return self._plan_of(Observation(self.pairs, student, teacher, labels))
+
+    def _as_teacher_sees(self, x: Images) -> Images:
+        return self.teacher_transform(x) if self.teacher_transform else x
 
     def _plan_of(self, seen: Observation | None) -> Plan:
         """The plan with the shapes that one observation had."""
@@ -223,7 +307,7 @@ class Distiller(nn.Module):
                 shapes = (seen.student.shapes[index], seen.teacher.shapes[index])
                 row = replace(row, student_shape=shapes[0], teacher_shape=shapes[1])
             rows.append(row)
-        return Plan(rows, [str(term) for term in self.terms])
+        return Plan(rows, [f"{type(term).__name__}({term.extra_repr()})" for term in self.terms])
 
 
 class InputTransform(nn.Module):
@@ -254,6 +338,17 @@ class InputTransform(nn.Module):
         if self.size is None or x.shape[2:] == self.size:
             return x
         return F.interpolate(x, self.size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def _pull(term: Term, seen: Observation) -> float:
+    """The norm of the gradient of a term of weight 1 at the layer pairs."""
+    addend = torch.stack(list(term.contributions(seen).values())).sum()
+    if not (pull := gradient_norms_at_pairs(addend, seen) / term.weight if term.weight else 0.0):
+        raise ValueError(
+            f'balance: expected a gradient of the term "{term.name}" at the layer pairs, got none. '
+            'Give it a weight in place of "auto", and see what `preflight` says of it.'
+        )
+    return pull
 
 
 def _precision(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:

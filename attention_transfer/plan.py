@@ -42,10 +42,19 @@ class Plan:
 
     rows: Sequence[PlanRow]
     terms: Sequence[str]
+    shares: dict[str, float] = field(default_factory=dict)
+    """By term, of the gradient of the student's parameters, where a preflight has measured it."""
 
     def __str__(self) -> str:
+        return "\n".join([self._table(), *self.terms, *self._overall()])
+
+    def _overall(self) -> list[str]:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in self.shares.items())
+        return [f"share of the parameters' gradient: {shares}"] if self.shares else []
+
+    def _table(self) -> str:
         if not self.rows:
-            return "no layer pairs" + "".join(f"\n{term}" for term in self.terms)
+            return "no layer pairs"
         columns = 5 + any(row.shares for row in self.rows)
         cells = []
         for row in self.rows:
@@ -60,7 +69,7 @@ class Plan:
                     ", ".join(shares),
                 ][:columns]
             )
-        return "\n".join([format_table(_HEADER[:columns], cells), *self.terms])
+        return format_table(_HEADER[:columns], cells)
 
     def as_dicts(self) -> list[dict[str, object]]:
         """The rows as plain values, for JSON."""

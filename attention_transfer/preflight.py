@@ -18,6 +18,7 @@ from .pairs import Pair
 from .plan import Plan
 
 DOMINANT_SHARE = 0.95  # of the gradient at a pair: beyond it the terms leave the labels no say there
+IDLE_SHARE = 0.005  # of the parameters' gradient: below it a term costs its time and does nothing
 WORSE_THAN_CHANCE = 1.2  # times log(k), the cross-entropy of a guess
 
 
@@ -49,12 +50,18 @@ def check_observation(seen: Observation, x: Tensor) -> None:
     _check_features(seen)
 
 
-def check_terms(addends: dict[str, Float[Tensor, ""]], seen: Observation, plan: Plan) -> Preflight:
+def check_terms(
+    addends: dict[str, Float[Tensor, ""]], seen: Observation, plan: Plan, student: nn.Module
+) -> Preflight:
     """Raise ValueError for a term that is dead or not finite, and warn of what looks unwise."""
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     gradients = {name: _gradients(addend, seen) for name, addend in addends.items()}
-    _check_gradients(addends, gradients, at_pairs={name for row in plan.rows for name in row.weights})
-    plan = _with_shares(plan, gradients)
-    found = [*_warn_of_teacher(seen), *_warn_of_maps(seen), *_warn_of_shares(plan)]
+    overall = {name: _differentiate(name, addend, parameters) for name, addend in addends.items()}
+    at_pairs = {name for row in plan.rows for name in row.weights}
+    for name, addend in addends.items():
+        _check_gradient(name, addend, overall[name], gradients[name] if name in at_pairs else None)
+    plan = replace(_with_shares(plan, gradients), shares=_shares(overall))
+    found = [*_warn_of_teacher(seen), *_warn_of_maps(seen), *_warn_of_shares(plan), *_warn_of_idleness(plan)]
     for message in found:
         warnings.warn(f"preflight: {message}", PreflightWarning, stacklevel=3)
     return Preflight(plan, found)
@@ -131,6 +138,8 @@ def _check_finite(seen: Observation, x: Tensor) -> None:
         layers = zip(_names(seen, side), _layers(reading), strict=False)
         tensors |= {f"the {side}'s activation at {name}": layer for name, layer in layers}
         tensors[f"the {side}'s logits"] = reading.logits
+        if reading.input_gradient is not None:
+            tensors[f"the {side}'s input gradient"] = reading.input_gradient
     for what, tensor in tensors.items():
         if bad := int((~tensor.isfinite()).sum()):
             raise ValueError(
@@ -163,6 +172,11 @@ def _why_no_gradient(pair: Pair) -> str:
 Gradients = Sequence[Tensor | None]
 
 
+def gradient_norms_at_pairs(addend: Float[Tensor, ""], seen: Observation) -> float:
+    """The L2 norm of d(addend)/d(activation) of the student, over all pairs; 0 where there is none."""
+    return math.hypot(*map(_norm, _gradients(addend, seen)))
+
+
 def _gradients(addend: Float[Tensor, ""], seen: Observation) -> Gradients:
     """d(addend)/d(activation) at each pair of the student."""
     sources = [_source(features) for features in seen.student.features]
@@ -176,24 +190,37 @@ def _source(features: Tensor) -> Tensor:
     return features if features._base is None else features._base
 
 
-def _check_gradients(addends: dict[str, Tensor], gradients: dict[str, Gradients], at_pairs: set[str]) -> None:
-    """Every term is finite and reaches the student; those that work on layer pairs, through their layer."""
-    for name, addend in addends.items():
-        reached = [gradient for gradient in gradients[name] if gradient is not None]
-        if not (addend.isfinite() and all(gradient.isfinite().all() for gradient in reached)):
-            raise ValueError(
-                f"preflight: expected finite terms and gradients, got NaN or infinity from {name} (value "
-                f"{addend.item():.3g}). Use a wider precision (bfloat16 or float32) or scale the loss."
-            )
-        if not addend.requires_grad or (name in at_pairs and not any(map(_alive, reached))):
-            raise ValueError(
-                f"preflight: expected every term to move the student, got no gradient from {name} (value "
-                f"{addend.item():.3g}): the term is dead. {_why_dead(addend)}"
-            )
+def _differentiate(name: str, addend: Float[Tensor, ""], parameters: Sequence[Tensor]) -> Gradients:
+    """d(addend)/d(parameter) of the student; for a term over input gradients, the second derivative."""
+    if not addend.requires_grad:
+        return [None] * len(parameters)
+    try:
+        return torch.autograd.grad(addend, parameters, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"preflight: expected a term {name} that can be differentiated by the student's parameters, got: "
+            f"{str(error).splitlines()[0]} A term over input gradients differentiates twice: use an eager "
+            "model of plain PyTorch operations."
+        ) from error
 
 
-def _alive(gradient: Tensor) -> bool:
-    return bool(gradient.count_nonzero())
+def _check_gradient(name: str, addend: Tensor, overall: Gradients, at_pairs: Gradients | None) -> None:
+    """A term is finite and reaches the student; one that works on layer pairs, through its layer."""
+    reached = [gradient for gradient in (*overall, *(at_pairs or ())) if gradient is not None]
+    if not (addend.isfinite() and all(gradient.isfinite().all() for gradient in reached)):
+        raise ValueError(
+            f"preflight: expected finite terms and gradients, got NaN or infinity from {name} (value "
+            f"{addend.item():.3g}). Use a wider precision (bfloat16 or float32) or scale the loss."
+        )
+    if not _alive(overall) or (at_pairs is not None and not _alive(at_pairs)):
+        raise ValueError(
+            f"preflight: expected every term to move the student, got no gradient from {name} (value "
+            f"{addend.item():.3g}): the term is dead. {_why_dead(addend)}"
+        )
+
+
+def _alive(gradients: Gradients) -> bool:
+    return any(gradient is not None and bool(gradient.count_nonzero()) for gradient in gradients)
 
 
 def _why_dead(addend: Tensor) -> str:
@@ -241,14 +268,33 @@ def _warn_of_shares(plan: Plan) -> Iterator[str]:
             )
 
 
+def _warn_of_idleness(plan: Plan) -> Iterator[str]:
+    """Of each term as a whole: one pair of several may well be quiet."""
+    by_term: dict[str, float] = {}
+    for name, share in plan.shares.items():
+        term = name.partition("/")[0]
+        by_term[term] = by_term.get(term, 0.0) + share
+    for term, share in by_term.items():
+        if share < IDLE_SHARE and term != "ce":
+            yield (
+                f"{term} makes up {share:.2%} of the gradient of the student's parameters: it does next to "
+                'nothing. Raise its weight; for terms at layer pairs, "auto" finds one.'
+            )
+
+
+def _shares(gradients: dict[str, Gradients]) -> dict[str, float]:
+    """Each term's norm of a gradient, over the sum of these norms."""
+    norms = {name: math.hypot(*map(_norm, each)) for name, each in gradients.items()}
+    total = sum(norms.values())
+    return {name: norm / total for name, norm in norms.items()} if total else {}
+
+
 def _with_shares(plan: Plan, gradients: dict[str, Gradients]) -> Plan:
     """Each term's norm of the gradient at a pair's student activation, over the sum of these norms."""
     rows = []
     for index, row in enumerate(plan.rows):
-        norms = {name: _norm(at_pairs[index]) for name, at_pairs in gradients.items()}
-        total = sum(norms.values())
-        shares = {name: norm / total for name, norm in norms.items() if norm} if total else {}
-        rows.append(replace(row, shares=shares))
+        shares = _shares({name: [at_pairs[index]] for name, at_pairs in gradients.items()})
+        rows.append(replace(row, shares={name: share for name, share in shares.items() if share}))
     return replace(plan, rows=rows)
 
 

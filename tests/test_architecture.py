@@ -29,7 +29,7 @@ ALLOWED = {
     "visualize": {"functional", "taps"},
     "cache": {"data", "pairs"},
     "caffe": {"functional"},
-    "reproduction": {"cache", "training"},
+    "reproduction": {"cache", "models", "training"},
     "training": {
         *(
             "cache",

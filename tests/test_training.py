@@ -93,7 +93,7 @@ def test_metrics(finished: Run) -> None:
     assert list(rows[0]) == [
         *("epoch", "step", "lr", "train/loss", "train/ce"),
         *("train/at/group0", "train/at/group1", "train/at/group2"),
-        *("train/error", "val/loss", "val/error", *TIMES),
+        *("train/error", "val/loss", "val/error", "weight/at", *TIMES),
     ]
     for row in rows:
         terms = [float(v) for k, v in row.items() if k in ("train/ce",) or k.startswith("train/at/")]
@@ -105,6 +105,7 @@ def test_result(finished: Run) -> None:
     assert set(result) == {
         *("test_error", "test_top5_error", "validation_error", "best_epoch", "parameters", "seed"),
         *("images_per_second", "data_share", "wall_seconds", "method", "teacher_fingerprint", "plan"),
+        *("weights", "machine"),
     }
     assert [row["student"] for row in result["plan"]] == ["group0", "group1", "group2"]
     assert result["method"] == "at"
@@ -513,7 +514,14 @@ def test_yaml_that_writes_numbers_as_text(tmp_path: Path) -> None:
             {"batch_size": 1},
             "Recipe: expected batch_size >= 2 (batch normalisation learns nothing from one image)",
         ),
-        ({"method": "ta"}, 'Recipe: expected method to be "none" or "at" or "kd" or "at+kd", got \'ta\'.'),
+        (
+            {"method": "ta"},
+            "Recipe: expected method \"none\" or some of at, kd, f-actt, gradient, symmetry, min-l2, got 'ta'",
+        ),
+        ({"method": "at+at"}, "Recipe: expected each term once, got at twice in method 'at+at'."),
+        ({"method": "kd", "teacher": None}, 'Recipe: method "kd" needs a teacher, got none.'),
+        ({"beta": "often"}, "Recipe: expected beta to be a number or \"auto\", got 'often'. Change --beta."),
+        ({"term_schedule": "at:linaer"}, "Recipe: expected schedule of at as one of ['constant', 'linear',"),
         ({"milestones": [0.6, 0.3]}, "Recipe: expected milestones as rising shares between 0 and 1"),
         ({"validation": 1.0}, "Recipe: expected validation from 0 to below 1, got 1.0."),
         ({"views": 0}, "Recipe: expected views >= 1, got 0. Change --views."),

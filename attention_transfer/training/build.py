@@ -12,11 +12,20 @@ from torch import Tensor, nn
 
 from attention_transfer.data import Augment, Splits, Views, load_data
 from attention_transfer.distiller import Distiller, InputTransform
-from attention_transfer.losses import AttentionTransfer, KnowledgeDistillation, Term
+from attention_transfer.losses import (
+    ActivationTransfer,
+    AttentionTransfer,
+    FlipSymmetry,
+    GradientTransfer,
+    InputGradientNorm,
+    KnowledgeDistillation,
+    Term,
+)
 from attention_transfer.models import build_model, load_weights, pretrained_statistics
 from attention_transfer.pairs import Pair
+from attention_transfer.schedules import Schedule, parse_schedules
 from attention_transfer.training.card import ModelCard
-from attention_transfer.training.recipe import VALIDATION, Recipe, parse_pairs
+from attention_transfer.training.recipe import TERMS, VALIDATION, Recipe, parse_pairs
 from attention_transfer.training.run import Run
 
 TEACHER_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -109,7 +118,7 @@ def build_teacher(recipe: Recipe, splits: Splits, train_first: Callable[[], Run]
 
 def check_classes(recipe: Recipe, classes: int, splits: Splits) -> None:
     """Raise ValueError if the method compares answers and the teacher has other classes than the data."""
-    if "kd" in recipe.terms and classes != splits.num_classes:
+    if {"kd", "gradient"} & set(recipe.terms) and classes != splits.num_classes:
         raise ValueError(
             f'train: method "{recipe.method}" compares answers: expected a teacher of {splits.num_classes} '
             f"classes, as the data, got {classes}. Attention maps need no equal classes: --method at."
@@ -184,8 +193,9 @@ def build_distiller(
     recipe: Recipe, student: nn.Module, teacher: Teacher | None, example: Tensor
 ) -> Distiller:
     """Student, teacher and the terms of the recipe's method."""
+    torch.manual_seed(recipe.seed)  # what terms learn starts the same, however the teacher came about
     if teacher is None:
-        return Distiller(student, None, terms=())
+        return Distiller(student, None, terms=build_terms(recipe))
     pairs = parse_pairs(recipe.pairs)
     return Distiller(
         student,
@@ -200,13 +210,24 @@ def build_distiller(
 
 def build_terms(recipe: Recipe) -> list[Term]:
     """The loss terms of the recipe's method, besides the cross-entropy."""
-    terms: list[Term] = []
-    if "at" in recipe.method:
-        terms.append(
-            AttentionTransfer(
-                recipe.beta, p=recipe.p, mapping=recipe.mapping, form=recipe.form, resize=recipe.resize
-            )
-        )
-    if "kd" in recipe.method:
-        terms.append(KnowledgeDistillation(recipe.alpha, recipe.temperature))
-    return terms
+    schedules = parse_schedules(recipe.term_schedule, TERMS)
+    return [_BUILDERS[term](recipe, schedules[term]) for term in recipe.terms]
+
+
+_BUILDERS: dict[str, Callable[[Recipe, Schedule], Term]] = {
+    "at": lambda recipe, schedule: AttentionTransfer(
+        recipe.beta,
+        p=recipe.p,
+        mapping=recipe.mapping,
+        form=recipe.form,
+        resize=recipe.resize,
+        schedule=schedule,
+    ),
+    "kd": lambda recipe, schedule: KnowledgeDistillation(recipe.alpha, recipe.temperature, schedule=schedule),
+    "f-actt": lambda recipe, schedule: ActivationTransfer(
+        recipe.beta_f_actt, form=recipe.form, resize=recipe.resize, schedule=schedule
+    ),
+    "gradient": lambda recipe, schedule: GradientTransfer(recipe.beta_gradient, schedule=schedule),
+    "symmetry": lambda recipe, schedule: FlipSymmetry(recipe.beta_symmetry, schedule=schedule),
+    "min-l2": lambda recipe, schedule: InputGradientNorm(recipe.beta_min_l2, schedule=schedule),
+}

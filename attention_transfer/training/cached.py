@@ -135,9 +135,10 @@ class CachedTeacher:
 def check_terms(terms: Iterable[Term]) -> None:
     """Raise ValueError for a term that reads what no cache holds."""
     for term in terms:
-        if term.needs_features:
+        if term.needs_teacher and (term.needs_features or term.needs_input_gradient):
+            read = "activations" if term.needs_features else "input gradients"
             raise ValueError(
-                f'train: the term "{term.name}" reads activations, and a cache holds maps and logits only. '
+                f'train: the term "{term.name}" reads {read}, and a cache holds maps and logits only. '
                 "Pass --teacher in place of --cache."
             )
 

@@ -284,6 +284,7 @@ def _finish(
             "wall_seconds": checkpoints.wall_seconds,
             "method": recipe.method,
             "teacher_fingerprint": module.teacher_fingerprint,
+            "weights": {term.name: term.full_weight for term in module.distiller.terms},
             "plan": module.distiller.plan().as_dicts(),
             "machine": _machine(module.device),
         }

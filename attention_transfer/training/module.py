@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from attention_transfer.training.recipe import Recipe
 from attention_transfer.training.speed import uncompiled
 
 FINITE_CHECK_EVERY = 50  # steps; looking at a loss makes the host wait for the device
+AUTO_BATCHES = 8  # first batches from which the weights that are left open are found
 
 
 class DistillationModule(LightningModule):
@@ -58,6 +60,7 @@ class DistillationModule(LightningModule):
         self.training_totals, self.validation_totals = Totals(), Totals()
         self.clock = Clock()
         self.learning_rate = recipe.lr
+        self._found: dict[str, list[float]] = {}
 
     @property
     def student(self) -> nn.Module:
@@ -73,7 +76,7 @@ class DistillationModule(LightningModule):
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
         optimizer = torch.optim.SGD(
-            self.student.parameters(),
+            self.distiller.parameters(),  # the student's, and those that terms learn beside it
             lr=recipe.lr,
             momentum=recipe.momentum,
             nesterov=recipe.nesterov,
@@ -101,6 +104,9 @@ class DistillationModule(LightningModule):
         self.learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         inputs = self._augmented(images, *rows).contiguous(memory_format=torch.channels_last)
         teacher = self._recalled(*rows)
+        self.distiller.advance(self.global_step / (self.recipe.epochs * self.steps_per_epoch))
+        if self.global_step < AUTO_BATCHES:
+            self._balance(inputs, labels, teacher)
         if self.global_step == 0:
             self._preflight(inputs, labels, teacher)
         with self._uncompiled_if_partial(labels):
@@ -110,6 +116,16 @@ class DistillationModule(LightningModule):
         wrong = (out.logits.detach().argmax(1) != labels).float().mean()
         self.training_totals.add({"loss": out.loss, **out.terms, "error": 100 * wrong}, len(labels))
         return out.loss
+
+    def _balance(self, inputs: Tensor, labels: Tensor, teacher: Reading | None) -> None:
+        """Each weight that was left open is the mean over the first batches, and over the processes."""
+        for name, weight in self.distiller.balance(inputs, labels, teacher=teacher).items():
+            ours = torch.tensor(weight, device=self.device, dtype=torch.float32)
+            found = self._found.setdefault(name, [])
+            found.append(float(self.trainer.strategy.reduce(ours, reduce_op="mean")))
+            self.distiller.settle({name: fmean(found)})
+            if len(found) == AUTO_BATCHES:
+                self.say(f"{name}: weight {fmean(found):.3g}, from the first {AUTO_BATCHES} batches")
 
     def _augmented(
         self, images: UInt8[Tensor, "b c h w"], *rows: Int64[Tensor, " b"]
@@ -160,6 +176,7 @@ class DistillationModule(LightningModule):
             "lr": self.learning_rate,
             **{f"train/{name}": value for name, value in training.items()},
             **{f"val/{name}": value for name, value in validation.items()},
+            **{f"weight/{name}": value for name, value in self.distiller.weights().items()},
             "images_per_second": self.clock.images_per_second * self.trainer.world_size,
             "seconds": self.clock.seconds,
             "data_share": self.clock.data_share,
@@ -167,6 +184,8 @@ class DistillationModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["teacher_fingerprint"] = self.teacher_fingerprint
+        checkpoint["terms"] = self.distiller.terms.state_dict()
+        checkpoint["found_weights"] = self._found
         checkpoint["training_totals"] = self.training_totals.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -182,6 +201,9 @@ class DistillationModule(LightningModule):
                 "Put the teacher's former weights back, or start over with --overwrite."
             )
         self.training_totals.load_state_dict(checkpoint["training_totals"])
+        self.distiller.terms.load_state_dict(checkpoint.get("terms", {}))
+        self._found = checkpoint.get("found_weights", {})
+        self.distiller.settle({name: fmean(found) for name, found in self._found.items()})
 
     def _preflight(self, inputs: Tensor, labels: Tensor, teacher: Reading | None) -> None:
         plan = self.distiller.preflight(inputs, labels, teacher=teacher).plan

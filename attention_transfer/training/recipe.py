@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from attention_transfer import _choices as choices
 from attention_transfer._hints import did_you_mean
+from attention_transfer.schedules import parse_schedules
 
 VALIDATION = 0.1  # share of the training images that are held out where nothing is said
 
@@ -109,7 +110,7 @@ class Recipe:
     """Weight of the norm of the student's input gradient."""
     term_schedule: str = "constant"
     """Course of the terms' weights over the run: constant, linear (down to 0), cosine (down to 0) or step
-    (with the rate's milestones and factor) for every term, or for some, such as at:linear,kd:cosine."""
+    (times 0.2 at 30, 60 and 80 percent) for every term, or for some, such as at:linear,kd:cosine."""
 
     epochs: int = 200
     """Passes over the training images."""
@@ -173,6 +174,7 @@ class Recipe:
         self._check_views()
         self._check_teacher_precision()
         parse_pairs(self.pairs)
+        parse_schedules(self.term_schedule, TERMS)
 
     def _check_teacher_precision(self) -> None:
         if self.precision == "64-true" and self.teacher_precision != "auto":
