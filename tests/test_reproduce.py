@@ -237,12 +237,15 @@ def test_no_recipes_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def finish(run: Run, recipe: Recipe, error: float, seconds: float = 20.0) -> None:
     """A run folder as a finished training leaves it."""
+    from attention_transfer.models import build_model, save_weights
+
     run.folder.mkdir(parents=True)
     run.recipe_file.write_text(replace(recipe, precision="32-true").to_yaml())
     run.metrics_file.write_text("epoch,lr,train/loss,seconds\n1,0.1,2.5,9\n2,0.02,1.25,9\n")
     machine = {"device": "CPU: one", "threads": 1, "torch": "2.0", "commit": "abc1234"}
     result = {"test_error": error, "wall_seconds": seconds, "images_per_second": 99.6, "machine": machine}
     run.result_file.write_text(json.dumps(result))
+    save_weights(build_model("wrn-10-1"), run.student_weights)
 
 
 def plan_of(folder: Path, setting: Setting, seeds: int = 2) -> tuple[Library, Plan]:
@@ -283,6 +286,25 @@ def test_finished_runs_are_taken_and_others_refused(tiny: Path, tmp_path: Path) 
     assert "none seed 0" not in [job.title for job in plan.jobs]
     finish(setting.run("none", 1), replace(recipe, lr=0.3, seed=1), 9.0)
     with pytest.raises(ValueError, match=r"holds a run of another recipe \(lr: 0.3, not 0.1\). Move it away"):
+        plan_of(tiny, setting)
+
+
+def test_students_of_another_teacher_are_refused(tiny: Path, tmp_path: Path) -> None:
+    from attention_transfer.models import build_model, fingerprint, save_weights
+
+    setting = Setting(tmp_path, scale=0.05)
+    library, teacher = read_library(tiny), build_model("wrn-10-2", in_channels=1)
+    for name in ("teacher", "at"):
+        finish(setting.run(name, 0), setting.recipe(library, library.reproductions[name], 0), 9.0)
+    save_weights(teacher, setting.run("teacher", 0).student_weights)
+    student = setting.run("at", 0)
+    student.result_file.write_text(json.dumps(student.result | {"teacher_fingerprint": fingerprint(teacher)}))
+    plan_of(tiny, setting)
+    student = setting.run("at", 0)
+    student.result_file.write_text(json.dumps(student.result | {"teacher_fingerprint": "0123456789abcdef"}))
+    with pytest.raises(
+        ValueError, match=r"seed-0 learnt from a teacher of fingerprint 0123456789abcdef, got"
+    ):
         plan_of(tiny, setting)
 
 
@@ -357,6 +379,7 @@ def test_table_says_what_is_there_and_what_is_not(measured: tuple[Path, Setting]
         "epochs scaled by 0.05 (2 of 40 epochs)",
         "200 training images",
         "JPEG-compressed",
+        "augmentation: 2 fixed views of each image, one an epoch in turn; fresh in every epoch: teacher",
         "precision: 32-true",
         "commits: abc1234",
         "not there yet (3): at seed 2, teacher seed 1, teacher seed 2",

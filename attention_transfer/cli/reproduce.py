@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> None:
     if not cells:
         raise UsageError(f"reproduce: no number of {table.name} is in those rows and columns.")
     chosen = list({each.name: each for each in cells.values()}.values())
-    data, described = _find_data(flags.data, table, chosen)
+    data, described = _find_data(flags.data, table, chosen, download=not flags.plan)
     setting = _setting(flags, data)
     _check_models(library, chosen)
     from attention_transfer.reproduction.jobs import make_plan
@@ -111,7 +111,7 @@ def _recipes(given: str | None) -> Path:
 
 
 def _find_data(
-    given: str | None, table: Table, chosen: list[Reproduction]
+    given: str | None, table: Table, chosen: list[Reproduction], *, download: bool
 ) -> tuple[tuple[tuple[str, str], ...], str]:
     """The recipe's fields that name the data, and what these are in words; a look before hours of work."""
     name = chosen[0].recipe.data
@@ -124,7 +124,12 @@ def _find_data(
     if given is not None:
         kept = name in TORCHVISION and (Path(given) / TORCHVISION[name][1]).is_dir()
         changes = {"data_root" if kept else "data": str(Path(given).absolute())}
-    source = find_source(changes.get("data", name), changes.get("data_root"), download=True)
+    try:
+        source = find_source(changes.get("data", name), changes.get("data_root"), download)
+    except FileNotFoundError:
+        if given is None and not download:
+            return (), f"{name}, which is not here yet"
+        raise
     if len(source.classes) != table.classes:
         raise UsageError(
             f"reproduce: {table.name} needs {name}, which has {table.classes} classes, got "
@@ -172,7 +177,7 @@ def _side_by_side(jobs: int) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.cuda.is_available():
         room = torch.cuda.mem_get_info()[0] // GPU_BYTES
-    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
         room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // CPU_BYTES
     else:
         room = cores

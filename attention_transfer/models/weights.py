@@ -156,8 +156,21 @@ def fingerprint(model: nn.Module) -> str:
     The device, the memory layout, the order of the modules and the names that DDP and `torch.compile` add
     make no difference; any change of a weight or of a BatchNorm statistic does.
     """
+    return _digest(_tensors(model.state_dict()))
+
+
+def file_fingerprint(path: str | os.PathLike[str]) -> str:
+    """What `fingerprint` says of the model whose weights `save_weights` put into this file.
+
+    Raises:
+        ValueError: if it is not such a file, or damaged.
+    """
+    return _digest(_read(_weights_file(Path(path))))
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(_without_wrappers(_tensors(model.state_dict())).items()):
+    for name, tensor in sorted(_without_wrappers(tensors).items()):
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -9,6 +9,7 @@ from statistics import fmean
 
 from attention_transfer._files import write_atomically
 from attention_transfer.cache import Cache
+from attention_transfer.models.weights import file_fingerprint
 from attention_transfer.reproduction.setting import Setting, differences
 from attention_transfer.reproduction.tables import Library, Reproduction
 from attention_transfer.training.recipe import CACHED, Recipe
@@ -157,6 +158,7 @@ def make_plan(library: Library, setting: Setting, chosen: list[Reproduction], se
     }
     for training in trainings.values():
         _check_there(training)
+    _check_teachers(library, setting, trainings)
     left = sorted((key for key in trainings if not trainings[key].done()), key=_order(library, trainings))
     builds = [build for build in caches.values() if not build.done()]
     needed = {need for key in left for need in trainings[key].needs}
@@ -232,6 +234,24 @@ def _training(library: Library, setting: Setting, name: str, seed: int, cache: C
         needs.append(cache.key)
     folder = setting.run(name, seed).folder
     return Training(folder, f"{name} seed {seed}", name, recipe.student, recipe.epochs, tuple(needs), recipe)
+
+
+def _check_teachers(library: Library, setting: Setting, trainings: dict[tuple[str, int], Training]) -> None:
+    """Students that are there have learnt from the very teacher that is there."""
+    found: dict[str, str] = {}
+    for (name, _), job in trainings.items():
+        teacher = library.reproductions[name].teacher
+        if teacher is None or not job.run.finished or not setting.run(teacher, 0).finished:
+            continue
+        weights = setting.run(teacher, 0).student_weights
+        if teacher not in found:
+            found[teacher] = file_fingerprint(weights)
+        theirs = job.run.result.get("teacher_fingerprint")
+        if theirs not in (None, found[teacher]):
+            raise ValueError(
+                f"reproduce: {job.key} learnt from a teacher of fingerprint {theirs}, got {found[teacher]} "
+                f"in {weights}. Move the student's run away, or put its teacher back."
+            )
 
 
 def _check_there(job: Training) -> None:

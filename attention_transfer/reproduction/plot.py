@@ -32,7 +32,10 @@ def _title(results: Results) -> str:
     setting = results.setting
     images = "" if setting.max_train is None else f", {setting.max_train:,} training images"
     schedule = "published schedule" if setting.scale == 1 else f"epochs × {setting.scale:g}"
-    return f"{results.table.title}\n{schedule}{images}; data: {results.data}"
+    return (
+        f"{results.table.title}\n{schedule}{images}; data: {results.data}\n"
+        "two scales; a point is equally long on both"
+    )
 
 
 def _panel(axes: Any, results: Results, row: str) -> None:

@@ -95,11 +95,24 @@ def describe_setting(results: Results) -> list[str]:
         f"precision: {', '.join(precisions) or setting.precision}; seeds 0 to {results.seeds - 1}; "
         "one teacher, of seed 0, for all students, so that the spread is the students' alone",
     ]
+    lines.append(f"augmentation: {_augmentation(results)}")
     machines = list(dict.fromkeys(m for each in cells for m in results.facts(each.name, "machine", "device")))
     commits = list(dict.fromkeys(c for each in cells for c in results.facts(each.name, "machine", "commit")))
     if machines:
         lines.append(f"hardware: {', '.join(machines)}; commits: {', '.join(commits)}")
     return lines
+
+
+def _augmentation(results: Results) -> str:
+    runs = [run for each in results.runs.values() for run in each.values()]
+    kinds = [f"{run.recipe.views} fixed views of each image, one an epoch in turn" if run.recipe.views
+             else "fresh in every epoch" for run in runs]  # fmt: skip
+    if len(set(kinds)) < 2:
+        return kinds[0] if kinds else "not known before a run is there"
+    fresh = [run for run in runs if not run.recipe.views]
+    names = dict.fromkeys(run.folder.parent.name for run in fresh)
+    fixed = next(kind for kind in kinds if not kind.startswith("fresh"))
+    return f"{fixed}; fresh in every epoch: {', '.join(names)}"
 
 
 def table_rows(results: Results) -> list[list[str]]:
