@@ -64,9 +64,9 @@ class Setting:
         """Where the cache of its teacher is, for the maps that it reads; any will do where it reads none."""
         assert each.teacher is not None
         recipe, root = each.recipe, self.folder / "caches"
-        if "at" not in recipe.terms and (there := sorted(root.glob(f"{each.teacher}-p*"))):
-            return there[0]
-        return root / f"{each.teacher}-p{recipe.p:g}-{recipe.mapping}"
+        own = root / f"{each.teacher}-p{recipe.p:g}-{recipe.mapping}"
+        there = sorted(file.parent for file in root.glob(f"{each.teacher}-p*/cache.json"))
+        return there[0] if "at" not in recipe.terms and own not in there and there else own
 
     def can_cache(self, library: Library, each: Reproduction) -> bool:
         """Whether a cache can stand in for its teacher."""
