@@ -34,7 +34,15 @@ def test_network_in_network_has_the_sizes_of_the_paper() -> None:
     assert round(parameters(build_model("nin-wide")) / 1e6, 1) == 1.0
 
 
-@pytest.mark.parametrize("name", ["wrn-16-1", "nin-thin"])
+@pytest.mark.parametrize("name", ["nin-thin-plain", "nin-wide-plain"])
+def test_plain_networks_have_biases_in_place_of_batchnorm(name: str) -> None:
+    plain, usual = build_model(name), build_model(name.removesuffix("-plain"))
+    assert not [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
+    biases = sum(module.bias.numel() for module in plain.modules() if isinstance(module, nn.Conv2d))
+    assert parameters(usual) - parameters(plain) == biases  # a scale and a shift a channel against a bias
+
+
+@pytest.mark.parametrize("name", ["wrn-16-1", "nin-thin", "nin-thin-plain"])
 @pytest.mark.parametrize(("h", "w", "channels"), [(32, 32, 3), (8, 8, 3), (33, 21, 1), (28, 28, 1)])
 def test_any_size_and_channels_forward_and_backward(name: str, h: int, w: int, channels: int) -> None:
     model = build_model(name, num_classes=7, in_channels=channels)

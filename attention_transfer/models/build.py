@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from .._extras import require
-from .nin import THIN, NetworkInNetwork
+from .nin import THIN, WIDE, NetworkInNetwork
 from .weights import load_weights
 from .wide_resnet import WideResNet
 
-OWN_NAMES = ("wrn-16-1", "wrn-16-2", "wrn-28-10", "wrn-40-1", "wrn-40-2", "nin-thin", "nin-wide")
+NINS = ("nin-thin", "nin-wide", "nin-thin-plain", "nin-wide-plain")
+OWN_NAMES = ("wrn-16-1", "wrn-16-2", "wrn-28-10", "wrn-40-1", "wrn-40-2", *NINS)
 """Names of this package for the list of near matches; any wrn-DEPTH-WIDTH with DEPTH = 6n + 4 is built."""
 
 NAME_FORMS = "wrn-DEPTH-WIDTH, nin-thin, nin-wide, timm:NAME, torchvision:NAME or package.module:factory"
@@ -48,7 +49,8 @@ def build_model(
     """Build the model of that name: images (b, in_channels, h, w) -> logits (b, num_classes).
 
     Names:
-        - ``wrn-16-1``: wide residual network, depth-width, depth = 6n + 4; ``nin-thin`` and ``nin-wide``.
+        - ``wrn-16-1``: wide residual network, depth-width, depth = 6n + 4; ``nin-thin`` and ``nin-wide``,
+          and these without BatchNorm: ``nin-thin-plain``, ``nin-wide-plain``.
         - ``timm:NAME``, ``torchvision:NAME``: that library's model.
         - ``NAME``: the first that knows it of this package, timm, torchvision.
         - ``package.module:factory``: called with ``num_classes``, ``in_channels`` and ``pretrained`` as far
@@ -171,9 +173,9 @@ def _build_own(name: str, num_classes: int, in_channels: int, pretrained: bool) 
     if numbers:
         depth, width = int(numbers[1]), int(numbers[2])
         return WideResNet(depth, width, num_classes=num_classes, in_channels=in_channels)
-    if name == "nin-thin":
-        return NetworkInNetwork(THIN, num_classes=num_classes, in_channels=in_channels)
-    return NetworkInNetwork(num_classes=num_classes, in_channels=in_channels)
+    widths = THIN if "thin" in name else WIDE
+    plain = name.endswith("-plain")
+    return NetworkInNetwork(widths, batchnorm=not plain, num_classes=num_classes, in_channels=in_channels)
 
 
 def _no_pretrained(name: str) -> str:

@@ -18,6 +18,8 @@ THIN = ((84, 70, 42), (84, 84, 84), (84, 84, 84))
 class NetworkInNetwork(nn.Module):
     """Three groups of one spatial convolution (5x5, 5x5, 3x3) and two 1x1 ones, each with BatchNorm and ReLU.
 
+    Without BatchNorm, as in the paper's gradient-based experiments, convolutions have a bias instead.
+
     `group0`, `group1` and `group2` have strides 1, 2 and 4. Max pooling 3x3/2 follows the first group,
     average pooling 3x3/2 the second; a global average and a linear layer follow the third.
 
@@ -32,16 +34,17 @@ class NetworkInNetwork(nn.Module):
         self,
         widths: tuple[tuple[int, int, int], ...] = WIDE,
         *,
+        batchnorm: bool = True,
         num_classes: int = 10,
         in_channels: int = 3,
     ) -> None:
         super().__init__()
         first, second, third = widths
-        self.group0 = _group(in_channels, first, kernel=5)
+        self.group0 = _group(in_channels, first, 5, batchnorm)
         self.pool0 = nn.MaxPool2d(3, 2, ceil_mode=True)
-        self.group1 = _group(first[-1], second, kernel=5)
+        self.group1 = _group(first[-1], second, 5, batchnorm)
         self.pool1 = nn.AvgPool2d(3, 2, ceil_mode=True)
-        self.group2 = _group(second[-1], third, kernel=3)
+        self.group2 = _group(second[-1], third, 3, batchnorm)
         self.fc = nn.Linear(third[-1], num_classes)
         initialise(self)
 
@@ -51,10 +54,10 @@ class NetworkInNetwork(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(self.group2(x), 1).flatten(1))
 
 
-def _group(c_in: int, widths: tuple[int, int, int], *, kernel: int) -> nn.Sequential:
+def _group(c_in: int, widths: tuple[int, int, int], kernel: int, batchnorm: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
     for c_out, size in zip(widths, (kernel, 1, 1), strict=True):
-        convolution = nn.Conv2d(c_in, c_out, size, padding=size // 2, bias=False)
-        layers += [convolution, nn.BatchNorm2d(c_out), nn.ReLU()]
+        layers.append(nn.Conv2d(c_in, c_out, size, padding=size // 2, bias=not batchnorm))
+        layers += [nn.BatchNorm2d(c_out), nn.ReLU()] if batchnorm else [nn.ReLU()]
         c_in = c_out
     return nn.Sequential(*layers)

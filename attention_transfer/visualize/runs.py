@@ -13,16 +13,24 @@ from typing import Any
 
 from attention_transfer._extras import require
 
-METHODS = {
-    "none": "student alone",
+TERMS = {
     "at": "attention transfer",
     "kd": "distillation",
-    "at+kd": "attention transfer + distillation",
+    "f-actt": "full-activation transfer",
+    "gradient": "gradient transfer",
+    "symmetry": "flip symmetry",
+    "min-l2": "small input gradient",
 }
 TEACHER = "teacher"
 
-_AT_FIELDS = {"pairs", "beta", "form", "p", "mapping", "resize"}
-_KD_FIELDS = {"alpha", "temperature"}
+_FIELDS = {  # of the recipe, by the term that heeds them
+    "at": {"pairs", "beta", "form", "p", "mapping", "resize"},
+    "kd": {"alpha", "temperature"},
+    "f-actt": {"pairs", "beta_f_actt", "form", "resize"},
+    "gradient": {"beta_gradient"},
+    "symmetry": {"beta_symmetry"},
+    "min-l2": {"beta_min_l2"},
+}
 _NOT_THE_METHOD = {
     *("seed", "split_seed", "output", "method", "cache"),
     *("teacher", "teacher_weights", "teacher_classes", "teacher_epochs"),
@@ -200,8 +208,19 @@ def group_runs(runs: Sequence[Run], teachers: Sequence[Run]) -> list[Group]:
     return groups
 
 
-def _method_order(method: str) -> int:
-    return list(METHODS).index(method) if method in METHODS else len(METHODS)
+def _terms(method: str) -> list[str]:
+    return [] if method == "none" else method.split("+")
+
+
+def describe_method(method: str) -> str:
+    """What the figures call a method: "attention transfer + distillation"."""
+    return " + ".join(TERMS.get(term, term) for term in _terms(method)) or "student alone"
+
+
+def _method_order(method: str) -> tuple[int, list[int]]:
+    """Fewer terms first; among as many, in the order of `TERMS`."""
+    known, terms = list(TERMS), _terms(method)
+    return len(terms), [known.index(term) if term in known else len(known) for term in terms]
 
 
 def _is_teacher(run: Run, taught: Sequence[Run]) -> bool:
@@ -217,7 +236,7 @@ def _groups_of(runs: Sequence[Run], role: str) -> list[Group]:
     for run in runs:
         settings = ", ".join(f"{name} {run.recipe.get(name)}" for name in varying)
         members.setdefault(settings, []).append(run)
-    label, style = METHODS.get(role, role), _STYLES.get(role, "other")
+    label, style = role if role == TEACHER else describe_method(role), _STYLES.get(role, "other")
     return [
         Group(
             role,
@@ -229,7 +248,10 @@ def _groups_of(runs: Sequence[Run], role: str) -> list[Group]:
     ]
 
 
-_STYLES = {TEACHER: "teacher", "none": "alone", "at": "at", "kd": "kd", "at+kd": "both"}
+_STYLES = {
+    **{TEACHER: "teacher", "none": "alone", "at": "at", "kd": "kd", "at+kd": "both"},
+    **{"f-actt": "extra0", "gradient": "extra1", "symmetry": "extra2"},
+}
 
 
 def _varying_settings(runs: Sequence[Run]) -> list[str]:
@@ -237,8 +259,9 @@ def _varying_settings(runs: Sequence[Run]) -> list[str]:
     if not runs:
         return []
     ignored = set(_NOT_THE_METHOD)
-    ignored |= set() if "at" in runs[0].method else _AT_FIELDS
-    ignored |= set() if "kd" in runs[0].method else _KD_FIELDS
+    heeded = set().union(*(_FIELDS.get(term, set()) for term in _terms(runs[0].method)))
+    ignored |= set().union(*_FIELDS.values()) - heeded
+    ignored |= set() if _terms(runs[0].method) else {"term_schedule"}
     fields = [
         name for name in dict.fromkeys(name for run in runs for name in run.recipe) if name not in ignored
     ]
