@@ -87,7 +87,7 @@ class Recipe:
     """Student and teacher layers to compare, "layer1:layer1,layer2:block2"; "auto" finds the stage ends."""
     beta: Weight = 1.0
     """Weight of the attention transfer term, which does not carry over between the forms; "auto" sets it from
-    the first batches: see docs/beta.md."""
+    the first batches: see docs/methods.md."""
     form: choices.Form = "paper"
     """Form of the terms at layer pairs: the paper's, the authors' code's (beta about 1000), or Caffe's."""
     p: float = 2.0
