@@ -31,7 +31,7 @@ from .preflight import (
 from .taps import Taps
 
 AUTO_SHARE = 1.0
-"""What `balance` makes of a term's gradient at the layer pairs, over the cross-entropy's there (docs/methods.md)."""
+"""What `balance` makes of a term's gradient at the layer pairs, over the cross-entropy's there."""
 
 Images = Float[Tensor, "b channels height width"]
 Statistics = tuple[Sequence[float], Sequence[float]]

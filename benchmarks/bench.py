@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import caffe, kernels, startup, step, tables
+from benchmarks import caffe, kernels, startup, step, tables, terms
 from benchmarks.rows import ROOT, Results
 from benchmarks.session import Session
 
 WHAT: dict[str, Callable[[Results, Session], None]] = {
     "kernels": kernels.run,
     "step": step.run,
+    "terms": terms.run,
     "caffe": caffe.run,
     "startup": startup.run,
 }

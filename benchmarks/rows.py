@@ -23,7 +23,7 @@ class Row:
     """A measurement. Times are seconds; `ratio` is of this time to that of `against`, round by round."""
 
     benchmark: str
-    """kernels, scaling, compile, step, defaults, caffe or startup."""
+    """kernels, scaling, compile, step, defaults, terms, caffe or startup."""
     op: str
     """What was timed: forward, backward, both, step, import, ..."""
     backend: str

@@ -217,6 +217,27 @@ def _ratio_with_spread(row: Row | None) -> str:
     return f"{row.ratio:{style}}{spread}"
 
 
+def terms(rows: Sequence[Row]) -> str:
+    """Steps with each term of the paper."""
+    found = [row for row in rows if row.benchmark == "terms"]
+    ratios = {(row.device, row.backend): _times(row, spread=True) for row in found if row.against}
+    alone = {row.device: row.bytes or 1 for row in found if row.backend == STUDENT and row.bytes}
+    cells = [
+        [
+            f"{row.device}: {row.shape}",
+            row.backend,
+            f"{1000 * (row.p50 or 0):.0f}",
+            ratios.get((row.device, row.backend), ""),
+            f"{row.bytes / 2**20:.0f}",
+            f"{row.bytes / alone[row.device]:.2f}",
+        ]
+        for row in found
+        if row.bytes
+    ]
+    header = ["", "term", "ms", "times the student alone", "peak MiB", "times the student alone"]
+    return markdown(header, cells, words=2)
+
+
 def caffe_nets(rows: Sequence[Row]) -> str:
     """Steps of nets read from prototxt, and what they are compared with."""
     cells = [
@@ -265,6 +286,7 @@ BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {
     "steps": steps,
     "ratios": ratios,
     "defaults": own_defaults,
+    "terms": terms,
     "caffe": caffe_nets,
     "waits": waits,
 }

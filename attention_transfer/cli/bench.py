@@ -9,7 +9,7 @@ from types import ModuleType
 
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
 
-WHAT = ("kernels", "step", "caffe", "startup")
+WHAT = ("kernels", "step", "terms", "caffe", "startup")
 
 
 def run(arguments: list[str]) -> None:
