@@ -520,6 +520,10 @@ def test_yaml_that_writes_numbers_as_text(tmp_path: Path) -> None:
         ),
         ({"method": "at+at"}, "Recipe: expected each term once, got at twice in method 'at+at'."),
         ({"method": "kd", "teacher": None}, 'Recipe: method "kd" needs a teacher, got none.'),
+        (
+            {"method": "at+symmetry", "compile": True},
+            "Recipe: a term over input gradients (symmetry) differentiates the student twice,",
+        ),
         ({"beta": "often"}, "Recipe: expected beta to be a number or \"auto\", got 'often'. Change --beta."),
         ({"term_schedule": "at:linaer"}, "Recipe: expected schedule of at as one of ['constant', 'linear',"),
         ({"milestones": [0.6, 0.3]}, "Recipe: expected milestones as rising shares between 0 and 1"),

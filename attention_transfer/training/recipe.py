@@ -22,6 +22,9 @@ TERMS = ("at", "kd", "f-actt", "gradient", "symmetry", "min-l2")
 WITHOUT_TEACHER = ("symmetry", "min-l2")
 """Terms that only look at the student."""
 
+TWICE = ("gradient", "symmetry", "min-l2")
+"""Terms over input gradients, which differentiate the student twice."""
+
 AUTO = "auto"
 
 Weight = float | Literal["auto"]
@@ -170,6 +173,7 @@ class Recipe:
                 raise ValueError(f"Recipe: expected {name} {expected}, got {value}. Change {_flag(name)}.")
         object.__setattr__(self, "method", _canonical(self.method))
         self._check_teacher()
+        self._check_eager()
         self._check_momentum()
         self._check_views()
         self._check_teacher_precision()
@@ -198,6 +202,14 @@ class Recipe:
         if self.needs_teacher and not (self.teacher or self.cache):
             raise ValueError(
                 f'Recipe: method "{self.method}" needs a teacher, got none. Pass --teacher, or --method none.'
+            )
+
+    def _check_eager(self) -> None:
+        twice = [term for term in self.terms if term in TWICE]
+        if self.compile and twice:
+            raise ValueError(
+                f"Recipe: a term over input gradients ({', '.join(twice)}) differentiates the student twice, "
+                "which compiled code cannot, got compile. Leave --compile out."
             )
 
     def _check_momentum(self) -> None:

@@ -249,8 +249,14 @@ def _groups_of(runs: Sequence[Run], role: str) -> list[Group]:
 
 
 _STYLES = {
-    **{TEACHER: "teacher", "none": "alone", "at": "at", "kd": "kd", "at+kd": "both"},
-    **{"f-actt": "extra0", "gradient": "extra1", "symmetry": "extra2"},
+    TEACHER: "teacher",
+    "none": "alone",
+    "at": "at",
+    "kd": "kd",
+    "at+kd": "both",
+    "f-actt": "extra0",
+    "gradient": "extra1",
+    "symmetry": "extra2",
 }
 
 
