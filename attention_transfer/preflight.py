@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .kernels.reference import accumulation_dtype
 from .losses import Observation, Reading
 from .pairs import Pair
 from .plan import Plan
@@ -299,7 +300,9 @@ def _with_shares(plan: Plan, gradients: dict[str, Gradients]) -> Plan:
 
 
 def _norm(gradient: Tensor | None) -> float:
-    return 0.0 if gradient is None else torch.linalg.vector_norm(gradient, dtype=torch.float32).item()
+    if gradient is None:
+        return 0.0
+    return torch.linalg.vector_norm(gradient, dtype=accumulation_dtype(gradient.dtype)).item()
 
 
 def _list(names: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ ALLOWED = {
     "schedules": set(),
     "losses": {"functional", "pairs", "schedules"},
     "plan": {"pairs"},
-    "preflight": {"functional", "losses", "pairs", "plan"},
+    "preflight": {"functional", "kernels", "losses", "pairs", "plan"},
     "distiller": {"functional", "kernels", "losses", "pairs", "plan", "preflight", "taps"},
     "models": set(),
     "data": set(),
