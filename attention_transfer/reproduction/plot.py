@@ -52,8 +52,8 @@ def _panel(axes: Any, results: Results, row: str) -> None:
     _equal_spans(axes, [v for _, v in published], twin, [v for _, values in ours for v in values])
     axes.set_xticks(range(len(cells)), [results.table.columns[column] for column, _ in cells])
     axes.set_xlim(-0.5, len(cells) - 0.3)
-    axes.set_ylabel(f"published ◆\n{results.table.unit}", color=PUBLISHED, fontsize=8)
-    twin.set_ylabel(f"ours: seeds ●, mean –\n{results.table.unit}", color=OURS, fontsize=8)
+    axes.set_ylabel(f"published (diamonds)\n{results.table.unit}", color=PUBLISHED, fontsize=8)
+    twin.set_ylabel(f"ours: a dot a seed, bars the means\n{results.table.unit}", color=OURS, fontsize=8)
     axes.set_title(results.table.rows[row], fontsize=9)
     for each, color in ((axes, PUBLISHED), (twin, OURS)):
         each.tick_params(axis="y", colors=color, labelsize=8)
