@@ -19,6 +19,7 @@ from .functional import (
     activation_transfer_loss,
     attention_transfer_loss,
     check_loss_options,
+    check_term_options,
     distillation_loss,
     flip_symmetry_loss,
     gradient_transfer_loss,
@@ -168,6 +169,13 @@ class Term(nn.Module):
         return f"{self.symbol}={weight}{course}"
 
 
+def _number(user: str, weight: Weight) -> float:
+    """The weight, where it is given; "auto" counts as one that may be."""
+    if isinstance(weight, str) and weight != "auto":
+        raise ValueError(f'{user}: expected a number or "auto" as beta, got {weight!r}.')
+    return 0.0 if weight == "auto" else weight
+
+
 class AttentionTransfer(Term):
     """Attention transfer (Zagoruyko & Komodakis 2017, equation 2): `attention_transfer_loss` as a module.
 
@@ -189,7 +197,7 @@ class AttentionTransfer(Term):
         schedule: Schedule = "constant",
         name: str = "at",
     ) -> None:
-        check_loss_options("AttentionTransfer", 0.0 if beta == "auto" else beta, p, mapping, form, resize)
+        check_loss_options("AttentionTransfer", _number("AttentionTransfer", beta), p, mapping, form, resize)
         super().__init__(beta, schedule=schedule)
         self.p, self.mapping, self.form, self.resize = p, mapping, form, resize
         self.name = name
@@ -252,7 +260,7 @@ class ActivationTransfer(Term):
         schedule: Schedule = "constant",
         name: str = "f-actt",
     ) -> None:
-        check_loss_options("ActivationTransfer", 0.0 if beta == "auto" else beta, 2.0, "sum", form, resize)
+        check_term_options("ActivationTransfer", _number("ActivationTransfer", beta), form, resize)
         super().__init__(beta, schedule=schedule)
         self.form, self.resize, self.name = form, resize, name
         self.channels: list[tuple[int, int]] = []
