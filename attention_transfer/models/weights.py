@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,6 +62,14 @@ class LoadReport:
         return not (self.missing or self.unexpected or self.mismatched)
 
     @property
+    def new_head(self) -> str | None:
+        """The head that keeps the model's weights, in words, if its number of classes is all that differs."""
+        head = _head_mismatch(self) if self.mismatched else None
+        if head is None:
+            return None
+        return f"the head {head[0]} starts afresh: {head[1]} classes there, {head[2]} here"
+
+    @property
     def differences(self) -> list[str]:
         """One sentence for each kind of difference between model and file."""
         kinds = {
@@ -73,10 +81,14 @@ class LoadReport:
 
     def __str__(self) -> str:
         removed = f', under the prefix "{self.prefix}"' if self.prefix else ""
-        return "\n  ".join([f"{self.path}: {self.loaded} tensors loaded{removed}", *self.differences])
+        afresh = f"; {self.new_head}" if self.new_head else ""
+        loaded = f"{self.path}: {self.loaded} tensors loaded{removed}{afresh}"
+        return "\n  ".join([loaded, *self.differences])
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> LoadReport:
+def load_weights(
+    model: nn.Module, path: str | os.PathLike[str], *, strict: bool | Literal["body"] = True
+) -> LoadReport:
     """Copy the weights of a file into `model`, in place, whatever the file's dtype or the model's device.
 
     The file is a safetensors file; a `torch.save`d state dict, plain or nested under "state_dict", "model"
@@ -86,7 +98,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, strict: bool
 
     Args:
         strict: refuse a file that does not fit name by name and shape by shape (only BatchNorm's
-            num_batches_tracked may be missing). With False, what fits is loaded and the rest reported.
+            num_batches_tracked may be missing). With "body", a head of another number of classes is left
+            as it is, and all else must fit. With False, what fits is loaded and the rest reported.
 
     Raises:
         FileNotFoundError: no such file, or a folder without student.safetensors.
@@ -99,7 +112,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, strict: bool
     prefix = _best_prefix(targets, stored)
     stored = {name[len(prefix) :]: tensor for name, tensor in stored.items() if name.startswith(prefix)}
     report = _compare(targets, stored, path, prefix)
-    if not report.loaded or (strict and not report.complete):
+    allowed = strict == "body" and report.new_head is not None
+    if not report.loaded or (strict and not report.complete and not allowed):
         raise ValueError(_explain(report, type(model).__name__))
     fitting = {
         name: stored[clean]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def load_splits(recipe: Recipe) -> Splits:
 def build_student(recipe: Recipe, splits: Splits) -> nn.Module:
     """The student with its initial weights, which depend on the seed alone."""
     torch.manual_seed(recipe.seed)
-    student = _build(recipe.student, recipe.student_weights, splits, splits.num_classes)
+    student = _build(recipe.student, recipe.student_weights, splits, splits.num_classes, "body")
     if recipe.batchnorm_init == "uniform" and recipe.student_weights is None:
         draw_batchnorm_scales(student)
     return student
@@ -61,7 +62,10 @@ def draw_batchnorm_scales(model: nn.Module) -> None:
             nn.init.uniform_(module.weight)
 
 
-def _build(name: str, weights: str | None, splits: Splits, classes: int) -> nn.Module:
+def _build(
+    name: str, weights: str | None, splits: Splits, classes: int, strict: bool | Literal["body"] = True
+) -> nn.Module:
+    """The model; a student's head may start afresh, a teacher without its head has learnt nothing."""
     model = build_model(
         name,
         num_classes=classes,
@@ -69,7 +73,7 @@ def _build(name: str, weights: str | None, splits: Splits, classes: int) -> nn.M
         pretrained=weights == "pretrained",
     )
     if weights not in (None, "pretrained"):
-        print(load_weights(model, weights), flush=True)
+        print(load_weights(model, weights, strict=strict), flush=True)
     return model
 
 

@@ -47,7 +47,8 @@ class Recipe:
     student: str = "wrn-16-1"
     """The model to train: wrn-16-1, nin-thin, resnet18, timm:NAME, torchvision:NAME, package.module:name."""
     student_weights: str | None = None
-    """Weights to start the student from: a file, a run folder, or "pretrained". Random if not given."""
+    """Weights to start the student from: a file, a run folder, or "pretrained". Random if not given. A head
+    of another number of classes starts afresh; all else must fit."""
     teacher: str | None = "wrn-16-2"
     """The model to learn from: a run folder, its weights, or a name; without weights it is trained first."""
     teacher_weights: str | None = None
