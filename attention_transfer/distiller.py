@@ -129,7 +129,24 @@ class Distiller(nn.Module):
         if teacher is None and any(term.needs_teacher for term in self._terms()):
             # first, while none of the student's activations are in memory
             teacher = self._ask_teacher(x, y, energies, keep_features)
+        elif teacher is not None:
+            self._check_reading(teacher)
         return Observation(self.pairs, self._ask_student(x, y, energies, keep_features), teacher, y)
+
+    def _check_reading(self, reading: Reading) -> None:
+        """A reading that comes from elsewhere holds what the terms read."""
+        for term in self._terms():
+            lacks = [
+                *(["features"] if term.needs_features and not reading.features else []),
+                *([str(term.energy)] if term.energy and term.energy not in reading.energies else []),
+            ]
+            if term.needs_teacher and term.needs_input_gradient and reading.input_gradient is None:
+                lacks.append("input_gradient")
+            if term.needs_teacher and lacks:
+                raise ValueError(
+                    f'Distiller: expected a teacher reading with what the term "{term.name}" reads, got one '
+                    f"without {', '.join(lacks)}. Add it, or let the Distiller run the teacher."
+                )
 
     def _ask_student(self, x: Images, y: Tensor, energies: list[Energy], keep_features: bool) -> Reading:
         names = [pair.student for pair in self.pairs]
@@ -221,7 +238,14 @@ class Distiller(nn.Module):
             return {term.name: AUTO_SHARE * norm / _pull(term, seen) for term in automatic}
 
     def settle(self, weights: Mapping[str, float]) -> None:
-        """Set the weights of terms, by name: those that `balance` found, or those of a run that goes on."""
+        """Set the weights of terms, by name: those that `balance` found, or those of a run that goes on.
+
+        Raises:
+            ValueError: if there is no term of a name.
+        """
+        known = [term.name for term in self._terms()]
+        if unknown := [name for name in weights if name not in known]:
+            raise ValueError(f"settle: expected names among {known}, got {unknown[0]!r}.")
         for term in self._terms():
             term.full_weight = weights.get(term.name, term.full_weight)
 

@@ -342,7 +342,7 @@ def input_gradient_of(
     _check_graph(user, logits, x)
     with torch.enable_grad():
         loss = F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, x, create_graph=create_graph, allow_unused=True)
+        gradient = _by_input(user, loss, x, create_graph)
     if gradient is None:
         raise ValueError(
             f"{user}: expected logits that depend on x, got none that do. Run the model on this very x, "
@@ -351,6 +351,18 @@ def input_gradient_of(
     if create_graph:
         _check_twice_differentiable(user, gradient)
     return gradient
+
+
+def _by_input(user: str, loss: Tensor, x: Tensor, create_graph: bool) -> Tensor | None:
+    try:
+        return torch.autograd.grad(loss, x, create_graph=create_graph, allow_unused=True)[0]
+    except RuntimeError as error:
+        if "checkpoint" not in str(error):
+            raise
+        raise ValueError(
+            f"{user}: expected a model that can be differentiated by its input, got reentrant checkpointing. "
+            "Pass use_reentrant=False to torch.utils.checkpoint."
+        ) from error
 
 
 def check_double_backward(model: nn.Module, user: str) -> None:

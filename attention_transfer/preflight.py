@@ -213,7 +213,8 @@ def _check_gradient(name: str, addend: Tensor, overall: Gradients, at_pairs: Gra
             f"preflight: expected finite terms and gradients, got NaN or infinity from {name} (value "
             f"{addend.item():.3g}). Use a wider precision (bfloat16 or float32) or scale the loss."
         )
-    if not _alive(overall) or (at_pairs is not None and not _alive(at_pairs)):
+    left_out = name == "ce" and addend == 0  # on purpose: alpha 1 leaves labels no weight
+    if not left_out and (not _alive(overall) or (at_pairs is not None and not _alive(at_pairs))):
         raise ValueError(
             f"preflight: expected every term to move the student, got no gradient from {name} (value "
             f"{addend.item():.3g}): the term is dead. {_why_dead(addend)}"

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from small_net import Net
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attention_transfer import (
     ActivationTransfer,
@@ -28,7 +29,7 @@ from attention_transfer import (
     input_gradient_norm,
 )
 from attention_transfer.distiller import AUTO_SHARE
-from attention_transfer.losses import Term
+from attention_transfer.losses import Reading, Term
 from attention_transfer.preflight import PreflightWarning, gradient_norms_at_pairs
 
 PAIRS = [("first", "first"), ("second", "second")]
@@ -213,6 +214,27 @@ def test_an_operation_without_second_derivative_is_refused(batch) -> None:
         distiller(InputGradientNorm(1.0), own=own).preflight(*batch)
 
 
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.inner, self.reentrant = inner, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+def test_checkpointing(batch) -> None:
+    own = student()
+    want = distiller(InputGradientNorm(1.0), own=own)(*batch).loss
+    own.second = Checkpointed(own.second, reentrant=False)
+    teacher = student(6)
+    built = Distiller(own, teacher, terms=[InputGradientNorm(1.0)])
+    torch.testing.assert_close(built(*batch).loss, want)
+    own.second.reentrant = True
+    with pytest.raises(ValueError, match=r"got reentrant checkpointing\. Pass use_reentrant=False"):
+        built(*batch)
+
+
 def test_a_gradient_term_of_weight_zero_is_dead(batch) -> None:
     with pytest.raises(ValueError, match=r"got no gradient from gradient .*: the term is dead"):
         distiller(GradientTransfer(0.0)).preflight(*batch)
@@ -306,6 +328,39 @@ def test_no_weight_is_found_for_a_dead_term(batch) -> None:
         built.balance(*batch)
 
 
+@pytest.mark.parametrize("kind", [AttentionTransfer, ActivationTransfer, GradientTransfer])
+def test_weights_are_checked(kind: type[Term]) -> None:
+    with pytest.raises(ValueError, match=f"{kind.__name__}: expected a finite beta >= 0, got -1"):
+        kind(-1.0)
+    if kind is not GradientTransfer:
+        with pytest.raises(ValueError, match=f'{kind.__name__}: expected a number or "auto" as beta, got'):
+            kind("autoo")
+    built = distiller(KnowledgeDistillation())
+    with pytest.raises(ValueError, match=r"settle: expected names among \['kd'\], got 'ta'"):
+        built.settle({"ta": 1.0})
+
+
+def test_distillation_may_leave_the_labels_out(batch) -> None:
+    report = distiller(KnowledgeDistillation(alpha=1.0)).preflight(*batch)
+    assert report.plan.shares == {"ce": 0.0, "kd": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("term", "lacks"),
+    [
+        (AttentionTransfer(1.0), r"Energy\(p=2.0, mapping='sum'\)"),
+        (ActivationTransfer(1.0), "features"),
+        (GradientTransfer(1.0), "input_gradient"),
+    ],
+    ids=["at", "f-actt", "gradient"],
+)
+def test_readings_that_lack_something_are_refused(term: Term, lacks: str, batch) -> None:
+    built = distiller(term)
+    reading = Reading(torch.zeros(6, 5))
+    with pytest.raises(ValueError, match=f'what the term "{term.name}" reads, got one without {lacks}'):
+        built(*batch, teacher=reading)
+
+
 def test_an_idle_term_is_warned_of(batch) -> None:
     with pytest.warns(PreflightWarning, match=r"min-l2 makes up 0\.00% of the gradient .* next to nothing"):
         distiller(AttentionTransfer(1.0), InputGradientNorm(1e-6)).preflight(*batch)
@@ -359,9 +414,13 @@ def test_two_processes_have_the_gradient_of_one(tmp_path) -> None:
 
     words = [str(Path(__file__).parent), "0", str(tmp_path / "meet"), str(tmp_path / "grads.pt")]
     processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, words[0], rank, *words[2:]]) for rank in ("0", "1")
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, words[0], rank, *words[2:]], stderr=subprocess.PIPE, text=True
+        )
+        for rank in ("0", "1")
     ]
-    assert [process.wait(120) for process in processes] == [0, 0]
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     built = whole_distiller()
     built(*whole_batch()).loss.backward()
     for mine, theirs in zip(built.parameters(), torch.load(words[3]), strict=True):

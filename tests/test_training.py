@@ -524,6 +524,10 @@ def test_yaml_that_writes_numbers_as_text(tmp_path: Path) -> None:
             {"method": "at+symmetry", "compile": True},
             "Recipe: a term over input gradients (symmetry) differentiates the student twice,",
         ),
+        (
+            {"reset_momentum": True, "schedule": "one-cycle"},
+            'Recipe: reset_momentum forgets the momentum where the rate drops, got schedule "one-cycle"',
+        ),
         ({"beta": "often"}, "Recipe: expected beta to be a number or \"auto\", got 'often'. Change --beta."),
         ({"term_schedule": "at:linaer"}, "Recipe: expected schedule of at as one of ['constant', 'linear',"),
         ({"milestones": [0.6, 0.3]}, "Recipe: expected milestones as rising shares between 0 and 1"),
