@@ -160,8 +160,9 @@ class Distiller(nn.Module):
             images = images.detach().requires_grad_()
             seen = _read(self.student, names, images, energies, keep_features)
             gradient = input_gradient_of(seen.logits, labels, images, create_graph=twice, user="Distiller")
+        seen = seen.of_first(len(x))
         return replace(
-            seen.of_first(len(x)),
+            seen if twice else seen.detached(),
             input_gradient=gradient[: len(x)],
             input_gradient_of_flipped=gradient[len(x) :] if flipped else None,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Mapping as Mappings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxtyping import Float, Int
@@ -72,7 +72,9 @@ class Reading:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Reading:
         energies = {kind: [change(energy) for energy in maps] for kind, maps in self.energies.items()}
         features = [change(each) for each in self.features]
-        return replace(self, logits=change(self.logits), energies=energies, features=features)
+        gradients = (self.input_gradient, self.input_gradient_of_flipped)
+        own, flipped = (None if gradient is None else change(gradient) for gradient in gradients)
+        return Reading(change(self.logits), energies, features, self.shapes, own, flipped)
 
 
 @dataclass(frozen=True)
@@ -270,12 +272,12 @@ class ActivationTransfer(Term):
 
     def prepare(self, shapes: Sequence[Shapes | None], like: Tensor) -> None:
         known = [pair for pair in shapes if pair is not None]
-        if len(known) < len(shapes):
+        if len(known) < len(shapes) != len(self.channels):
             raise ValueError(
                 "ActivationTransfer: expected layer pairs of known shape, got some that no example has been "
-                "through. Pass example_input to the Distiller, and a teacher."
+                "through. Pass example_input to the Distiller, and a teacher; or channels= of each pair here."
             )
-        channels = [(student[0], teacher[0]) for student, teacher in known]
+        channels = self.channels if len(known) < len(shapes) else [(own[0], other[0]) for own, other in known]
         if channels != self.channels:
             self._regress(channels)
         self.regressors.to(like.device, like.dtype)

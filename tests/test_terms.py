@@ -166,7 +166,7 @@ def test_all_terms_combine(batch) -> None:
     out.loss.backward()
     assert all(parameter.grad is not None for parameter in built.parameters())
     with torch.no_grad():
-        assert built(x, y).loss.requires_grad is False
+        assert not built(x, y).loss.requires_grad and not built(x, y).logits.requires_grad
     report = built.preflight(x, y)
     assert sum(report.plan.shares.values()) == pytest.approx(1) and set(report.plan.shares) == set(out.terms)
     assert "share of the parameters' gradient: ce " in str(report)
@@ -275,6 +275,9 @@ def test_full_activations_alone_and_without_an_example(batch) -> None:
     assert term.regressors[0].weight.grad is not None
     with pytest.raises(ValueError, match="ActivationTransfer: expected activations of 1 pairs, got 2"):
         term([torch.randn(2, 2, 4, 4)] * 2, [torch.randn(2, 3, 4, 4)] * 2)
+    assert Distiller(
+        student(), student(6), pairs=PAIRS, terms=[ActivationTransfer(1.0, channels=[(4, 6)] * 2)]
+    )(torch.randn(2, 3, 8, 6, dtype=torch.float64), torch.tensor([0, 1])).loss.requires_grad
     with pytest.raises(ValueError, match=r"ActivationTransfer: expected layer pairs of known shape.*example"):
         Distiller(student(), student(6), pairs=PAIRS, terms=[ActivationTransfer(1.0)])
 

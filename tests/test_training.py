@@ -526,7 +526,7 @@ def test_yaml_that_writes_numbers_as_text(tmp_path: Path) -> None:
         ),
         (
             {"reset_momentum": True, "schedule": "one-cycle"},
-            'Recipe: reset_momentum forgets the momentum where the rate drops, got schedule "one-cycle"',
+            'Recipe: reset_momentum needs the schedule "steps", whose rate drops, got "one-cycle".',
         ),
         ({"beta": "often"}, "Recipe: expected beta to be a number or \"auto\", got 'often'. Change --beta."),
         ({"term_schedule": "at:linaer"}, "Recipe: expected schedule of at as one of ['constant', 'linear',"),

@@ -216,8 +216,8 @@ class Recipe:
     def _check_momentum(self) -> None:
         if self.reset_momentum and self.schedule != "steps":
             raise ValueError(
-                "Recipe: reset_momentum forgets the momentum where the rate drops, got schedule "
-                f'"{self.schedule}", which has no drops. Leave --reset-momentum out, or pass --schedule steps.'
+                'Recipe: reset_momentum needs the schedule "steps", whose rate drops, got '
+                f'"{self.schedule}". Leave --reset-momentum out, or pass --schedule steps.'
             )
         if self.nesterov and self.momentum == 0:
             raise ValueError("Recipe: expected momentum > 0 with nesterov, got 0. Pass --momentum 0.9.")
