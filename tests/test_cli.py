@@ -164,7 +164,7 @@ def test_underscores_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--epoch-s", "3"], "train: unknown argument --epoch-s. Did you mean --epochs"),
         (["evaluate", "nowhere"], "evaluate: expected a run folder or a weights file, got nowhere"),
         (["train", "--weight-decay", "much"], "train: --weight-decay: Expected a float. Got value: much"),
-        (["train", "--method", "ta"], "Recipe: expected method \"none\" or some of at, kd, f-actt"),
+        (["train", "--method", "ta"], 'Recipe: expected method "none" or some of at, kd, f-actt'),
         (["train", "--lr", "-1"], "Recipe: expected lr > 0, got -1.0. Change --lr."),
         (["train", "--lr"], "train: argument --lr: expected one argument"),
         (["train", "--config", "none.yaml"], "Recipe.load: expected a YAML recipe, got none.yaml"),
