@@ -269,6 +269,13 @@ def test_plan_begins_with_the_teacher_and_shares_a_cache(tiny: Path, tmp_path: P
     assert words[words.index("--views") + 1] == "2" and "--validation" in words and "--max-train" in words
 
 
+def test_networks_that_only_teach_are_trained_once(library: Library) -> None:
+    table = library.table("table1")
+    row = table.choose(["wrn-16-1/wrn-16-2"], None)
+    assert table.taught_once(row) == {"wrn-16-2"}
+    assert table.taught_once(table.choose(None, None)) == {"nin-wide", "wrn-40-1", "wrn-40-2"}
+
+
 def test_long_schedules_have_a_live_teacher(tiny: Path, tmp_path: Path) -> None:
     _, plan = plan_of(tiny, Setting(tmp_path))
     assert not [job for job in plan.jobs if isinstance(job, CacheBuild)]

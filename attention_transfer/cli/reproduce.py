@@ -45,11 +45,12 @@ def run(arguments: list[str]) -> None:
     from attention_transfer.reproduction.jobs import make_plan
     from attention_transfer.reproduction.results import find_results
 
-    plan = make_plan(library, setting, chosen, flags.seeds)
+    once = table.taught_once(cells)
+    plan = make_plan(library, setting, chosen, flags.seeds, once)
     slots = flags.jobs or _side_by_side(len(plan.jobs))
     print(_describe_plan(plan, slots, setting))
     failures = [] if flags.plan else _run(plan, slots, arguments)
-    results = find_results(table, cells, setting, described, flags.seeds)
+    results = find_results(table, cells, setting, described, flags.seeds, once)
     _show(results, flags, arguments)
     if failures:
         raise UsageError(_describe_failures(failures))
@@ -63,7 +64,7 @@ def _parser() -> Any:
     add("table", nargs="?", metavar="TABLE", help="The table; without one, the known ones are listed.")
     add("--rows", help="Rows, with commas between. All if not given.")
     add("--columns", help="Columns, with commas between. All if not given.")
-    add("--seeds", type=int, default=5, help="Runs of each number.")
+    add("--seeds", type=int, default=5, help="Runs of each number; one of a network that only teaches.")
     add("--epochs-scale", type=float, default=1.0, help="Share of the published epochs; 0.05 is 10 of 200.")
     add("--max-train", type=int, default=None, help="Train on this many images only.")
     add("--data", default=None, help="A folder with the table's data set. Looked for, or downloaded, if not.")

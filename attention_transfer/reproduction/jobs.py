@@ -143,13 +143,20 @@ class Plan:
     """what is left, in the order in which it is begun"""
 
 
-def make_plan(library: Library, setting: Setting, chosen: list[Reproduction], seeds: int) -> Plan:
-    """What is there and what is left: teachers first, then seed by seed, then the teachers' other seeds.
+def make_plan(
+    library: Library,
+    setting: Setting,
+    chosen: list[Reproduction],
+    seeds: int,
+    once: frozenset[str] = frozenset(),
+) -> Plan:
+    """What is there and what is left: teachers first, then seed by seed; those in `once` with seed 0 alone.
 
     Raises:
         ValueError: if a run folder holds a run of another recipe.
     """
-    wanted = {(each.name, seed): None for each in chosen for seed in range(seeds)}
+    asked = [(each.name, seed) for each in chosen for seed in range(1 if each.name in once else seeds)]
+    wanted = dict.fromkeys(asked)
     for each in chosen:
         _add_teacher(library, each, wanted)
     caches = _caches(library, setting, list(wanted))
@@ -165,7 +172,7 @@ def make_plan(library: Library, setting: Setting, chosen: list[Reproduction], se
     builds = list({build.key: build for build in builds if build.key in needed}.values())
     first = [trainings[key] for key in left if _teaches(library, *key)]
     rest = [trainings[key] for key in left if not _teaches(library, *key)]
-    shown = {(each.name, seed): setting.run(each.name, seed) for each in chosen for seed in range(seeds)}
+    shown = {key: setting.run(*key) for key in asked}
     return Plan(shown, list(trainings.values()), [*first, *builds, *rest])
 
 

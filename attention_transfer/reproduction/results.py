@@ -29,6 +29,7 @@ class Results:
         data: what the images are, in words.
         runs: {reproduction: {seed: finished run}}.
         seeds: how many are wanted.
+        once: the numbers of which one run is wanted, of seed 0.
     """
 
     table: Table
@@ -37,6 +38,11 @@ class Results:
     data: str
     runs: dict[str, dict[int, Run]]
     seeds: int
+    once: frozenset[str] = frozenset()
+
+    def wanted(self, name: str) -> int:
+        """How many runs of a reproduction are wanted."""
+        return 1 if name in self.once else self.seeds
 
     def values(self, name: str) -> dict[int, float]:
         """{seed: test error, or accuracy where the table has that}"""
@@ -53,7 +59,9 @@ class Results:
     def missing(self) -> list[str]:
         """The runs that are not there, as "reproduction seed N"."""
         names = dict.fromkeys(each.name for each in self.cells.values())
-        return [f"{n} seed {s}" for n in names for s in range(self.seeds) if s not in self.runs.get(n, {})]
+        return [
+            f"{n} seed {s}" for n in names for s in range(self.wanted(n)) if s not in self.runs.get(n, {})
+        ]
 
     def facts(self, name: str, *path: str) -> list[str]:
         """The different values of a number of result.json over the runs of a reproduction."""
@@ -62,14 +70,19 @@ class Results:
 
 
 def find_results(
-    table: Table, cells: dict[Cell, Reproduction], setting: Setting, data: str, seeds: int
+    table: Table,
+    cells: dict[Cell, Reproduction],
+    setting: Setting,
+    data: str,
+    seeds: int,
+    once: frozenset[str] = frozenset(),
 ) -> Results:
     """Read what is there."""
     runs: dict[str, dict[int, Run]] = {}
     for each in cells.values():
-        there = {seed: setting.run(each.name, seed) for seed in range(seeds)}
+        there = {seed: setting.run(each.name, seed) for seed in range(1 if each.name in once else seeds)}
         runs[each.name] = {seed: run for seed, run in there.items() if run.finished}
-    return Results(table, cells, setting, data, runs, seeds)
+    return Results(table, cells, setting, data, runs, seeds, once)
 
 
 def _statistic(table: Table) -> Any:
@@ -129,8 +142,9 @@ def _numbers(results: Results, each: Reproduction) -> list[str]:
     published = "not given" if each.published is None else f"{each.published:g}"
     ours = results.ours(each.name)
     if ours is None:
-        return [published, NOT_YET, "", "", f"0/{results.seeds}", ""]
-    count = f"{len(values)}/{results.seeds}" if len(values) < results.seeds else str(len(values))
+        return [published, NOT_YET, "", "", f"0/{results.wanted(each.name)}", ""]
+    wanted = results.wanted(each.name)
+    count = f"{len(values)}/{wanted}" if len(values) < wanted else str(len(values))
     difference = "" if each.published is None else f"{ours - each.published:+.2f}"
     singles = "  ".join(f"{value:.2f}" for value in values.values())
     return [published, f"{ours:.2f}", spread(list(values.values())), difference, count, singles]

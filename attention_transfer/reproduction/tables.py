@@ -14,6 +14,7 @@ UNITS = {"test error %": -1, "test accuracy %": 1}
 """The units with the sign of what is better."""
 
 Cell = tuple[str, str]  # row and column
+TEACHER = "teacher"  # the column of the networks that the students of a row learn from
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,13 @@ class Table:
         chosen_columns = self._named("column", self.columns, columns)
         return {cell: self.cells[cell] for row in chosen_rows for column in chosen_columns
                 if (cell := (row, column)) in self.cells}  # fmt: skip
+
+    def taught_once(self, cells: dict[Cell, Reproduction]) -> frozenset[str]:
+        """The networks that only teach in these cells: their one run, of seed 0, is the teacher of all."""
+        columns: dict[str, set[str]] = {}
+        for (_, column), each in cells.items():
+            columns.setdefault(each.name, set()).add(column)
+        return frozenset(name for name, found in columns.items() if found == {TEACHER})
 
     def _named(self, kind: str, known: dict[str, str], names: Iterable[str] | None) -> list[str]:
         if names is None:
