@@ -18,7 +18,7 @@ from attention_transfer.cli import main
 pytest.importorskip("torchdistill", reason='needs pip install -e ".[bench]"')
 bench = verb._benchmarks(Path(verb.__file__).parents[2])
 
-from benchmarks import contenders, kernels, measuring, rows, step, tables, targets  # noqa: E402
+from benchmarks import contenders, kernels, measuring, rows, step, tables, targets, terms  # noqa: E402
 from benchmarks.contenders import Floor, Inputs, make_inputs  # noqa: E402
 from benchmarks.names import (  # noqa: E402
     AUTHORS,
@@ -258,7 +258,10 @@ def quick_rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_the_quick_run_measures_every_contender(quick_rows: Path) -> None:
     found = rows.read(quick_rows)
-    assert {row.benchmark for row in found} == {"kernels", "scaling", "step", "defaults", "caffe", "startup"}
+    assert {row.benchmark for row in found} == {
+        *("kernels", "scaling", "step", "defaults", "terms", "caffe", "startup")
+    }
+    assert {row.backend for row in found if row.benchmark == "terms"} == set(terms.TERMS)
     assert {row.backend for row in found if row.benchmark == "kernels"} == {FLOOR, *kernels.TERMS}
     unmeasured = {row.backend for row in found if row.note.startswith("not measured")}
     assert unmeasured == {COMPILED}
@@ -351,7 +354,7 @@ def test_the_verb_knows_the_benchmarks() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["speed"], "bench: unknown benchmark speed. Known: kernels, step, caffe, startup."),
+        (["speed"], "bench: unknown benchmark speed. Known: kernels, step, terms, caffe, startup."),
         (["--device", "tpu"], "bench: expected --device cpu"),
         (["--output", "FOREIGN"], "bench: expected the columns benchmark,op,backend,"),
     ],
