@@ -107,7 +107,7 @@ class Recipe:
     beta_f_actt: Weight = 1.0
     """Weight of full-activation transfer, or "auto" as for beta."""
     beta_gradient: float = 1.0
-    """Weight of gradient-based attention transfer, which needs about three times a step's time and memory."""
+    """Weight of gradient-based attention transfer; docs/speed.md has what the second derivative costs."""
     beta_symmetry: float = 1.0
     """Weight of the symmetry term, which shows the student every image and its mirror image."""
     beta_min_l2: float = 1.0
