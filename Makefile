@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
-SHAPED := functional transfer_functions kernels losses taps pairs distiller preflight augment visualize
+SHAPED := functional transfer_functions kernels losses terms taps pairs distiller preflight augment visualize
 
 .PHONY: help demo test test-slow check bench schema clean
 

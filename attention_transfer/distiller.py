@@ -315,7 +315,7 @@ class Distiller(nn.Module):
             labels = torch.zeros(len(example_input), dtype=torch.long)
             return self._plan_of(Observation(self.pairs, student, teacher, labels))
 
-    def _as_teacher_sees(self, x: Images) -> Images:
+    def _as_teacher_sees(self, x: Images) -> Float[Tensor, "b channels _ _"]:
         return self.teacher_transform(x) if self.teacher_transform else x
 
     def _plan_of(self, seen: Observation | None) -> Plan:
