@@ -399,6 +399,7 @@ x, y = whole_batch()
 step(x[rank::2], y[rank::2]).backward()
 if rank == 0:
     torch.save([p.grad for p in step.module.distiller.parameters()], sys.argv[4])
+dist.barrier()  # a process that leaves while the other still speaks with it may be ended by gloo's threads
 dist.destroy_process_group()
 """
 
