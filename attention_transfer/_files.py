@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 
 
-def write_atomically(path: Path, data: bytes | str) -> None:
+def write_atomically(path: Path, data: bytes | memoryview | str, *, keep: Path | None = None) -> None:
     """Write beside `path`, then rename: at every moment `path` is the old file or the new one, whole.
+
+    With `keep` the old file is renamed to that first: for the moment between the two, there is only that.
 
     Raises:
         OSError: if it cannot be written; the old file is intact.
@@ -21,6 +23,8 @@ def write_atomically(path: Path, data: bytes | str) -> None:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            path.replace(keep)
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

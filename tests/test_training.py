@@ -215,22 +215,6 @@ def test_other_teacher_on_resume_is_refused(
         resume(run.folder, say=silent)
 
 
-@pytest.mark.parametrize("kept", [0, 1000])
-def test_damaged_checkpoint_is_refused_and_the_best_one_goes_on(
-    finished: Run, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = replace(finished.recipe, teacher=str(finished.teacher.folder), output=str(tmp_path / "run"))
-    interrupted(recipe, 6, monkeypatch)
-    run = Run(tmp_path / "run")
-    run.last_checkpoint.write_bytes(run.last_checkpoint.read_bytes()[:kept])
-    with pytest.raises(
-        ValueError, match=r"resume: expected a whole checkpoint, .*Put best\.ckpt in its place"
-    ):
-        resume(run.folder, say=silent)
-    run.best_checkpoint.replace(run.last_checkpoint)
-    assert equal(finished, resume(run.folder, say=silent))
-
-
 def test_fixed_views_are_shown_in_turn_to_students_of_any_seed(
     base: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,7 +286,8 @@ def test_finished_run_is_not_trained_again(finished: Run) -> None:
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(base: Recipe, tmp_path: Path) -> None:
     recipe = replace(base, method="none", lr=1e30, epochs=3, output=str(tmp_path / "run"))
     with pytest.raises(
-        FloatingPointError, match=r"train: expected a finite loss, got nan in epoch 1; .*Lower --lr"
+        FloatingPointError,
+        match=r"train: expected a finite loss, got none in epoch 1, batch \d, .*Lower",
     ):
         train(recipe, say=silent)
     assert not Run(tmp_path / "run").finished

@@ -187,7 +187,7 @@ class Batches:
             collate_fn=_as_it_is,
             pin_memory=self.device.type == "cuda",
         )
-        for images, labels, error in loader:
+        for images, labels, error in _or_the_reason(loader):
             if error:
                 raise ValueError(error)
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
@@ -224,6 +224,19 @@ class _Epoch(Dataset):
         except ValueError as error:
             return torch.empty(0), torch.empty(0), str(error)
         return torch.stack(decoded), self.images.labels[rows], ""
+
+
+def _or_the_reason(loader: DataLoader) -> Iterator[Any]:
+    """What the loader gives; that a worker has died, in one line."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ChildProcessError(
+            f"Batches: expected {loader.num_workers} processes that decode images, got one that died "
+            f"({error}). If memory ran out, pass fewer: num_workers=0 decodes in the training process."
+        ) from None
 
 
 def _as_it_is(batch: Any) -> Any:

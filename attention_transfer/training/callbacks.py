@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from attention_transfer.training.module import DistillationModule
 from attention_transfer.training.run import Interrupted, Run
 
-STOP_CHECK_EVERY = 10  # steps between which several processes agree whether to stop
+AGREE_EVERY = 10  # steps between which several processes agree whether to stop or to save
 
 
 class EpochLog(Callback):
@@ -47,13 +47,18 @@ def describe_epoch(row: dict[str, float], epochs: int | None) -> str:
 class Checkpoints(Checkpoint):
     """Saves last.ckpt after every epoch, and best.ckpt after each with the least validation error so far.
 
+    Within an epoch last.ckpt is saved every `minutes`, and where the next batch cannot be had: a file that
+    has vanished or a worker that died costs no step.
+
     Lightning's own ModelCheckpoint forgets the best score when the run folder has moved.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, minutes: float) -> None:
+        self.run, self.minutes = run, minutes
         self.best_error, self.best_epoch = float("inf"), 0
         self._before, self._started = 0.0, time.perf_counter()
+        self._saved = self._started
+        self._between_steps = False
 
     @property
     def wall_seconds(self) -> float:
@@ -67,7 +72,26 @@ class Checkpoints(Checkpoint):
             self.best_error = float("inf") if error is None else error
             self.best_epoch = trainer.current_epoch + 1
             trainer.save_checkpoint(self.run.best_checkpoint)
+        self._save(trainer)
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self._between_steps = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._between_steps = not trainer.is_last_batch
+        due = time.perf_counter() - self._saved >= 60 * self.minutes
+        if self._between_steps and any_process(trainer, due, batch_idx):
+            self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._between_steps and trainer.world_size == 1 and isinstance(exception, Exception):
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.run.last_checkpoint)
+        self._saved = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_error": self.best_error, "best_epoch": self.best_epoch, "seconds": self.wall_seconds}
@@ -114,11 +138,7 @@ class StopOnSignal(Checkpoint):
         self._restore()
 
     def _should_stop(self, trainer: Trainer, batch_idx: int) -> bool:
-        if trainer.world_size == 1:
-            return self.received is not None
-        if batch_idx % STOP_CHECK_EVERY:
-            return False
-        return trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
+        return any_process(trainer, self.received is not None, batch_idx)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None or self._over:
@@ -130,6 +150,15 @@ class StopOnSignal(Checkpoint):
         self._over = True  # and no more: Lightning puts `_note` back when it tidies up after an exception
         for number, handler in self._former.items():
             signal.signal(number, handler)
+
+
+def any_process(trainer: Trainer, wanted: bool, batch_idx: int) -> bool:
+    """Whether one of the processes wants it; several ask each other only every few steps."""
+    if trainer.world_size == 1:
+        return wanted
+    if batch_idx % AGREE_EVERY:
+        return False
+    return trainer.strategy.reduce_boolean_decision(wanted, all=False)
 
 
 class ProgressBar(TQDMProgressBar):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -118,10 +117,13 @@ def _fit(
 ) -> Run:
     """Train a built student in a run folder that is there, from its last checkpoint if it has one."""
     from attention_transfer.training.callbacks import Checkpoints
+    from attention_transfer.training.checkpoints import checkpoint_to_resume
     from attention_transfer.training.module import DistillationModule
 
-    last = _checkpoint_to_resume(run)
     tell = say or _print
+    if is_first_process():
+        run.sweep()
+    last = checkpoint_to_resume(run, tell)
     tell(str(splits))
     weights: str | None
     if cached is not None:
@@ -130,9 +132,10 @@ def _fit(
     else:
         distiller, weights = _with_teacher(run, recipe, splits, student, say)
     prepare(student, compiled=recipe.compile)
-    checkpoints = Checkpoints(run)
+    checkpoints = Checkpoints(run, recipe.checkpoint_minutes)
     with quiet():
         trainer = build_trainer(run, recipe, checkpoints, say)
+        _check_skipping(recipe, trainer)
         loaders = _Loaders(recipe, splits, trainer)
         if loaders.train.drop_last:
             tell("note: the last batch would hold one image; every epoch leaves it out")
@@ -166,20 +169,6 @@ def _with_teacher(
         return distiller, None
     prepare(teacher.model, compiled=recipe.compile)
     return distiller, fingerprint(teacher.model)
-
-
-def _checkpoint_to_resume(run: Run) -> Path | None:
-    """The run's last checkpoint, once it has been seen to be whole."""
-    if not run.last_checkpoint.is_file():
-        return None
-    try:
-        torch.load(run.last_checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(
-            f"resume: expected a whole checkpoint, got {run.last_checkpoint}, which is damaged "
-            f"({type(error).__name__}). Put {run.best_checkpoint.name} in its place to go on from there."
-        ) from None
-    return run.last_checkpoint
 
 
 def _train_teacher(run: Run, recipe: Recipe, splits: Splits, say: Say | None) -> Run:
@@ -232,6 +221,7 @@ def build_trainer(run: Run, recipe: Recipe, checkpoints: Checkpoints, say: Say |
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from attention_transfer.training.callbacks import EpochLog, ProgressBar, StopOnSignal
+    from attention_transfer.training.checkpoints import SafeCheckpointIO
 
     precision: Any = recipe.precision
     progress = [ProgressBar()] if say is None and sys.stdout.isatty() else []
@@ -243,6 +233,7 @@ def build_trainer(run: Run, recipe: Recipe, checkpoints: Checkpoints, say: Say |
         max_epochs=recipe.epochs,
         gradient_clip_val=recipe.gradient_clip,
         callbacks=[EpochLog(run, say or _print), checkpoints, StopOnSignal(run), *progress],
+        plugins=[SafeCheckpointIO()],
         logger=TensorBoardLogger(run.folder, name="tensorboard", version=""),
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -250,6 +241,14 @@ def build_trainer(run: Run, recipe: Recipe, checkpoints: Checkpoints, say: Say |
         enable_progress_bar=bool(progress),
         default_root_dir=run.folder,
     )
+
+
+def _check_skipping(recipe: Recipe, trainer: Trainer) -> None:
+    if recipe.not_finite == "skip" and trainer.world_size > 1:
+        raise ValueError(
+            f'train: not_finite "skip" works in one process, got {trainer.world_size}, of which each sees a '
+            "part of the batch. Leave --not-finite out, or pass --devices 1."
+        )
 
 
 def _finish(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -18,14 +18,21 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from attention_transfer._outputs import logits_of
-from attention_transfer.data import Augment, Views
+from attention_transfer.data import Augment, Batches, Views
 from attention_transfer.distiller import Distiller
 from attention_transfer.losses import Reading
 from attention_transfer.training.cached import CachedTeacher
+from attention_transfer.training.finite import (
+    LOOK_EVERY,
+    MOST_IN_A_ROW,
+    FirstBad,
+    SavedBuffers,
+    dump_batch,
+    parameters_are_finite,
+)
 from attention_transfer.training.recipe import Recipe
 from attention_transfer.training.speed import uncompiled
 
-FINITE_CHECK_EVERY = 50  # steps; looking at a loss makes the host wait for the device
 AUTO_BATCHES = 8  # first batches from which the weights that are left open are found
 
 
@@ -61,6 +68,7 @@ class DistillationModule(LightningModule):
         self.clock = Clock()
         self.learning_rate = recipe.lr
         self._found: dict[str, list[float]] = {}
+        self._first_bad, self._skipped_in_a_row = FirstBad(), 0
 
     @property
     def student(self) -> nn.Module:
@@ -87,6 +95,7 @@ class DistillationModule(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self.training_totals.clear()
+        self._first_bad.clear()
         self.clock = Clock()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -99,7 +108,7 @@ class DistillationModule(LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # Batches delivers on the device, but for the rows, which are looked up on the CPU
 
-    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Float[Tensor, ""]:
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Float[Tensor, ""] | None:
         images, labels, *rows = batch
         self.learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         inputs = self._augmented(images, *rows).contiguous(memory_format=torch.channels_last)
@@ -109,10 +118,11 @@ class DistillationModule(LightningModule):
             self._balance(inputs, labels, teacher)
         if self.global_step == 0:
             self._preflight(inputs, labels, teacher)
+        before = SavedBuffers(self.student) if self.recipe.not_finite == "skip" else None
         with self._uncompiled_if_partial(labels):
             out = self.distiller(inputs, labels, teacher=teacher)
-        if batch_idx % FINITE_CHECK_EVERY == 0:
-            self._check_finite(out.loss.item())
+        if self._to_be_skipped(out.loss, batch_idx, before):
+            return None
         wrong = (out.logits.detach().argmax(1) != labels).float().mean()
         self.training_totals.add({"loss": out.loss, **out.terms, "error": 100 * wrong}, len(labels))
         return out.loss
@@ -165,11 +175,11 @@ class DistillationModule(LightningModule):
         """The epoch that has just ended, as a row of metrics.csv; the same on every process.
 
         Raises:
-            FloatingPointError: if the loss is no longer finite.
+            FloatingPointError: if a loss was not finite.
         """
         training = self.training_totals.means(self.trainer.strategy.reduce)
         validation = self.validation_totals.means(self.trainer.strategy.reduce)
-        self._check_finite(training["loss"])
+        self._stop_if_bad()
         return {
             "epoch": self.current_epoch + 1,
             "step": self.global_step,
@@ -210,12 +220,46 @@ class DistillationModule(LightningModule):
         if self.trainer.is_global_zero and self.recipe.terms:
             self.say(str(plan))
 
-    def _check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"train: expected a finite loss, got {loss} in epoch {self.current_epoch + 1}; checkpoints/ "
-                "holds an earlier state. Lower --lr, or pass --gradient-clip 1 or --precision 32-true."
-            )
+    def _to_be_skipped(self, loss: Float[Tensor, ""], batch_idx: int, before: SavedBuffers | None) -> bool:
+        """Look at a step's loss; `before` is there where a bad one is to leave no trace."""
+        self._first_bad.note(loss, batch_idx)
+        if before is None:
+            if self.device.type == "cpu" or batch_idx % LOOK_EVERY == 0:
+                self._stop_if_bad()
+            return False
+        if self._first_bad.step() is None:
+            self._skipped_in_a_row = 0
+            return False
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > MOST_IN_A_ROW:
+            self._stop_if_bad()
+        before.restore()
+        self._first_bad.clear()
+        self.say(f"warning: skipped a batch whose loss is not finite: {self._dump(batch_idx)}")
+        return True
+
+    def _stop_if_bad(self) -> None:
+        if (batch_idx := self._first_bad.step()) is None:
+            return
+        raise FloatingPointError(
+            f"train: expected a finite loss, got none in epoch {self.current_epoch + 1}, batch "
+            f"{batch_idx + 1}, which is in {self._dump(batch_idx)}; checkpoints/ holds an earlier state. "
+            "Lower --lr, pass --gradient-clip 1 or --precision 32-true or, for bad images, --not-finite skip."
+        )
+
+    def _dump(self, batch_idx: int) -> Path:
+        """Write a batch of this epoch into the run folder."""
+        batches = self.trainer.train_dataloader
+        assert isinstance(batches, Batches)
+        rows = batches.rows(self.current_epoch)[batch_idx]
+        images, labels, *_ = next(batches.fetch([rows]))
+        name = f"epoch-{self.current_epoch + 1}-batch-{batch_idx + 1}"
+        name += f"-rank-{self.global_rank}" if self.trainer.world_size > 1 else ""
+        facts = {
+            "learning_rate": self.learning_rate,
+            "parameters_are_finite": parameters_are_finite(self.student),
+        }
+        return dump_batch(self.recipe.folder / "not-finite" / name, images, labels, rows, facts)
 
 
 class Totals:

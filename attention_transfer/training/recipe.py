@@ -140,6 +140,11 @@ class Recipe:
     """Initial BatchNorm scales: ones, or drawn from [0, 1) as in the authors' code."""
     gradient_clip: float | None = None
     """Clip the gradient to this norm."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """A loss that is infinite or not a number stops the run, or skips the batch without a trace, which looks
+    at every loss. Either way the batch is written to not-finite/ in the run folder."""
+    checkpoint_minutes: float = 15.0
+    """Minutes after which an epoch that goes on is saved too; every epoch's end is."""
     keep: Literal["last", "best"] = "last"
     """Which weights become student.safetensors: the last epoch's, or those of least validation error."""
 
@@ -420,6 +425,7 @@ _RANGES = {
     ),
     "factor": (lambda v: 0 < v <= 1, "above 0 and up to 1"),
     "gradient_clip": _POSITIVE,
+    "checkpoint_minutes": _NOT_NEGATIVE,
     "seed": _SEED,
     "split_seed": _SEED,
     "view_seed": _SEED,

@@ -128,8 +128,14 @@ class Run:
         self.check_free(overwrite=overwrite)
         if self.exists:
             shutil.rmtree(self.folder)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.recipe_file, recipe.to_yaml())
+
+    def sweep(self) -> None:
+        """Delete what a killed process has left half-written."""
+        for path in (*self.folder.glob(".*"), *self.checkpoints.glob(".*")):
+            if _is_leftover(path):
+                path.unlink()
 
     def check_free(self, *, overwrite: bool = False) -> None:
         """Make sure that no work is lost if a run is created here.
@@ -137,7 +143,7 @@ class Run:
         Raises:
             FileExistsError: if the folder holds a run that is not to be overwritten, or other files.
         """
-        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+        if not self.folder.is_dir() or all(map(_is_leftover, self.folder.iterdir())):
             return
         if not self.exists:
             raise FileExistsError(
@@ -168,3 +174,8 @@ class Run:
         writer.writeheader()
         writer.writerows([*rows, row])
         write_atomically(self.metrics_file, text.getvalue())
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a file was being written by `write_atomically` when its process was killed."""
+    return path.name.startswith(".") and path.suffix == ".tmp"

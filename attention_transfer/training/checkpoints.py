@@ -1,0 +1,79 @@
+"""Checkpoint files: written whole or not at all, with the one before kept for the day the last is damaged."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+
+from attention_transfer._files import write_atomically
+from attention_transfer.training.run import Run
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Lightning's way of writing checkpoints, which a kill or a full disk cannot leave with half of one.
+
+    Lightning's own writes into the system's folder for temporary files, from where a move to another disk is
+    a copy. What `path` held before is kept beside it, under the name that `former` gives.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write `checkpoint` to `path`.
+
+        Raises:
+            OSError: if it cannot be written; the earlier files are intact.
+        """
+        buffer, path = io.BytesIO(), Path(path)
+        torch.save(checkpoint, buffer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, buffer.getbuffer(), keep=former(path))
+
+
+def former(path: Path) -> Path:
+    """Where the checkpoint is kept that `path` held before its last one."""
+    return path.with_name(f"{path.stem}.before{path.suffix}")
+
+
+def checkpoint_to_resume(run: Run, say: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint of a run; None where it has none yet. Says which are damaged.
+
+    Raises:
+        ValueError: if there are checkpoints, and none of them is whole.
+    """
+    damaged: list[str] = []
+    for path in (run.last_checkpoint, former(run.last_checkpoint), run.best_checkpoint):
+        if not path.is_file():
+            continue
+        if reason := _damage(path):
+            damaged.append(f"{path.name} ({reason})")
+            continue
+        if damaged:
+            say(f"warning: damaged: {', '.join(damaged)}. Going on from {path.name}, the one before")
+        return path
+    if damaged:
+        raise ValueError(
+            f"resume: expected a whole checkpoint in {run.checkpoints}, got damaged ones: "
+            f"{', '.join(damaged)}. Start over with --overwrite."
+        )
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:  # checksums: torch.load does not look at them
+                return f"wrong checksum in {part}"
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        return " ".join(str(error).split())[:80] or type(error).__name__
+    needed = {"state_dict", "optimizer_states", "epoch", "global_step"}
+    return None if isinstance(state, dict) and needed <= set(state) else "no checkpoint of a run"
