@@ -503,7 +503,7 @@ def test_yaml_that_writes_numbers_as_text(tmp_path: Path) -> None:
             {"method": "ta"},
             'Recipe: expected method "none" or some of at, kd, f-actt, gradient, symmetry, min-l2, got',
         ),
-        ({"method": "at+at"}, "Recipe: expected each term once, got at twice in method 'at+at'."),
+        ({"method": "at+at"}, "Recipe: expected each name once, got at twice in method 'at+at'."),
         ({"method": "kd", "teacher": None}, 'Recipe: method "kd" needs a teacher, got none.'),
         (
             {"method": "at+symmetry", "compile": True},

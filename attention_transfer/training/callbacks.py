@@ -13,8 +13,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from attention_transfer._tables import duration
 from attention_transfer.training.module import DistillationModule
 from attention_transfer.training.run import Interrupted, Run
+from attention_transfer.training.telling import Line
 
 AGREE_EVERY = 10  # steps between which several processes agree whether to stop or to save
 
@@ -24,6 +26,10 @@ class EpochLog(Callback):
 
     def __init__(self, run: Run, say: Callable[[str], None]) -> None:
         self.run, self.say = run, say
+        self._started = 0.0, 0  # when, and how many steps had been taken before
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.perf_counter(), trainer.global_step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, DistillationModule)
@@ -32,11 +38,20 @@ class EpochLog(Callback):
             logger.log_metrics({k: v for k, v in row.items() if k != "step"}, step=trainer.global_step)
         if trainer.is_global_zero:
             self.run.write_metrics(row)
-            self.say(describe_epoch(row, trainer.max_epochs))
+            left = self._seconds_left(trainer)
+            text = describe_epoch(row, trainer.max_epochs) + (f"  {duration(left)} left" if left else "")
+            self.say(Line(text, "epoch", **row, epochs=trainer.max_epochs, seconds_left=left))
+
+    def _seconds_left(self, trainer: Trainer) -> float:
+        """By the steps that this process has taken, validation and checkpoints among them."""
+        started, before = self._started
+        taken = trainer.global_step - before
+        total = trainer.global_step / (trainer.current_epoch + 1) * (trainer.max_epochs or 0)
+        return (time.perf_counter() - started) / max(1, taken) * (total - trainer.global_step)
 
 
 def describe_epoch(row: dict[str, float], epochs: int | None) -> str:
-    """A row of metrics.csv as one readable line."""
+    """A row of metrics.csv as readable text."""
     terms = [f"{name[6:]} {value:.3f}" for name, value in row.items() if name.startswith("train/")]
     errors = [f"validation error {row['val/error']:.1f} %"] if "val/error" in row else []
     head = f"epoch {row['epoch']:.0f}/{epochs}"

@@ -218,10 +218,10 @@ def _last_batch_is_one(images: int, batch: int, processes: int) -> bool:
 def build_trainer(run: Run, recipe: Recipe, checkpoints: Checkpoints, say: Say | None) -> Trainer:
     """Lightning's trainer for a recipe, without its chatter."""
     from lightning.pytorch import Trainer
-    from lightning.pytorch.loggers import TensorBoardLogger
 
     from attention_transfer.training.callbacks import EpochLog, ProgressBar, StopOnSignal
     from attention_transfer.training.checkpoints import SafeCheckpointIO
+    from attention_transfer.training.loggers import build_loggers
 
     precision: Any = recipe.precision
     progress = [ProgressBar()] if say is None and sys.stdout.isatty() else []
@@ -234,7 +234,7 @@ def build_trainer(run: Run, recipe: Recipe, checkpoints: Checkpoints, say: Say |
         gradient_clip_val=recipe.gradient_clip,
         callbacks=[EpochLog(run, say or _print), checkpoints, StopOnSignal(run), *progress],
         plugins=[SafeCheckpointIO()],
-        logger=TensorBoardLogger(run.folder, name="tensorboard", version=""),
+        logger=build_loggers(run, recipe),
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_model_summary=False,

@@ -19,6 +19,8 @@ VALIDATION = 0.1  # share of the training images that are held out where nothing
 TERMS = ("at", "kd", "f-actt", "gradient", "symmetry", "min-l2")
 """What a method is made of, in the order of its name."""
 
+LOGGERS = ("tensorboard", "wandb", "mlflow")
+
 WITHOUT_TEACHER = ("symmetry", "min-l2")
 """Terms that only look at the student."""
 
@@ -167,6 +169,9 @@ class Recipe:
     nodes: int = 1
     """Machines that train together."""
 
+    loggers: str = "tensorboard"
+    """Where numbers and maps go besides the run folder: none, or any of tensorboard, wandb and mlflow, joined
+    by +; the last two are told where by their own environment variables, such as WANDB_MODE."""
     output: str | None = None
     """The run folder. runs/DATA-STUDENT-METHOD-SEED if not given."""
 
@@ -178,6 +183,7 @@ class Recipe:
             if value is not None and not holds(value):
                 raise ValueError(f"Recipe: expected {name} {expected}, got {value}. Change {_flag(name)}.")
         object.__setattr__(self, "method", _canonical(self.method))
+        loggers_of(self.loggers)
         self._check_teacher()
         self._check_eager()
         self._check_momentum()
@@ -324,17 +330,31 @@ def terms_of(method: str) -> tuple[str, ...]:
     Raises:
         ValueError: if there is an unknown one, or one twice.
     """
-    named = [] if method == "none" else [part.strip() for part in method.split("+")]
+    return _some_of(TERMS, "method", method)
+
+
+def loggers_of(loggers: str) -> tuple[str, ...]:
+    """The loggers that are named, in the order of `LOGGERS`.
+
+    Raises:
+        ValueError: if there is an unknown one, or one twice.
+    """
+    return _some_of(LOGGERS, "loggers", loggers)
+
+
+def _some_of(known: tuple[str, ...], field: str, text: str) -> tuple[str, ...]:
+    """The names in a sum such as "at+kd", in the order they are known in; none for "none"."""
+    named = [] if text == "none" else [part.strip() for part in text.split("+")]
     for part in named:
-        if part not in TERMS:
-            near = did_you_mean(part, (*TERMS, "none")) or "Join them by +, such as at+kd."
+        if part not in known:
+            near = did_you_mean(part, (*known, "none")) or f"Join them by +, such as {'+'.join(known[:2])}."
             raise ValueError(
-                f'Recipe: expected method "none" or some of {", ".join(TERMS)}, got {part!r} in {method!r}. '
+                f'Recipe: expected {field} "none" or some of {", ".join(known)}, got {part!r} in {text!r}. '
                 f"{near}"
             )
         if named.count(part) > 1:
-            raise ValueError(f"Recipe: expected each term once, got {part} twice in method {method!r}.")
-    return tuple(term for term in TERMS if term in named)
+            raise ValueError(f"Recipe: expected each name once, got {part} twice in {field} {text!r}.")
+    return tuple(name for name in known if name in named)
 
 
 def _canonical(method: str) -> str:

@@ -1,0 +1,97 @@
+"""The loggers that a run may have, for real: TensorBoard, Weights & Biases offline, MLflow in a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from attention_transfer.training import Recipe, Run, resume, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def silent(line: str) -> None:
+    pass
+
+
+@pytest.fixture
+def recipe(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    monkeypatch.chdir(tmp_path)
+    return Recipe(
+        student="wrn-10-1",
+        method="none",
+        data=str(image_folder),
+        epochs=2,
+        batch_size=10,
+        accelerator="cpu",
+        precision="32-true",
+        output=str(tmp_path / "run"),
+    )
+
+
+def unfinished(run: Run) -> None:
+    """As a kill after the last epoch, before the result, leaves it."""
+    run.result_file.unlink()
+
+
+def test_no_logger_leaves_metrics_alone(recipe: Recipe) -> None:
+    run = train(replace(recipe, loggers="none"), say=silent)
+    assert len(run.read_metrics()) == 2
+    assert not run.tensorboard.exists()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_wandb_gets_every_epoch_in_one_run(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = train(replace(recipe, loggers="wandb"), say=silent)
+    wandb.finish()
+    identity = json.loads((run.folder / "loggers.json").read_text())["wandb"]
+    unfinished(run)
+    resume(run.folder, say=silent)
+    wandb.finish()
+    offline = list((run.folder / "wandb").glob("offline-run-*"))
+    assert {folder.name.rpartition("-")[2] for folder in offline} == {identity}
+    written = b"".join(path.read_bytes() for folder in offline for path in folder.glob("*.wandb"))
+    assert b"train/loss" in written
+
+
+@pytest.fixture
+def mlflow(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    pytest.importorskip("sqlalchemy")
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///own.db")
+    yield mlflow
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_gets_every_epoch_in_one_run(recipe: Recipe, mlflow) -> None:  # type: ignore[no-untyped-def]
+    run = train(replace(recipe, loggers="tensorboard+mlflow"), say=silent)
+    unfinished(run)
+    resume(run.folder, say=silent)
+    client = mlflow.tracking.MlflowClient("sqlite:///own.db")
+    (experiment,) = [found for found in client.search_experiments() if found.name == "attention-transfer"]
+    (logged,) = client.search_runs([experiment.experiment_id])
+    assert logged.data.params["student"] == "wrn-10-1"
+    assert [each.value for each in client.get_metric_history(logged.info.run_id, "epoch")] == [1.0, 2.0]
+    assert run.tensorboard.is_dir()
+
+
+def test_a_logger_that_is_not_installed_names_its_extra(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"train: .*attention-transfer\[wandb\]"):
+        train(replace(recipe, loggers="wandb"), say=silent)
+
+
+def test_an_unknown_logger_lists_near_matches(recipe: Recipe) -> None:
+    with pytest.raises(
+        ValueError, match=r'expected loggers "none" or some of tensorboard, .*Did you mean tensorboard'
+    ):
+        replace(recipe, loggers="tensorbord")
