@@ -81,14 +81,14 @@ class Augment(nn.Module):
         return self.normalise(crop_and_flip(images, *views.draw(rows, view, self.pad, flip=self.flip)))
 
     def normalise(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """(x/255 - mean) / std, in float32: all that evaluation needs.
+        """(x/255 - mean) / std: all that evaluation needs; in float32, or in float64 after `.double()`.
 
         Raises:
             TypeError: if the images are not uint8.
             ValueError: if the channels do not fit mean and std.
         """
         self._check(images, pad=0)
-        return images.float().mul_(self.scale).add_(self.shift)
+        return images.to(self.scale.dtype).mul_(self.scale).add_(self.shift)
 
     def extra_repr(self) -> str:
         return f"pad={self.pad}, flip={self.flip}"
