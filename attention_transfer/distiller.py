@@ -225,6 +225,7 @@ class Distiller(nn.Module):
         y: Int[Tensor, " b"],
         *,
         teacher: Reading | None = None,
+        share: float = 1.0,
         total: Callable[[list[float]], list[float]] | None = None,
     ) -> dict[str, float]:
         """Find the weight of each term with weight "auto" on one batch, by name; nothing is changed by it.
@@ -233,8 +234,8 @@ class Distiller(nn.Module):
         `AUTO_SHARE` times the L2 norm of the cross-entropy's, over all pairs. Give the mean of a few batches
         to `settle`.
 
-        Where processes share a batch, `total` adds up squared norms over them: the weight is the same on
-        each, and that of the whole batch.
+        Where processes share a batch, `total` adds up squared norms over them, and `share` is what the means
+        of this one count for: the weight is the same on each, and that of the whole batch.
 
         Raises:
             ValueError: if a term has no gradient there.
@@ -244,8 +245,9 @@ class Distiller(nn.Module):
             return {}
         with torch.enable_grad(), untouched(self.student):
             seen = self.observe(x, y, teacher=teacher, keep_features=True)
-            labels = F.cross_entropy(seen.student.logits, y)
-            norms = [gradient_norms_at_pairs(labels, seen), *(_pull(term, seen) for term in automatic)]
+            labels = share * F.cross_entropy(seen.student.logits, y)
+            pulls = [_pull(term, seen, share) for term in automatic]
+            norms = [gradient_norms_at_pairs(labels, seen), *pulls]
         if total is not None:
             norms = [math.sqrt(square) for square in total([norm**2 for norm in norms])]
         norm, *pulls = norms
@@ -379,9 +381,9 @@ class InputTransform(nn.Module):
         return F.interpolate(x, self.size, mode="bilinear", antialias=True, align_corners=False)
 
 
-def _pull(term: Term, seen: Observation) -> float:
-    """The norm of the gradient of a term of weight 1 at the layer pairs."""
-    addend = torch.stack(list(term.contributions(seen).values())).sum()
+def _pull(term: Term, seen: Observation, share: float) -> float:
+    """The norm of the gradient of a term of weight 1 at the layer pairs; 0 where there is none."""
+    addend = share * torch.stack(list(term.contributions(seen).values())).sum()
     return gradient_norms_at_pairs(addend, seen) / term.weight if term.weight else 0.0
 
 

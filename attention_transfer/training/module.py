@@ -138,10 +138,10 @@ class DistillationModule(LightningModule):
         """Each weight that was left open is the mean over the first batches, whoever holds their images."""
 
         def total(squares: list[float]) -> list[float]:
-            ours = torch.tensor(squares, device=self.device, dtype=torch.float32) * share**2
-            return self._mean(ours).tolist()
+            return self._mean(torch.tensor(squares, device=self.device, dtype=torch.float32)).tolist()
 
-        for name, weight in self.distiller.balance(inputs, labels, teacher=teacher, total=total).items():
+        weights = self.distiller.balance(inputs, labels, teacher=teacher, share=share, total=total)
+        for name, weight in weights.items():
             found = self._found.setdefault(name, [])
             found.append(weight)
             self.distiller.settle({name: fmean(found)})
