@@ -219,12 +219,23 @@ class Distiller(nn.Module):
         self._plan = report.plan
         return report
 
-    def balance(self, x: Images, y: Int[Tensor, " b"], *, teacher: Reading | None = None) -> dict[str, float]:
+    def balance(
+        self,
+        x: Images,
+        y: Int[Tensor, " b"],
+        *,
+        teacher: Reading | None = None,
+        share: float = 1.0,
+        total: Callable[[list[float]], list[float]] | None = None,
+    ) -> dict[str, float]:
         """Find the weight of each term with weight "auto" on one batch, by name; nothing is changed by it.
 
         With that weight the gradient of the term with respect to the student's activations at the pairs has
         `AUTO_SHARE` times the L2 norm of the cross-entropy's, over all pairs. Give the mean of a few batches
         to `settle`.
+
+        Where processes share a batch, `total` adds up squared norms over them, and `share` is what the means
+        of this one count for: the weight is the same on each, and that of the whole batch.
 
         Raises:
             ValueError: if a term has no gradient there.
@@ -234,9 +245,14 @@ class Distiller(nn.Module):
             return {}
         with torch.enable_grad(), untouched(self.student):
             seen = self.observe(x, y, teacher=teacher, keep_features=True)
-            labels = F.cross_entropy(seen.student.logits, y)
-            norm = gradient_norms_at_pairs(labels, seen)
-            return {term.name: AUTO_SHARE * norm / _pull(term, seen) for term in automatic}
+            labels = share * F.cross_entropy(seen.student.logits, y)
+            pulls = [_pull(term, seen, share) for term in automatic]
+            norms = [gradient_norms_at_pairs(labels, seen), *pulls]
+        if total is not None:
+            norms = [math.sqrt(square) for square in total([norm**2 for norm in norms])]
+        norm, *pulls = norms
+        _check_pulls(automatic, pulls)
+        return {term.name: AUTO_SHARE * norm / pull for term, pull in zip(automatic, pulls, strict=True)}
 
     def settle(self, weights: Mapping[str, float]) -> None:
         """Set the weights of terms, by name: those that `balance` found, or those of a run that goes on.
@@ -365,15 +381,19 @@ class InputTransform(nn.Module):
         return F.interpolate(x, self.size, mode="bilinear", antialias=True, align_corners=False)
 
 
-def _pull(term: Term, seen: Observation) -> float:
-    """The norm of the gradient of a term of weight 1 at the layer pairs."""
-    addend = torch.stack(list(term.contributions(seen).values())).sum()
-    if not (pull := gradient_norms_at_pairs(addend, seen) / term.weight if term.weight else 0.0):
-        raise ValueError(
-            f'balance: expected a gradient of the term "{term.name}" at the layer pairs, got none. '
-            'Give it a weight in place of "auto", and see what `preflight` says of it.'
-        )
-    return pull
+def _pull(term: Term, seen: Observation, share: float) -> float:
+    """The norm of the gradient of a term of weight 1 at the layer pairs; 0 where there is none."""
+    addend = share * torch.stack(list(term.contributions(seen).values())).sum()
+    return gradient_norms_at_pairs(addend, seen) / term.weight if term.weight else 0.0
+
+
+def _check_pulls(terms: Sequence[Term], pulls: Sequence[float]) -> None:
+    for term, pull in zip(terms, pulls, strict=True):
+        if not pull:
+            raise ValueError(
+                f'balance: expected a gradient of the term "{term.name}" at the layer pairs, got none. '
+                'Give it a weight in place of "auto", and see what `preflight` says of it.'
+            )
 
 
 def _precision(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:

@@ -40,6 +40,7 @@ ALLOWED = {
             "models",
             "pairs",
             "plan",
+            "preflight",
             "schedules",
             "taps",
         )

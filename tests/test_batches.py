@@ -81,10 +81,9 @@ def test_ranks_share_one_global_batch(count, world_size):
     whole = seen(Batches(numbered(count), 4 * world_size, shuffle=True))
     assert len({len(batches) for batches in ranks}) == 1
     for step, expected in enumerate(whole):
-        assert len({len(batches[step]) for batches in ranks}) == 1
-        together = [label for batches in ranks for label in batches[step]]
-        assert set(expected) <= set(together)
-        assert len(together) - len(expected) < world_size
+        shares = [batches[step] for batches in ranks]
+        assert shares == [expected[rank::world_size] for rank in range(world_size)]
+        assert Batches(numbered(count), 4, shuffle=True, world_size=world_size).whole(step) == len(expected)
 
 
 def test_drop_last_over_ranks():

@@ -269,7 +269,7 @@ def test_two_processes_read_the_maps_of_their_own_images(
     recipe: Recipe, live: Recipe, tmp_path: Path
 ) -> None:
     """With next to no learning rate, the epoch's mean term is that of a live teacher over both shares."""
-    two = replace(recipe, method="at", devices=2, epochs=1, lr=1e-12, batch_size=5)
+    two = replace(recipe, method="at", devices=2, epochs=1, lr=1e-12, batch_size=10)
     (tmp_path / "recipe.yaml").write_text(two.to_yaml())
     (tmp_path / "main.py").write_text(TWO_PROCESSES)
     command = [sys.executable, str(tmp_path / "main.py"), str(tmp_path / "recipe.yaml")]

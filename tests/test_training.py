@@ -225,8 +225,10 @@ def test_fixed_views_are_shown_in_turn_to_students_of_any_seed(
     seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
     original = DistillationModule._augmented
 
-    def recorded(self: DistillationModule, images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        seen.append((self.current_epoch, rows, original(self, images, rows)))
+    def recorded(
+        self: DistillationModule, images: torch.Tensor, index: int, rows: torch.Tensor
+    ) -> torch.Tensor:
+        seen.append((self.current_epoch, rows, original(self, images, index, rows)))
         return seen[-1][2]
 
     monkeypatch.setattr(DistillationModule, "_augmented", recorded)
@@ -373,7 +375,7 @@ def test_last_batch_of_one_is_left_out(base: Recipe, tmp_path: Path) -> None:
     )
     run = train(recipe, say=lines.append)
     assert run.read_metrics()[0]["step"] == "2"
-    assert any("would hold one image" in line for line in lines)
+    assert any("would leave a process less than two images" in line for line in lines)
 
 
 def test_existing_run_folder(finished: Run, base: Recipe, tmp_path: Path) -> None:

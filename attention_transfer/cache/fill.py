@@ -28,11 +28,14 @@ class Filler:
         batches: the training images, with the cache's views.
         look: from images, their rows and the view's number to the teacher's logits and the energy map at each
             layer of the cache.
+        todo: the files that are to be filled; by default all that are missing.
     """
 
-    def __init__(self, cache: Cache, batches: Batches, look: Look) -> None:
+    def __init__(
+        self, cache: Cache, batches: Batches, look: Look, todo: Sequence[Shard] | None = None
+    ) -> None:
         self.cache, self.batches, self.look = cache, batches, look
-        self.todo = cache.missing()
+        self.todo = cache.missing() if todo is None else todo
 
     @property
     def images(self) -> int:

@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except Interrupted as stop:
-        return stop.exit_status
+        return _status(stop.exit_status)
     except KeyboardInterrupt:
-        return 130
+        return _status(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -44,6 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{PROGRAM}: {_describe(error)}", file=sys.stderr)
         return 2
+
+
+def _status(stopped: int) -> int:
+    """The exit status after a stop: of several processes the first speaks for all.
+
+    Lightning kills the first as soon as one that it started leaves with another status than 0, be it that
+    the first still has something to say.
+    """
+    from attention_transfer.training.processes import is_first_process
+
+    return stopped if is_first_process() else 0
 
 
 def _dispatch(arguments: list[str]) -> int:

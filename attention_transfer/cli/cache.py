@@ -19,6 +19,7 @@ from attention_transfer.training.recipe import CACHED, Recipe, field_types
 if TYPE_CHECKING:
     from attention_transfer.cache import Cache
 
+_PLACES = ("devices", "nodes")
 VIEWS = 4  # of each image, where nothing else is asked for
 
 SUMMARIES = {
@@ -55,7 +56,8 @@ def _build(arguments: list[str]) -> None:
     resumed, output, keep_memory = (flags.pop(name) for name in ("resume", "output", "keep_memory"))
     if resumed:
         _check_alone(arguments)
-        flags, output = _settings_of(Path(resumed), flags["views"]), resumed
+        places = {name: flags[name] for name in _PLACES}
+        flags, output = {**_settings_of(Path(resumed), flags["views"]), **places}, resumed
     elif not output or not flags["teacher"]:
         raise UsageError("cache build: expected --teacher and -o. `cache build --help` explains them.")
     layers, dtype = flags.pop("layers"), flags.pop("dtype")
@@ -73,19 +75,25 @@ def _start(folder: Path, recipe: Recipe, layers: list[str] | None, dtype: Stored
         govern_memory(recipe, keep=keep_memory)
         cache = build_cache(recipe, folder, layers=layers, dtype=dtype, say=line.print, progress=line.show)
     except KeyboardInterrupt:
+        from attention_transfer.training.processes import is_first_process
+
         line.clear()
-        if (folder / "cache.json").exists():
+        if (folder / "cache.json").exists() and is_first_process():
             command = f"{PROGRAM} cache build --resume {folder}"
             print(f"\nStopped; nothing is lost. Go on with: {command}", file=sys.stderr)
         raise
     line.clear()
+    from attention_transfer.training.processes import is_first_process
+
+    if not is_first_process():
+        return
     print(f"cache: {folder.absolute()}, {_state(cache)}")
     print(f"train from it: {PROGRAM} train --cache {folder} --data {recipe.data} --student NAME")
 
 
 def _check_alone(arguments: list[str]) -> None:
     """A cache that is gone on with keeps its settings: other flags would be ignored without a word."""
-    allowed = ("--resume", "--views", "--keep")
+    allowed = ("--resume", "--views", "--keep", *(f"--{name}" for name in _PLACES))
     others = [word for word in arguments if word.startswith("-") and not word.startswith(allowed)]
     if others:
         raise UsageError(
@@ -127,10 +135,11 @@ def _add_recipe_fields(parser: Any) -> None:
         "teacher": "The teacher: a run folder, a weights file, or a name with --teacher-weights.",
         "views": f"Crops and flips of each image to store; {VIEWS} if not given.",
         "split_seed": "Seed of the validation split and of what --max-train picks; 0 if not given.",
-        "batch_size": "Images that the teacher sees at a time.",
+        "batch_size": "Images that the teacher sees at a time, on each device.",
+        "devices": "Devices on each machine, which share the work. All GPUs, or one CPU process.",
     }
     for field in fields(Recipe):
-        if field.name in CACHED or field.name == "views":
+        if field.name in (*CACHED, *_PLACES, "views"):
             default = None if field.name == "teacher" else field.default
             flag = "--" + field.name.replace("_", "-")
             parser.add_argument(flag, type=types[field.name], default=default, help=texts[field.name])

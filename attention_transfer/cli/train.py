@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from attention_transfer._extras import require
 from attention_transfer.cli.memory import add_memory_flag, govern_memory
 from attention_transfer.cli.parsing import PROGRAM, UsageError, one_line, parse, verb_parser
-from attention_transfer.training.recipe import Recipe, field_types
+from attention_transfer.training.recipe import PLACES, Recipe, field_types
 from attention_transfer.training.run import Interrupted, Run
 
 _OPTIONS = ("config", "print_config", "resume", "overwrite", "keep_memory")  # flags that no recipe holds
@@ -28,20 +28,25 @@ def run(arguments: list[str]) -> None:
     if options["resume"]:
         _check_alone(arguments)
         folder = Path(options["resume"])
-        _start(folder, lambda: _resume(folder, options["keep_memory"]))
+        places = {name: flags[name] for name in PLACES if _is_named(name, arguments)}
+        _start(folder, lambda: _resume(folder, options["keep_memory"], places))
         return
     _start(recipe.folder, lambda: _train_new(recipe, options["overwrite"], options["keep_memory"]))
 
 
 def _check_alone(arguments: list[str]) -> None:
     """A resumed run follows its own recipe: other flags would be ignored without a word."""
-    allowed = ("--resume", "--keep-memory", "--keep_memory")
+    allowed = ("--resume", "--keep-memory", "--keep_memory", *(f"--{name}" for name in PLACES))
     others = [word for word in arguments if word.startswith("--") and not word.startswith(allowed)]
     if others:
         raise UsageError(
             f"train: --resume goes on with the run's own recipe, got {others[0]} beside it. "
             "For other settings start a new run: --config RUN/recipe.yaml --output ..."
         )
+
+
+def _is_named(name: str, arguments: list[str]) -> bool:
+    return any(word.partition("=")[0] == f"--{name}" for word in arguments)
 
 
 def _train_new(recipe: Recipe, overwrite: bool, keep_memory: bool) -> Run:
@@ -51,16 +56,16 @@ def _train_new(recipe: Recipe, overwrite: bool, keep_memory: bool) -> Run:
     return train(recipe, overwrite=overwrite)
 
 
-def _resume(folder: Path, keep_memory: bool) -> Run:
+def _resume(folder: Path, keep_memory: bool, places: dict[str, Any]) -> Run:
     run = Run(folder)
-    recipe = run.recipe  # an answer before the long imports
+    recipe = replace(run.recipe, **places)  # an answer before the long imports
     if run.finished:
         print(f"{folder} is finished; nothing is left to do.")
         return run
     from attention_transfer.training.fit import resume
 
     govern_memory(recipe, keep=keep_memory)
-    return resume(folder)
+    return resume(folder, **places)
 
 
 def _start(folder: Path, work: Callable[[], Run]) -> None:
@@ -68,11 +73,13 @@ def _start(folder: Path, work: Callable[[], Run]) -> None:
     try:
         run = work()
     except (Interrupted, KeyboardInterrupt):
-        if Run(folder).exists:
+        from attention_transfer.training.processes import is_first_process
+
+        if Run(folder).exists and is_first_process():
             command = f"{PROGRAM} train --resume {folder}"
             print(f"\nStopped; nothing is lost. Go on with: {command}", file=sys.stderr)
         raise
-    from attention_transfer.training.fit import is_first_process
+    from attention_transfer.training.processes import is_first_process
 
     if not is_first_process():
         return
@@ -113,7 +120,7 @@ def _alike_alone(one: Recipe, other: Recipe) -> bool:
     """Whether two recipes are one but for the teacher; what one leaves to the data, a cache may have said."""
     ours, theirs = asdict(one.alone()), asdict(other.alone())
     left_open = {name for name in ("pad", "flip") if None in (ours[name], theirs[name])}
-    return {name for name in ours if ours[name] != theirs[name]} <= left_open
+    return {name for name in ours if ours[name] != theirs[name]} <= left_open | set(PLACES)
 
 
 def _against(alone: Run, error: float) -> str:

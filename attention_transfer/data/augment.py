@@ -48,17 +48,26 @@ class Augment(nn.Module):
         self.register_buffer("shift", (-centre / spread).float(), persistent=False)
 
     def forward(
-        self, images: UInt8[Tensor, "b c h w"], generator: torch.Generator | None = None
+        self,
+        images: UInt8[Tensor, "b c h w"],
+        generator: torch.Generator | None = None,
+        *,
+        whole: int | None = None,
+        share: slice = slice(None),
     ) -> Float[Tensor, "b c h w"]:
         """Augment and normalise; `generator` (on the CPU) defaults to torch's global one.
+
+        Where the images are the `share` of a batch of `whole` images that several processes hold, the numbers
+        are drawn for all of it, so that each image looks as it would in one process.
 
         Raises:
             TypeError: if the images are not uint8.
             ValueError: if the channels do not fit mean and std, or the images are too small for the padding.
         """
         self._check(images)
-        offsets, flips = draw(len(images), self.pad, flip=self.flip, generator=generator)
-        return self.normalise(crop_and_flip(images, offsets, flips))
+        count = len(images) if whole is None else whole
+        offsets, flips = draw(count, self.pad, flip=self.flip, generator=generator)
+        return self.normalise(crop_and_flip(images, offsets[:, share], flips[share]))
 
     def view(
         self, images: UInt8[Tensor, "b c h w"], rows: Int64[Tensor, " b"], views: Views, view: int
@@ -72,14 +81,14 @@ class Augment(nn.Module):
         return self.normalise(crop_and_flip(images, *views.draw(rows, view, self.pad, flip=self.flip)))
 
     def normalise(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """(x/255 - mean) / std, in float32: all that evaluation needs.
+        """(x/255 - mean) / std: all that evaluation needs; in float32, or in float64 after `.double()`.
 
         Raises:
             TypeError: if the images are not uint8.
             ValueError: if the channels do not fit mean and std.
         """
         self._check(images, pad=0)
-        return images.float().mul_(self.scale).add_(self.shift)
+        return images.to(self.scale.dtype).mul_(self.scale).add_(self.shift)
 
     def extra_repr(self) -> str:
         return f"pad={self.pad}, flip={self.flip}"

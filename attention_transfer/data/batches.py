@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,9 +30,9 @@ class Batches:
     processes.
 
     Each pass is one epoch, and the next pass is the next epoch, unless `set_epoch` says otherwise. A global
-    batch of `batch_size * world_size` images is dealt out to the ranks, so that the ranks together see what
-    one rank with the larger batch would see. Every rank gets equally many batches of equal size: where the
-    images do not divide by `world_size`, up to `world_size - 1` of them are used twice.
+    batch of `batch_size * world_size` images is dealt out to the ranks like cards, so that the ranks together
+    see what one rank with the larger batch would see, each image once. Every rank gets equally many batches;
+    in a last batch that does not divide by `world_size` the shares differ by one image, and may be empty.
 
     Args:
         images: what to iterate over.
@@ -100,6 +99,11 @@ class Batches:
             self._advance_to(delivered)
             yield batch
 
+    def whole(self, index: int) -> int:
+        """How many images all ranks together have in batch `index` of an epoch."""
+        full = self.batch_size * self.world_size
+        return min(full, len(self.images) - index * full)
+
     batch_sampler = None  # Lightning looks for one beside a sampler
 
     @property
@@ -137,8 +141,6 @@ class Batches:
         order = self._order(epoch)
         if self.drop_last:
             order = order[: len(self) * self.batch_size * self.world_size]
-        total = math.ceil(len(order) / self.world_size) * self.world_size
-        order = order.repeat(math.ceil(total / len(order)))[:total]
         return [
             chunk[self.rank :: self.world_size] for chunk in order.split(self.batch_size * self.world_size)
         ]
@@ -218,6 +220,8 @@ class _Epoch(Dataset):
         self.epoch = epoch
 
     def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor, str]:
+        if not rows:
+            return torch.empty(0, *self.images.shape, dtype=torch.uint8), self.images.labels[:0], ""
         # An exception would arrive wrapped in the worker's traceback; a message arrives as it is.
         try:
             decoded = [self.images.decode(row, seed=self.seed, epoch=self.epoch) for row in rows]

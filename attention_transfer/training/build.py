@@ -9,8 +9,11 @@ from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from attention_transfer._outputs import logits_of
+from attention_transfer._untouched import untouched
 from attention_transfer.data import Augment, Splits, Views, load_data
 from attention_transfer.distiller import Distiller, InputTransform
 from attention_transfer.losses import (
@@ -26,6 +29,7 @@ from attention_transfer.models import build_model, load_weights, pretrained_stat
 from attention_transfer.pairs import Pair
 from attention_transfer.schedules import Schedule, parse_schedules
 from attention_transfer.training.card import ModelCard
+from attention_transfer.training.processes import is_first_process
 from attention_transfer.training.recipe import TERMS, VALIDATION, Recipe, parse_pairs
 from attention_transfer.training.run import Run
 
@@ -73,7 +77,9 @@ def _build(
         pretrained=weights == "pretrained",
     )
     if weights not in (None, "pretrained"):
-        print(load_weights(model, weights, strict=strict), flush=True)
+        loaded = load_weights(model, weights, strict=strict)
+        if is_first_process():
+            print(loaded, flush=True)
     return model
 
 
@@ -210,6 +216,15 @@ def build_distiller(
         teacher_transform=teacher.transform,
         teacher_dtype=TEACHER_DTYPES.get(recipe.teacher_precision),
     )
+
+
+def has_unused_parameters(student: nn.Module, example: Float[Tensor, "b c h w"]) -> bool:
+    """Whether a parameter that is to be trained is out of reach of the student's logits."""
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    with untouched(student, training=True):
+        answer = logits_of(student(example), user="train").sum()
+        gradients = torch.autograd.grad(answer, parameters, allow_unused=True)
+    return any(gradient is None for gradient in gradients)
 
 
 def build_terms(recipe: Recipe) -> list[Term]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -11,16 +11,23 @@ from typing import NoReturn
 
 from attention_transfer._choices import Stored
 from attention_transfer._tables import duration
-from attention_transfer.cache import Cache, Filler, Layout, Manifest, megabytes
+from attention_transfer.cache import Cache, Filler, Layout, Manifest, Shard, megabytes
 from attention_transfer.data import Batches, Splits, Views, data_fingerprint
 from attention_transfer.training.build import build_teacher, load_splits
 from attention_transfer.training.onlooker import Onlooker
+from attention_transfer.training.processes import (
+    Processes,
+    Say,
+    is_first_process,
+    join,
+    local_device,
+    only_first,
+    quiet,
+)
 from attention_transfer.training.recipe import CACHED, IMAGES, VALIDATION, Recipe
 from attention_transfer.training.speed import choose_speed
 
 SHARD_BYTES = 64 << 20  # seconds of work, so that a kill costs no more
-
-Say = Callable[[str], None]
 
 
 def build_cache(
@@ -47,6 +54,7 @@ def build_cache(
         FileExistsError: if the folder holds other files.
         OSError: if it does not fit on the disk, or cannot be written; what is stored is whole.
     """
+    say, progress = only_first(say), only_first(progress)
     speed = choose_speed(recipe)
     recipe = replace(_settled(recipe), precision=speed.precision)
     splits = load_splits(recipe)
@@ -54,11 +62,17 @@ def build_cache(
     say(str(speed))
     teacher = build_teacher(recipe, splits, lambda: _no_weights(recipe))
     assert teacher is not None  # the recipe's method has one
-    onlooker = Onlooker.of(recipe, splits, teacher, layers)
+    onlooker = Onlooker.of(recipe, splits, teacher, layers, local_device(recipe))
     settings = {name: getattr(recipe, name) for name in CACHED}
     manifest = describe(recipe, splits, onlooker, dtype)
-    cache = Cache.create(folder, replace(manifest, settings=settings | {"layers": layers, "dtype": dtype}))
-    _fill(cache, recipe, splits, onlooker, say, progress)
+    manifest = replace(manifest, settings=settings | {"layers": layers, "dtype": dtype})
+    if is_first_process():
+        Cache.create(folder, manifest)
+    with quiet():
+        processes = join(recipe)
+    processes.wait()
+    cache = Cache.read(folder)
+    _fill(cache, recipe, splits, onlooker, processes, say, progress)
     return cache
 
 
@@ -108,7 +122,16 @@ def describe(recipe: Recipe, splits: Splits, onlooker: Onlooker, dtype: Stored) 
     return replace(manifest, shard_images=max(1, SHARD_BYTES // Layout.of(manifest).bytes))
 
 
-def _fill(cache: Cache, recipe: Recipe, splits: Splits, onlooker: Onlooker, say: Say, progress: Say) -> None:
+def _fill(
+    cache: Cache,
+    recipe: Recipe,
+    splits: Splits,
+    onlooker: Onlooker,
+    processes: Processes,
+    say: Say,
+    progress: Say,
+) -> None:
+    """Add what is missing; several processes deal the files out among themselves."""
     views = Views(cache.manifest.views, cache.manifest.view_seed)
     batches = Batches(
         splits.train,
@@ -118,33 +141,43 @@ def _fill(cache: Cache, recipe: Recipe, splits: Splits, onlooker: Onlooker, say:
         workers=recipe.num_workers,
         views=views,
     )
-    filler = Filler(cache, batches, lambda images, rows, view: onlooker(images, rows, view, views))
+    missing = cache.missing()
+    processes.wait()  # until all of them have looked, and before any of them writes
+    filler = Filler(
+        cache,
+        batches,
+        lambda images, rows, view: onlooker(images, rows, view, views),
+        missing[processes.rank :: processes.size],
+    )
     if filler.todo:
-        _announce(filler, say)
-        filler.run(_Meter(filler.images, progress))
+        _announce(filler, missing, processes.size, say)
+        filler.run(_Meter(sum(map(len, missing)), processes.size, progress))
+    processes.wait()
 
 
-def _announce(filler: Filler, say: Say) -> None:
+def _announce(filler: Filler, missing: Sequence[Shard], processes: int, say: Say) -> None:
     """What is to be done, and what it will take, before it starts."""
     facts, size = filler.cache.manifest, filler.cache.layout.bytes
     layers = ", ".join(f"{stage.name} {'x'.join(map(str, stage.shape[1:]))}" for stage in facts.layers)
     say(f"{facts.teacher} at {layers}, as {facts.dtype}: {size:,} bytes a record")
-    rate = filler.images_per_second()
+    rate = filler.images_per_second() * processes
+    images, stored = sum(map(len, missing)), megabytes(sum(shard.bytes for shard in missing))
+    shared = f" on {processes} processes" if processes > 1 else ""
     say(
-        f"{filler.images:,} of {facts.images * facts.views:,} records to go: {megabytes(filler.bytes)}, "
-        f"about {duration(filler.images / rate)} at {rate:,.0f} images/s"
+        f"{images:,} of {facts.images * facts.views:,} records to go: {stored}, "
+        f"about {duration(images / rate)} at {rate:,.0f} images/s{shared}"
     )
 
 
 class _Meter:
-    """Says how far it is."""
+    """Says how far it is; of several processes each is taken to be as far as this one."""
 
-    def __init__(self, total: int, show: Say) -> None:
-        self.total, self.show = total, show
+    def __init__(self, total: int, processes: int, show: Say) -> None:
+        self.total, self.processes, self.show = total, processes, show
         self.done, self.start = 0, time.perf_counter()
 
     def __call__(self, count: int) -> None:
-        self.done += count
+        self.done = min(self.total, self.done + count * self.processes)
         rate = self.done / (time.perf_counter() - self.start)
         left = duration((self.total - self.done) / rate)
         self.show(f"{self.done:,} of {self.total:,} records, {rate:,.0f} images/s, {left} left")

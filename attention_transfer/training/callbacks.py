@@ -130,7 +130,9 @@ class StopOnSignal(Checkpoint):
         self._former: dict[int, Any] = {}
         self._over = False
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # After Lightning has put its own handlers, which speak with the other processes at any moment, even
+        # in the midst of a step; these agree between steps.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._former[number] = signal.signal(number, self._note)

@@ -35,7 +35,7 @@ def evaluate_model(
     Raises:
         ValueError: if there are no images, or the labels name classes that the model does not have.
     """
-    model.eval().to(device).to(memory_format=torch.channels_last)
+    model.eval().to(device, torch.float32).to(memory_format=torch.channels_last)
     predictions, labels, hits = [], [], []
     for images, targets in batches:
         logits = logits_of(model(normalise(images.to(device))), user="evaluate_model").float().cpu()

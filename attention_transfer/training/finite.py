@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attention_transfer._files import write_atomically
 
-LOOK_EVERY = 50  # steps on a GPU, where looking at a loss makes the host wait; on a CPU it is every step
+LOOK_EVERY = 50  # steps, where looking at a loss makes a host wait for its device or for other processes
 MOST_IN_A_ROW = 10  # batches that may be skipped in a row: after so many it is not the batches
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sized
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,17 +23,29 @@ from attention_transfer.training.build import (
     build_student,
     build_teacher,
     build_views,
+    has_unused_parameters,
     load_splits,
 )
 from attention_transfer.training.cached import CachedTeacher, take_over
 from attention_transfer.training.card import ModelCard
 from attention_transfer.training.evaluation import evaluate_model
-from attention_transfer.training.recipe import Recipe
+from attention_transfer.training.processes import (
+    Processes,
+    Say,
+    count,
+    is_first_process,
+    join,
+    layout,
+    only_first,
+    quiet,
+)
+from attention_transfer.training.recipe import AUTO, Recipe
 from attention_transfer.training.run import Run
 from attention_transfer.training.speed import choose_speed, prepare, uncompiled
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import Strategy
 
     from attention_transfer.distiller import Distiller
     from attention_transfer.training.callbacks import Checkpoints
@@ -44,16 +53,13 @@ if TYPE_CHECKING:
 
 EVALUATION_BATCH = 250
 
-Say = Callable[[str], None]
-
 
 def _print(line: str) -> None:
     """Print a line, above the progress bar if there is one."""
     from tqdm import tqdm
 
-    if is_first_process():
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def train(recipe: Recipe, *, overwrite: bool = False, say: Say | None = None) -> Run:
@@ -78,16 +84,19 @@ def train(recipe: Recipe, *, overwrite: bool = False, say: Say | None = None) ->
     splits = load_splits(recipe)
     student = build_student(recipe, splits)
     cached = CachedTeacher.of(recipe, splits, student) if recipe.cache else None
+    _check_share(recipe)
     speed = choose_speed(recipe)
     recipe = replace(recipe, precision=speed.precision)  # what the folder keeps repeats the run anywhere
     if is_first_process():
         run.create(recipe, overwrite=overwrite)
-    (say or _print)(str(speed))
-    return _fit(run, recipe, splits, student, cached, say)
+    only_first(say or _print)(str(speed))
+    return _fit(run, recipe, splits, student, cached, _join(run, recipe), say)
 
 
-def resume(folder: str | Path, *, say: Say | None = None) -> Run:
+def resume(folder: str | Path, *, say: Say | None = None, **places: Any) -> Run:
     """Go on with an interrupted run, exactly where it stopped; a finished run is returned as it is.
+
+    `places` are fields of the recipe in `PLACES`, where it is to go on elsewhere than it was begun.
 
     Raises:
         FileNotFoundError: if the folder is not a run folder.
@@ -97,14 +106,33 @@ def resume(folder: str | Path, *, say: Say | None = None) -> Run:
     run = Run(Path(folder).absolute())
     if run.finished:
         return run
-    recipe = take_over(replace(run.recipe, output=str(run.folder)))
+    recipe = take_over(replace(run.recipe, **places, output=str(run.folder)))
     splits = load_splits(recipe)
     student = build_student(recipe, splits)
     cached = CachedTeacher.of(recipe, splits, student) if recipe.cache else None
+    _check_share(recipe)
     speed = choose_speed(recipe)
     recipe = replace(recipe, precision=speed.precision)
-    (say or _print)(str(speed))
-    return _fit(run, recipe, splits, student, cached, say)
+    only_first(say or _print)(str(speed))
+    return _fit(run, recipe, splits, student, cached, _join(run, recipe), say)
+
+
+def _check_share(recipe: Recipe) -> None:
+    """Raise ValueError if a batch cannot be shared, before any other process is started."""
+    Processes(size=count(recipe)).share_of(recipe.batch_size)
+
+
+def _join(run: Run, recipe: Recipe) -> Processes:
+    """All processes of a run, once each sees its folder."""
+    with quiet():
+        processes = join(recipe)
+    processes.wait()
+    if not run.exists:
+        raise ValueError(
+            f"train: expected the run folder on every machine, got no {run.folder} here. "
+            "Pass an --output on a disk that all of them share."
+        )
+    return processes
 
 
 def _fit(
@@ -113,6 +141,7 @@ def _fit(
     splits: Splits,
     student: nn.Module,
     cached: CachedTeacher | None,
+    processes: Processes,
     say: Say | None,
 ) -> Run:
     """Train a built student in a run folder that is there, from its last checkpoint if it has one."""
@@ -120,31 +149,33 @@ def _fit(
     from attention_transfer.training.checkpoints import checkpoint_to_resume
     from attention_transfer.training.module import DistillationModule
 
-    tell = say or _print
+    tell = only_first(say or _print)
     if is_first_process():
         run.sweep()
     last = checkpoint_to_resume(run, tell)
     tell(str(splits))
+    if processes.size > 1:
+        tell(processes.plan(recipe.batch_size))
     weights: str | None
     if cached is not None:
         tell(str(cached))
         distiller, weights = cached.distiller(recipe, student), cached.fingerprint
     else:
-        distiller, weights = _with_teacher(run, recipe, splits, student, say)
+        distiller, weights = _with_teacher(run, recipe, splits, student, processes, say)
+    strategy = build_strategy(recipe, distiller, splits, processes)
     prepare(student, compiled=recipe.compile)
     checkpoints = Checkpoints(run, recipe.checkpoint_minutes)
     with quiet():
-        trainer = build_trainer(run, recipe, checkpoints, say)
-        _check_skipping(recipe, trainer)
-        loaders = _Loaders(recipe, splits, trainer)
+        _check_skipping(recipe, processes)
+        trainer = build_trainer(run, recipe, strategy, checkpoints, tell)
+        loaders = _Loaders(recipe, splits, processes, trainer.strategy.root_device)
         if loaders.train.drop_last:
-            tell("note: the last batch would hold one image; every epoch leaves it out")
+            tell("note: the last batch would leave a process less than two images; every epoch goes without")
         module = DistillationModule(
             recipe,
             distiller,
             build_augment(recipe, splits),
-            len(loaders.train),
-            views=loaders.train.views,
+            loaders.train,
             cached=cached,
             teacher=weights,
             say=tell,
@@ -155,15 +186,15 @@ def _fit(
             raise KeyboardInterrupt from None
     if trainer.is_global_zero:
         _finish(run, recipe, splits, module, checkpoints)
-    trainer.strategy.barrier()
+    processes.wait()
     return run
 
 
 def _with_teacher(
-    run: Run, recipe: Recipe, splits: Splits, student: nn.Module, say: Say | None
+    run: Run, recipe: Recipe, splits: Splits, student: nn.Module, processes: Processes, say: Say | None
 ) -> tuple[Distiller, str | None]:
     """The student beside its teacher, which is trained first where need be, and the teacher's fingerprint."""
-    teacher = build_teacher(recipe, splits, lambda: _train_teacher(run, recipe, splits, say))
+    teacher = build_teacher(recipe, splits, lambda: _train_teacher(run, recipe, splits, processes, say))
     distiller = build_distiller(recipe, student, teacher, torch.zeros(2, *splits.shape))
     if teacher is None:
         return distiller, None
@@ -171,51 +202,74 @@ def _with_teacher(
     return distiller, fingerprint(teacher.model)
 
 
-def _train_teacher(run: Run, recipe: Recipe, splits: Splits, say: Say | None) -> Run:
+def _train_teacher(run: Run, recipe: Recipe, splits: Splits, processes: Processes, say: Say | None) -> Run:
     """Train the teacher inside the run folder, or go on with it, or take it as it is there."""
     if run.teacher.finished:
         return run.teacher
-    teacher_recipe = recipe.for_teacher()
-    (say or _print)(f"First the teacher: {recipe.teacher}, epochs: {teacher_recipe.epochs}")
+    teacher_recipe, tell = recipe.for_teacher(), only_first(say or _print)
+    tell(f"First the teacher: {recipe.teacher}, epochs: {teacher_recipe.epochs}")
     if is_first_process() and not run.teacher.holds_work:
         run.teacher.create(teacher_recipe)
-    _fit(run.teacher, teacher_recipe, splits, build_student(teacher_recipe, splits), None, say)
-    (say or _print)(f"Now the student: {recipe.student}, epochs: {recipe.epochs}")
+    _fit(run.teacher, teacher_recipe, splits, build_student(teacher_recipe, splits), None, processes, say)
+    tell(f"Now the student: {recipe.student}, epochs: {recipe.epochs}")
     return run.teacher
 
 
 class _Loaders:
     """The batches of this process."""
 
-    def __init__(self, recipe: Recipe, splits: Splits, trainer: Trainer) -> None:
+    def __init__(self, recipe: Recipe, splits: Splits, processes: Processes, device: torch.device) -> None:
+        share = processes.share_of(recipe.batch_size)
         common: dict[str, Any] = {
-            "rank": trainer.global_rank,
-            "world_size": trainer.world_size,
-            "device": trainer.strategy.root_device,
+            "rank": processes.rank,
+            "world_size": processes.size,
+            "device": device,
             "workers": recipe.num_workers,
         }
         self.train = Batches(
             splits.train,
-            recipe.batch_size,
+            share,
             shuffle=True,
             seed=recipe.seed,
             views=build_views(recipe),
-            drop_last=_last_batch_is_one(
-                len(splits.train), recipe.batch_size * trainer.world_size, trainer.world_size
-            ),
+            drop_last=_last_batch_is_too_small(len(splits.train), recipe.batch_size, processes.size),
             **common,
         )
         self.validation = None
         if splits.validation is not None:
-            self.validation = Batches(splits.validation, recipe.batch_size, shuffle=False, **common)
+            self.validation = Batches(splits.validation, share, shuffle=False, **common)
+        for images in (splits.train, splits.validation):
+            _check_enough(images, processes.size)
 
 
-def _last_batch_is_one(images: int, batch: int, processes: int) -> bool:
-    """One image alone has no batch statistics: a last batch of one for each process is left out."""
-    return images > batch and 1 <= images % batch <= processes
+def _last_batch_is_too_small(images: int, batch: int, processes: int) -> bool:
+    """One image alone has no batch statistics: a last batch without two for each process is left out."""
+    return images > batch and 1 <= images % batch < 2 * processes
 
 
-def build_trainer(run: Run, recipe: Recipe, checkpoints: Checkpoints, say: Say | None) -> Trainer:
+def _check_enough(images: Sized | None, processes: int) -> None:
+    if images is not None and processes > 1 and len(images) < 2 * processes:
+        raise ValueError(
+            f"train: expected two images at least for each of {processes} processes, got {len(images)}. "
+            "Use fewer --devices."
+        )
+
+
+def build_strategy(
+    recipe: Recipe, distiller: Distiller, splits: Splits, processes: Processes
+) -> str | Strategy:
+    """The recipe's strategy; "auto" looks whether DDP has to search for parameters without a gradient."""
+    if recipe.strategy != AUTO or processes.size == 1:
+        return recipe.strategy
+    from lightning.pytorch.strategies import DDPStrategy
+
+    unused = has_unused_parameters(distiller.student, torch.zeros(2, *splits.shape))
+    return DDPStrategy(find_unused_parameters=unused)
+
+
+def build_trainer(
+    run: Run, recipe: Recipe, strategy: str | Strategy, checkpoints: Checkpoints, say: Say
+) -> Trainer:
     """Lightning's trainer for a recipe, without its chatter."""
     from lightning.pytorch import Trainer
 
@@ -224,16 +278,23 @@ def build_trainer(run: Run, recipe: Recipe, checkpoints: Checkpoints, say: Say |
     from attention_transfer.training.loggers import build_loggers
 
     precision: Any = recipe.precision
-    progress = [ProgressBar()] if say is None and sys.stdout.isatty() else []
+    devices, nodes = layout(recipe)
+    plugins: list[Any] = [SafeCheckpointIO()]
+    if recipe.sync_batchnorm:
+        from attention_transfer.training.batchnorm import SharedBatchNorm
+
+        plugins.append(SharedBatchNorm())
+    progress = [ProgressBar()] if say is _print and sys.stdout.isatty() else []
     return Trainer(
         accelerator=recipe.accelerator,
-        devices=recipe.devices or "auto",
-        num_nodes=recipe.nodes,
+        devices=devices or "auto",
+        num_nodes=nodes,
+        strategy=strategy,
+        plugins=plugins,
         precision=precision,
         max_epochs=recipe.epochs,
         gradient_clip_val=recipe.gradient_clip,
-        callbacks=[EpochLog(run, say or _print), checkpoints, StopOnSignal(run), *progress],
-        plugins=[SafeCheckpointIO()],
+        callbacks=[EpochLog(run, say), checkpoints, StopOnSignal(run), *progress],
         logger=build_loggers(run, recipe),
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -243,10 +304,10 @@ def build_trainer(run: Run, recipe: Recipe, checkpoints: Checkpoints, say: Say |
     )
 
 
-def _check_skipping(recipe: Recipe, trainer: Trainer) -> None:
-    if recipe.not_finite == "skip" and trainer.world_size > 1:
+def _check_skipping(recipe: Recipe, processes: Processes) -> None:
+    if recipe.not_finite == "skip" and processes.size > 1:
         raise ValueError(
-            f'train: not_finite "skip" works in one process, got {trainer.world_size}, of which each sees a '
+            f'train: not_finite "skip" works in one process, got {processes.size}, of which each sees a '
             "part of the batch. Leave --not-finite out, or pass --devices 1."
         )
 
@@ -315,29 +376,3 @@ def _card(recipe: Recipe, splits: Splits) -> ModelCard:
 def evaluation_batches(splits: Splits) -> Batches:
     """The test images, in order."""
     return Batches(splits.test, EVALUATION_BATCH, shuffle=False)
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one of several that writes and prints."""
-    from lightning.pytorch.utilities import rank_zero_only
-
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Lightning without its tips and its advice on data loaders; its errors stay."""
-    from lightning.fabric.utilities.warnings import PossibleUserWarning
-
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=PossibleUserWarning)
-        warnings.filterwarnings("ignore", module=r"lightning\.")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,9 +19,10 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from attention_transfer._outputs import logits_of
-from attention_transfer.data import Augment, Batches, Views
+from attention_transfer.data import Augment, Batches
 from attention_transfer.distiller import Distiller
 from attention_transfer.losses import Reading
+from attention_transfer.preflight import PreflightWarning
 from attention_transfer.training.cached import CachedTeacher
 from attention_transfer.training.finite import (
     LOOK_EVERY,
@@ -39,8 +41,9 @@ AUTO_BATCHES = 8  # first batches from which the weights that are left open are 
 class DistillationModule(LightningModule):
     """Trains `distiller.student` on batches of uint8 images, which it augments on the device.
 
-    Every random number of a step follows from (seed, epoch, batch, process): a resumed run draws what the
-    uninterrupted run would have drawn. The state dict is the student's alone.
+    Every random number of a step follows from (seed, epoch, batch), and from the process too for what is
+    drawn inside of models, such as dropout: a resumed run draws what the uninterrupted run would have drawn,
+    and crops and flips do not depend on the number of processes. The state dict is the student's alone.
     """
 
     def __init__(
@@ -48,22 +51,23 @@ class DistillationModule(LightningModule):
         recipe: Recipe,
         distiller: Distiller,
         augment: Augment,
-        steps_per_epoch: int,
+        batches: Batches,
         *,
-        views: Views | None = None,
         cached: CachedTeacher | None = None,
         teacher: str | None,
         say: Callable[[str], None],
     ) -> None:
-        """`teacher` is the fingerprint of the teacher's weights, which checkpoints carry in their place.
+        """`batches` are the training images, of which this process may have a share.
+
+        `teacher` is the fingerprint of the teacher's weights, which checkpoints carry in their place.
 
         `cached` gives, by position and view, what a teacher made of the images that is not at hand.
         """
         super().__init__()
         self.say = say
         self.recipe, self.distiller, self.augment = recipe, distiller, augment
-        self.steps_per_epoch, self.teacher_fingerprint = steps_per_epoch, teacher
-        self.views, self.cached = views, cached
+        self.batches, self.steps_per_epoch, self.views = batches, len(batches), batches.views
+        self.teacher_fingerprint, self.cached = teacher, cached
         self.training_totals, self.validation_totals = Totals(), Totals()
         self.clock = Clock()
         self.learning_rate = recipe.lr
@@ -102,8 +106,7 @@ class DistillationModule(LightningModule):
         self.clock.data_has_come()
         if self.recipe.reset_momentum and self.global_step in rate_drops(self.recipe, self.steps_per_epoch):
             self.trainer.optimizers[0].state.clear()
-        seed = step_seed(self.recipe.seed, self.current_epoch, batch_idx, self.global_rank)
-        seed_generators(seed, self.device)
+        self._seed(batch_idx, process=0)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # Batches delivers on the device, but for the rows, which are looked up on the CPU
@@ -111,11 +114,13 @@ class DistillationModule(LightningModule):
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Float[Tensor, ""] | None:
         images, labels, *rows = batch
         self.learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        inputs = self._augmented(images, *rows).contiguous(memory_format=torch.channels_last)
+        inputs = self._augmented(images, batch_idx, *rows).contiguous(memory_format=torch.channels_last)
+        if self.global_rank:
+            self._seed(batch_idx, process=self.global_rank)
         teacher = self._recalled(*rows)
         self.distiller.advance(self.global_step / (self.recipe.epochs * self.steps_per_epoch))
         if self.global_step < AUTO_BATCHES:
-            self._balance(inputs, labels, teacher)
+            self._balance(inputs, labels, teacher, self._share(batch_idx, len(labels)))
         if self.global_step == 0:
             self._preflight(inputs, labels, teacher)
         before = SavedBuffers(self.student) if self.recipe.not_finite == "skip" else None
@@ -125,23 +130,40 @@ class DistillationModule(LightningModule):
             return None
         wrong = (out.logits.detach().argmax(1) != labels).float().mean()
         self.training_totals.add({"loss": out.loss, **out.terms, "error": 100 * wrong}, len(labels))
-        return out.loss
+        share = self._share(batch_idx, len(labels))
+        return out.loss if share == 1 else out.loss * share  # the mean over processes is that over images
 
-    def _balance(self, inputs: Tensor, labels: Tensor, teacher: Reading | None) -> None:
-        """Each weight that was left open is the mean over the first batches, and over the processes."""
-        for name, weight in self.distiller.balance(inputs, labels, teacher=teacher).items():
-            ours = torch.tensor(weight, device=self.device, dtype=torch.float32)
+    def _share(self, batch_idx: int, images: int) -> float:
+        """What our mean over `images` counts for in the mean over the processes; 1 for equal shares."""
+        return images * self.batches.world_size / self.batches.whole(batch_idx)
+
+    def _seed(self, batch_idx: int, *, process: int) -> None:
+        seed_generators(step_seed(self.recipe.seed, self.current_epoch, batch_idx, process), self.device)
+
+    def _mean(self, ours: Tensor) -> Tensor:
+        """The mean over the processes: what one of them trips over, all do."""
+        return self.trainer.strategy.reduce(ours, reduce_op="mean")
+
+    def _balance(self, inputs: Tensor, labels: Tensor, teacher: Reading | None, share: float) -> None:
+        """Each weight that was left open is the mean over the first batches, whoever holds their images."""
+
+        def total(squares: list[float]) -> list[float]:
+            return self._mean(torch.tensor(squares, device=self.device, dtype=torch.float32)).tolist()
+
+        weights = self.distiller.balance(inputs, labels, teacher=teacher, share=share, total=total)
+        for name, weight in weights.items():
             found = self._found.setdefault(name, [])
-            found.append(float(self.trainer.strategy.reduce(ours, reduce_op="mean")))
+            found.append(weight)
             self.distiller.settle({name: fmean(found)})
             if len(found) == AUTO_BATCHES:
                 self.say(f"{name}: weight {fmean(found):.3g}, from the first {AUTO_BATCHES} batches")
 
     def _augmented(
-        self, images: UInt8[Tensor, "b c h w"], *rows: Int64[Tensor, " b"]
+        self, images: UInt8[Tensor, "b c h w"], batch_idx: int, *rows: Int64[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
         if self.views is None:
-            return self.augment(images)
+            ours = slice(self.batches.rank, None, self.batches.world_size)
+            return self.augment(images, whole=self.batches.whole(batch_idx), share=ours)
         return self.augment.view(images, rows[0], self.views, self.views.of_epoch(self.current_epoch))
 
     def _recalled(self, *rows: Int64[Tensor, " b"]) -> Reading | None:
@@ -152,7 +174,7 @@ class DistillationModule(LightningModule):
 
     def _uncompiled_if_partial(self, labels: Tensor) -> AbstractContextManager[object]:
         """A last batch of fewer images is not worth minutes of compiling once more."""
-        return uncompiled(self.recipe.compile and len(labels) < self.recipe.batch_size)
+        return uncompiled(self.recipe.compile and len(labels) < self.batches.batch_size)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.clock.step_has_ended(len(batch[1]))
@@ -164,6 +186,8 @@ class DistillationModule(LightningModule):
         self, batch: tuple[UInt8[Tensor, "b c h w"], Int[Tensor, " b"]], batch_idx: int
     ) -> None:
         images, labels = batch
+        if not len(labels):  # the other processes have the whole of a small last batch
+            return
         with self._uncompiled_if_partial(labels):
             logits = logits_of(self.student(self.augment.normalise(images)), user="train").float()
         wrong = (logits.argmax(1) != labels).float().mean()
@@ -196,7 +220,7 @@ class DistillationModule(LightningModule):
         checkpoint["teacher_fingerprint"] = self.teacher_fingerprint
         checkpoint["terms"] = self.distiller.terms.state_dict()
         checkpoint["found_weights"] = self._found
-        checkpoint["training_totals"] = self.training_totals.state_dict()
+        checkpoint["training_totals"] = self.training_totals.state_dict(self.trainer.strategy.reduce)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the epoch's sums.
@@ -210,21 +234,25 @@ class DistillationModule(LightningModule):
                 f"train: expected the teacher that had fingerprint {before}, got {self.teacher_fingerprint}. "
                 "Put the teacher's former weights back, or start over with --overwrite."
             )
-        self.training_totals.load_state_dict(checkpoint["training_totals"])
+        self.training_totals.load_state_dict(checkpoint["training_totals"], first=self.global_rank == 0)
         self.distiller.terms.load_state_dict(checkpoint.get("terms", {}))
         self._found = checkpoint.get("found_weights", {})
         self.distiller.settle({name: fmean(found) for name, found in self._found.items()})
 
     def _preflight(self, inputs: Tensor, labels: Tensor, teacher: Reading | None) -> None:
-        plan = self.distiller.preflight(inputs, labels, teacher=teacher).plan
-        if self.trainer.is_global_zero and self.recipe.terms:
+        with warnings.catch_warnings():
+            if not self.trainer.is_global_zero:  # says nothing that the first does not say
+                warnings.simplefilter("ignore", PreflightWarning)
+            plan = self.distiller.preflight(inputs, labels, teacher=teacher).plan
+        if self.recipe.terms:
             self.say(str(plan))
 
     def _to_be_skipped(self, loss: Float[Tensor, ""], batch_idx: int, before: SavedBuffers | None) -> bool:
         """Look at a step's loss; `before` is there where a bad one is to leave no trace."""
         self._first_bad.note(loss, batch_idx)
         if before is None:
-            if self.device.type == "cpu" or batch_idx % LOOK_EVERY == 0:
+            looking_is_free = self.device.type == "cpu" and self.trainer.world_size == 1
+            if looking_is_free or batch_idx % LOOK_EVERY == 0:
                 self._stop_if_bad()
             return False
         if self._first_bad.step() is None:
@@ -239,20 +267,21 @@ class DistillationModule(LightningModule):
         return True
 
     def _stop_if_bad(self) -> None:
-        if (batch_idx := self._first_bad.step()) is None:
+        """Raise FloatingPointError if a loss was not finite: what one process trips over, all do."""
+        bad = self._first_bad.step()
+        if not self.trainer.strategy.reduce_boolean_decision(bad is not None, all=False):
             return
+        where = "another process" if bad is None else f"batch {bad + 1}, which is in {self._dump(bad)}"
         raise FloatingPointError(
-            f"train: expected a finite loss, got none in epoch {self.current_epoch + 1}, batch "
-            f"{batch_idx + 1}, which is in {self._dump(batch_idx)}; checkpoints/ holds an earlier state. "
+            f"train: expected a finite loss, got none in epoch {self.current_epoch + 1}, {where}; "
+            "checkpoints/ holds an earlier state. "
             "Lower --lr, pass --gradient-clip 1 or --precision 32-true or, for bad images, --not-finite skip."
         )
 
     def _dump(self, batch_idx: int) -> Path:
         """Write a batch of this epoch into the run folder."""
-        batches = self.trainer.train_dataloader
-        assert isinstance(batches, Batches)
-        rows = batches.rows(self.current_epoch)[batch_idx]
-        images, labels, *_ = next(batches.fetch([rows]))
+        rows = self.batches.rows(self.current_epoch)[batch_idx]
+        images, labels, *_ = next(self.batches.fetch([rows]))
         name = f"epoch-{self.current_epoch + 1}-batch-{batch_idx + 1}"
         name += f"-rank-{self.global_rank}" if self.trainer.world_size > 1 else ""
         facts = {
@@ -281,18 +310,34 @@ class Totals:
 
     def means(self, reduce: Any = None) -> dict[str, float]:
         """The means by name; `reduce` sums a tensor over processes."""
-        if not self.count:
-            return {}
-        stacked = torch.stack([*self.sums.values(), next(iter(self.sums.values())).new_tensor(self.count)])
-        stacked = stacked if reduce is None else reduce(stacked, reduce_op="sum")
-        *sums, count = stacked.tolist()
-        return {name: total / count for name, total in zip(self.sums, sums, strict=True)}
+        sums, count = self._together(reduce)
+        return (
+            {
+                name: total / count
+                for name, total in zip(sums, torch.stack([*sums.values()]).tolist(), strict=True)
+            }
+            if sums
+            else {}
+        )
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums, "count": self.count}
+    def state_dict(self, reduce: Any = None) -> dict[str, Any]:
+        """The sums of all processes, so that any number of them can go on."""
+        sums, count = self._together(reduce)
+        return {"sums": sums, "count": count}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sums, self.count = dict(state["sums"]), state["count"]
+    def load_state_dict(self, state: Mapping[str, Any], *, first: bool = True) -> None:
+        """Take up the sums: the first process all of them, the others none."""
+        share = 1 if first else 0
+        self.sums = {name: total * share for name, total in state["sums"].items()}
+        self.count = state["count"] * share
+
+    def _together(self, reduce: Any) -> tuple[dict[str, Tensor], int]:
+        """The sums and the count over all processes; `reduce` sums a tensor over them."""
+        if reduce is None or not self.sums:
+            return self.sums, self.count
+        sums = [*self.sums.values()]
+        stacked = reduce(torch.stack([*sums, sums[0].new_tensor(self.count)]), reduce_op="sum")
+        return dict(zip(self.sums, stacked[:-1], strict=True)), round(stacked[-1].item())
 
 
 class Clock:

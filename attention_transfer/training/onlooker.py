@@ -20,7 +20,7 @@ from attention_transfer.pairs import Stage, stages_to_store
 from attention_transfer.taps import Taps
 from attention_transfer.training.build import Teacher, build_augment
 from attention_transfer.training.recipe import Precision, Recipe
-from attention_transfer.training.speed import device_of, prepare
+from attention_transfer.training.speed import prepare
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -46,7 +46,14 @@ class Onlooker:
     device: torch.device
 
     @classmethod
-    def of(cls, recipe: Recipe, splits: Splits, teacher: Teacher, layers: Sequence[str] | None) -> Onlooker:
+    def of(
+        cls,
+        recipe: Recipe,
+        splits: Splits,
+        teacher: Teacher,
+        layers: Sequence[str] | None,
+        device: torch.device,
+    ) -> Onlooker:
         """The teacher of a settled recipe on its device; `layers` are by default all that may be paired.
 
         Raises:
@@ -58,7 +65,7 @@ class Onlooker:
         seen = transform(example) if transform else example
         names = [stage.name for stage in stages_to_store(model, seen)] if layers is None else layers
         classes, stages = _probe(model, names, seen)
-        device, precision = torch.device(device_of(recipe)), recipe.precision
+        precision = recipe.precision
         for module in (model, transform):
             if module is not None:
                 module.to(device, torch.float64 if precision == "64-true" else torch.float32)

@@ -30,6 +30,7 @@ TWICE = ("gradient", "symmetry", "min-l2")
 AUTO = "auto"
 
 Weight = float | Literal["auto"]
+Strategy = Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"]
 
 
@@ -121,7 +122,7 @@ class Recipe:
     epochs: int = 200
     """Passes over the training images."""
     batch_size: int = 128
-    """Images in a step, on each device."""
+    """Images in a step, over all devices together, which share them equally."""
     lr: float = 0.1
     """Learning rate: the first one under "steps", the highest one under "one-cycle"."""
     momentum: float = 0.9
@@ -167,7 +168,12 @@ class Recipe:
     devices: int | None = None
     """Devices on each machine, working as one. All its GPUs, or one CPU process, if not given."""
     nodes: int = 1
-    """Machines that train together."""
+    """Machines that train together. torchrun and SLURM say both by themselves: docs/several-machines.md."""
+    strategy: Strategy = "auto"
+    """How devices work together, by Lightning's names; "auto" is ddp where there are several, and finds out
+    whether the student has parameters that go unused."""
+    sync_batchnorm: bool = False
+    """BatchNorm over the whole batch; if not, each device normalises its own share of it."""
 
     loggers: str = "tensorboard"
     """Where numbers and maps go besides the run folder: none, or any of tensorboard, wandb and mlflow, joined
@@ -400,6 +406,9 @@ CACHED = (
     *("batch_size", "num_workers", "precision", "accelerator"),
 )
 """The fields that a cache is built by, besides the number of views, which may grow."""
+
+PLACES = ("devices", "nodes", "strategy")
+"""The fields that say where a run takes place; it is the same run elsewhere."""
 
 _ALONE: dict[str, Any] = {"method": "none", "teacher": None}
 _TEACHING = {
