@@ -1,7 +1,7 @@
 """What the documentation site is built with beside mkdocs: see `mkdocs.yml`.
 
-Formulas become MathML, the page of commands is written from the command's own help, and a link from a page to a
-file of the repository leads to a page with that file's text.
+Formulas become MathML, the page of commands is written from the command's own help, and a link from a page to
+a file of the repository leads to a page with that file's text.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".md": "markdown"
 # --- formulas -----------------------------------------------------------------------------------------------
 
 
-def formula(
-    source: str, language: str, css_class: str, options: dict[str, Any], md: Any, **_: Any
-) -> str:
+def formula(source: str, language: str, css_class: str, options: dict[str, Any], md: Any, **_: Any) -> str:
     """A fence of language `math` as MathML, which browsers draw without a script: a formula a paragraph."""
     formulas = [convert(each, display="block") for each in source.strip().split("\n\n")]
     return f'<div class="{css_class}">{"".join(formulas)}</div>'
@@ -116,7 +114,7 @@ def _listing(root: Path, path: str) -> str:
 
 
 def _link(match: re.Match[str], page: str, config: MkDocsConfig, files: Files) -> str:
-    before, target, anchor = match.groups()
+    before, target, _ = match.groups()
     path = _outside(target, page)
     if path is None or page.startswith(f"{SOURCES}/") or f"{SOURCES}/{path}.md" not in files.src_uris:
         return match[0]  # mkdocs itself finds what does not resolve
