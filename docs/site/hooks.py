@@ -23,7 +23,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 COMMANDS = "<!-- commands -->"
-WIDTH = "100"  # of the help, in characters
+WIDTH = "84"  # of the help, in characters: what a column of the site has room for
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)#\s]+)(#[^)\s]*)?\)")
 SOURCES = "source"  # where files of the repository lie in the site
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".md": "markdown", ".toml": "toml"}
