@@ -201,14 +201,14 @@ def test_other_commands_exist(page: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(PENDING), reason="the page's last step, export, is not there yet")
 def test_quickstart_from_beginning_to_end(image_folder: Path, tmp_path: Path) -> None:
     """The page's shell blocks as a shell runs them, with a generated folder of images and one epoch."""
     (tmp_path / "photos").symlink_to(image_folder)
     script = "\n".join(text for language, text in fences(QUICKSTART) if language == "sh")
     script, shortened = re.subn(r"--epochs \d+", "--epochs 1", script)
     assert shortened == 2
-    script = re.sub(r"^pip install .*$", "", script, flags=re.M)
+    left_out = "|".join(["pip", *(f"{PROGRAM} {verb}" for verb in PENDING)])
+    script = re.sub(rf"^({left_out}) .*$", "", script, flags=re.M)
     command = f'{PROGRAM}() {{ "{sys.executable}" -W ignore -m attention_transfer "$@"; }}\n'
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -222,7 +222,7 @@ def test_quickstart_from_beginning_to_end(image_folder: Path, tmp_path: Path) ->
     assert (tmp_path / "report.html").is_file() and (tmp_path / "confusion.png").is_file()
     for name in re.findall(r"^\| `([\w./]+)` \|", QUICKSTART.read_text(), re.M):
         assert (tmp_path / "runs" / "taught" / name).exists(), name
-    assert list(tmp_path.rglob("*.onnx"))
+    assert PENDING or list(tmp_path.rglob("*.onnx"))
 
 
 # --- messages -----------------------------------------------------------------------------------------------
