@@ -120,8 +120,12 @@ pages_with_python = [page for page in PAGES if python_of(page) and page != QUICK
 
 
 @pytest.mark.parametrize("page", pages_with_python, ids=lambda page: page.name)
-def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(
+    page: Path, tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order, with one namespace a page; a script's arguments are a folder of images and one to write."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [page.name, str(image_folder), "written"])
     names = stand_ins(page, tmp_path)
     for text in python_of(page):
         exec(compile(text, page.name, "exec"), names)
@@ -288,11 +292,11 @@ def test_a_message_is_as_quoted() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built as `make docs` builds it: strictly."""
+    """The site, built as `make docs` builds it: strictly, and not quietly, which would count no warning."""
     pytest.importorskip("mkdocs")
     folder = tmp_path_factory.mktemp("docs") / "site"
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True, text=True,
     )  # fmt: skip
