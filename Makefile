@@ -5,7 +5,9 @@ READY := .venv/.ready
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 SHAPED := functional transfer_functions kernels losses terms taps pairs distiller preflight augment visualize
 
-.PHONY: help demo test test-slow check bench schema clean
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.PHONY: help demo test test-slow check docs bench schema clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,10 +22,15 @@ test: $(READY) ## Run the tests, and the core ones again with every array shape 
 test-slow: $(READY) ## Run the slow tier too
 	$(PYTEST) --slow
 
-check: $(READY) ## Lint, check the format and the types
+check: $(READY) ## Lint, check the format, the types, and that the documentation builds
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MKDOCS)
+
+docs: $(READY) ## Build the documentation site into site/
+	$(MKDOCS)
+	@echo "Open site/index.html; for the search: $(BIN)/python -m http.server --directory site"
 
 bench: $(READY) ## Measure the speed against the floor and others, and write docs/speed.md (14 minutes)
 	$(BIN)/attention-transfer bench
@@ -33,7 +40,7 @@ schema: $(READY) ## Compile the schema of Caffe's files again, after a change of
 		--descriptor_set_out=caffe.binpb caffe.proto
 
 clean: ## Remove the virtual environment and caches
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
+	rm -rf site .venv .pytest_cache .ruff_cache .mypy_cache
 
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv: PyTorch and the rest, several GB, a few minutes the first time"
