@@ -46,7 +46,8 @@ class Encoded(Protocol):
         stretches: how they lie on the disk; None where one order of reading is as good as another.
     """
 
-    stretches: Stretches | None
+    @property
+    def stretches(self) -> Stretches | None: ...
 
     def __len__(self) -> int: ...
 

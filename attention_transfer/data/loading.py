@@ -132,8 +132,8 @@ def find_source(
         return read_named(name, root=Path(root) if root else None, download=download, **columns)
     if STORE.match(name):
         raise ValueError(
-            f"load_data: expected a folder or files on a disk of this machine, got {name}. Download it first, or "
-            "mount the store and pass the folder: images are read by their place, as no stream can be."
+            f"load_data: expected a folder or files on a disk of this machine, got {name}. "
+            "Download it first, or mount the store and pass the folder: images are read by their place."
         )
     if is_pattern(name):
         return _read_files(expand(name), None, columns, name)
@@ -153,26 +153,33 @@ def find_source(
 
 def _shards_in(folder: Path) -> list[Path]:
     """The parquet files or tar files of a data set; none for one of class folders."""
-    if files := sorted(folder.rglob("*.parquet")):
-        return files
-    files = sorted(folder.rglob("*.tar"))
-    loose = next((file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES), None)
+    parquet, files, loose = [], [], None
+    for path in folder.rglob("*"):  # once: there may be a million
+        suffix = path.suffix.lower()
+        if suffix == ".parquet":
+            parquet.append(path)
+        elif suffix == ".tar":
+            files.append(path)
+        elif loose is None and suffix in IMAGE_SUFFIXES:
+            loose = path
+    if parquet:
+        return sorted(parquet)
     if files and loose:
         raise ValueError(
-            f"load_data: expected tar files or class folders in {folder}, got both ({files[0].name} and {loose}). "
-            "Move one of them away, or pass the folder or a pattern of the other: DIR/train-*.tar"
+            f"load_data: expected tar files or class folders in {folder}, got both ({files[0].name} and "
+            f"{loose}). Move one of them away, or pass a pattern of the tar files, such as DIR/train-*.tar."
         )
     if not files and not loose:
         _refuse_compressed(folder)
-    return files
+    return sorted(files)
 
 
 def _refuse_compressed(folder: Path) -> None:
     zipped = (file for kind in ("*.tar.*", "*.tgz") for file in sorted(folder.rglob(kind)))
     if found := next(zipped, None):
         raise ValueError(
-            f"load_data: expected tar files that are not compressed, in which images can be found, got {found}. "
-            "Decompress them: the images in them are compressed already."
+            f"load_data: expected tar files that are not compressed, got {found}. "
+            "Decompress them: the images in them are compressed already, and are read by their place."
         )
 
 
@@ -181,7 +188,7 @@ def _read_files(
 ) -> Source:
     """A data set of parquet files or tar files, at `place` or in the folder that holds them all."""
     place = place or Path(os.path.commonpath([file.parent for file in files]))
-    kinds = {file.suffix for file in files}
+    kinds = {file.suffix.lower() for file in files}
     if kinds == {".parquet"}:
         return read_parquet(files, place, **columns)
     if kinds == {".tar"}:

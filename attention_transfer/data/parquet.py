@@ -32,10 +32,10 @@ MOST_GROUPS = 64
 
 
 class EncodedRows:
-    """The image columns of one or more files, one after the other, read a row group at a time when asked for.
+    """The image columns of one or more files, one after the other, read by row groups when asked for.
 
-    A process keeps the row groups that it read last, up to 256 MiB of them, and two at the least: no more than
-    that is ever in memory.
+    A process keeps the row groups that it read last, up to 256 MiB of them, or else two: no more of them are
+    ever in memory.
     """
 
     def __init__(self, columns: Sequence[ImageColumn]) -> None:

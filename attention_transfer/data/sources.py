@@ -61,8 +61,8 @@ def group_by_split(files: Sequence[Path], place: Path) -> dict[str, list[Path]]:
     nameless = groups.pop(None, [])
     if groups and nameless:
         raise ValueError(
-            f"load_data: expected every {nameless[0].suffix[1:]} file in {place} to be named after its split, "
-            f"got {nameless[0].name}. "
+            f"load_data: expected every {nameless[0].suffix[1:]} file in {place} to be named after its "
+            f"split, got {nameless[0].name}. "
             "Put train, validation or test into its name, or move it away."
         )
     return {name: group for name, group in groups.items() if name} or {"train": nameless}
@@ -82,7 +82,8 @@ def numbered_classes(splits: dict[str, RawSplit]) -> list[str]:
     highest = max(int(split.labels.max()) if len(split.labels) else 0 for split in splits.values())
     if highest >= MOST_CLASSES:
         raise ValueError(
-            f"load_data: expected labels that number the classes from 0, got {highest}. Number the classes anew."
+            f"load_data: expected labels that number the classes from 0, got {highest}. "
+            "Number the classes anew."
         )
     return [str(label) for label in range(highest + 1)]
 

@@ -21,7 +21,7 @@ class Stamp:
         Raises:
             OSError: if it is not there.
         """
-        found = os.stat(file)
+        found = file.stat() if isinstance(file, Path) else os.fstat(file)
         return cls(found.st_size, found.st_mtime_ns)
 
 
@@ -34,6 +34,6 @@ def check_unchanged(path: Path, stamp: Stamp, file: int | None = None) -> None:
     """
     if Stamp.of(path if file is None else file) != stamp:
         raise ValueError(
-            f"load_data: {path} was changed while its images were in use. Leave the data as it is during a run, "
-            "and start again."
+            f"load_data: {path} was changed while its images were in use. "
+            "Leave the data as it is during a run, and start again."
         )

@@ -1,4 +1,4 @@
-"""Where the images of tar files lie, and what they show: found once by the headers, then kept in a small file."""
+"""Where the images of tar files lie, and what they show: found once by the headers, then kept in a file."""
 
 from __future__ import annotations
 
@@ -139,13 +139,14 @@ def _pack(shards: dict[str, Shard], label_field: str | None) -> bytes:
         "shards": [[key, *_astuple(shard.stamp), len(shard.labels)] for key, shard in shards.items()],
     }
     parts = shards.values()
-    arrays = {
+    arrays: dict[str, Any] = {
         name: np.concatenate([getattr(shard, name) for shard in parts] or [np.empty(0, np.int64)])
         for name in ("offsets", "sizes", "labels")
     }
     buffer = io.BytesIO()
-    text = {"facts": json.dumps(facts).encode(), "names": b"".join(shard.names for shard in parts)}
-    np.savez(buffer, **arrays, **{name: np.frombuffer(data, np.uint8) for name, data in text.items()})
+    arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    arrays["names"] = np.frombuffer(b"".join(shard.names for shard in parts), np.uint8)
+    np.savez(buffer, **arrays)
     return buffer.getvalue()
 
 
@@ -203,8 +204,8 @@ def scan(path: Path, label_field: str | None) -> Shard:
                 found[ending] = _read_label(path, member, file, label_field)
     if not images:
         raise ValueError(
-            f"load_data: expected images (KEY.jpg, KEY.png, ...) with labels (KEY.cls or KEY.json) in {path}, "
-            "got none. docs/large-data.md shows how to make shards."
+            f"load_data: expected images (KEY.jpg, KEY.png, ...) in {path}, got none. "
+            "docs/large-data.md shows how to make shards."
         )
     members = list(images.values())
     return Shard(
@@ -221,7 +222,7 @@ def _members(path: Path, file: io.FileIO) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # it would remember them all
+                tar.members.clear()  # type: ignore[attr-defined]  # it would remember them all
                 yield member
             end = tar.offset
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
@@ -253,7 +254,7 @@ def _error(path: Path, name: str, expected: str, got: str, remedy: str) -> Value
 
 
 def _key(name: str) -> tuple[str, str]:
-    """The key that image and label share, and the ending: the file's name up to its first dot, and the rest."""
+    """The key that image and label share, up to the first dot of the file's name, and the ending."""
     folder, slash, file = name.rpartition("/")
     stem, _, ending = file.partition(".")
     return f"{folder}{slash}{stem}", ending.lower() if stem else ""

@@ -15,7 +15,7 @@ import torch
 
 from .decode import Stretches
 from .sources import RawSplit, Source, group_by_split, numbered_classes
-from .stamps import Stamp, check_unchanged
+from .stamps import check_unchanged
 from .tar_index import Shard, index_shards, printable
 
 CLASSES = "classes.txt"
