@@ -7,12 +7,19 @@ from glob import glob, has_magic
 from pathlib import Path
 
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|pipe:")  # not C:, a disk
 BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+def is_url(name: str) -> bool:
+    """Whether a name is an address of something that is not on a disk of this machine."""
+    return URL.match(name) is not None
 
 
 def is_pattern(name: str) -> bool:
     """Whether a name stands for several files, and for none that is called so."""
-    return bool(has_magic(name) or BRACES.search(name)) and not Path(name).expanduser().exists()
+    marked = has_magic(name) or BRACES.search(name)
+    return bool(marked) and not is_url(name) and not Path(name).expanduser().exists()
 
 
 def expand(pattern: str) -> list[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from jaxtyping import Float64, UInt8
 from torch import Tensor
 
-from .._patterns import expand, is_pattern
+from .._patterns import expand, is_pattern, is_url
 from .decode import NotGreyError, decode, read_image
 from .folder import IMAGE_SUFFIXES, read_folder
 from .images import Images, Splits, StreamedImages
@@ -23,7 +22,6 @@ from .sources import RawSplit, Source, check_source
 from .splitting import balanced_subset, stratified_split
 from .tars import read_tars
 
-STORE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|pipe:")  # not C:\\, a disk
 IN_MEMORY_BYTES = 2 << 30  # decoded; CIFAR-10 takes 0.18e9, 64-pixel Tiny ImageNet 1.4e9
 TEST_FRACTION = 0.2
 TEST_KEY = 20170424  # of the test split cut off a data set that has none: nobody's seed, so nobody's choice
@@ -130,7 +128,7 @@ def find_source(
     columns = {"image_column": image_column, "label_column": label_column}
     if name in NAMES:
         return read_named(name, root=Path(root) if root else None, download=download, **columns)
-    if STORE.match(name):
+    if is_url(name):
         raise ValueError(
             f"load_data: expected a folder or files on a disk of this machine, got {name}. "
             "Download it first, or mount the store and pass the folder: images are read by their place."

@@ -79,7 +79,7 @@ def numbered_classes(splits: dict[str, RawSplit]) -> list[str]:
     Raises:
         ValueError: if there would be millions of them.
     """
-    highest = max(int(split.labels.max()) if len(split.labels) else 0 for split in splits.values())
+    highest = max([0, *(int(split.labels.max()) for split in splits.values() if len(split.labels))])
     if highest >= MOST_CLASSES:
         raise ValueError(
             f"load_data: expected labels that number the classes from 0, got {highest}. "

@@ -156,7 +156,7 @@ def _astuple(stamp: Stamp) -> tuple[int, int]:
 
 def _unpack(file: Path, label_field: str | None) -> dict[str, Shard]:
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             facts = json.loads(arrays["facts"].tobytes())
             if (facts["version"], facts["label_field"]) != (VERSION, label_field):
                 return {}
