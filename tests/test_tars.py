@@ -31,6 +31,7 @@ from attention_transfer.data import (
     tar_index,
     tars,
 )
+from attention_transfer.data.decode import EncodedFiles, Stretches
 from attention_transfer.data.order import Layout
 from attention_transfer.data.tar_index import INDEX
 from attention_transfer.training import Recipe, Run
@@ -147,23 +148,18 @@ def test_splits_by_folder_and_by_name(tmp_path: Path) -> None:
     )  # of the file alone, a training set
 
 
-def test_patterns(tmp_path: Path) -> None:
-    make_shards(tmp_path, 4, 10)
-    write_tar(tmp_path / "test-0.tar", numbered(0, 4))
-    for pattern, count in (
-        ("train-{000..002}", 30),
-        ("train-*", 40),
-        ("train-00[01]", 20),
-        ("train-00{1,3}", 20),
-    ):
-        splits = load_data(
-            f"{tmp_path}/{{{pattern},test-0}}.tar" if "{" not in pattern else f"{tmp_path}/{pattern}.tar"
-        )
-        assert len(splits.train) + len(splits.validation or ()) + len(splits.test) == count + 4 * (
-            "{" not in pattern
-        )
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [("train-{000..002}", 30), ("train-*", 40), ("train-00[01]", 20), ("{train-003,train-001}", 20)],
+)
+def test_patterns(tmp_path: Path, pattern: str, count: int) -> None:
+    splits = load_data(f"{make_shards(tmp_path, 4, 10)}/{pattern}.tar", validation=0)
+    assert len(splits.train) + len(splits.test) == count
+
+
+def test_a_pattern_of_missing_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"files by the pattern .*, got none called .*train-004\.tar"):
-        load_data(f"{tmp_path}/train-{{002..005}}.tar")
+        load_data(f"{make_shards(tmp_path, 4, 10)}/train-{{002..005}}.tar")
 
 
 def test_a_pattern_is_part_of_a_recipe_that_works_anywhere(
@@ -292,24 +288,24 @@ def image_and_label(name: str = "a", label: bytes = b"0") -> list[tuple[str, byt
         ([], r"expected images \(KEY\.jpg, KEY\.png, \.\.\.\) in .*x\.tar, got none"),
         ([("n01.tar", b"")], r"expected images .* in .*x\.tar, got none"),
         ([("a.png", png(0))], r"a label for every image, got none: .*x\.tar, member a\.png\. Add a \.cls"),
-        ([("a.png", png(0)), ("a.json", b'{"id": 3}')], r"got a \.json file without one: .*member a\.png\. .*label_c"),
-        ([*image_and_label(), ("a.jpg", png(0))], r"one image a key, got a\.png too: .*x\.tar, member a\.jpg"),
-        ([*image_and_label(), *image_and_label()], r"one image a key, got a\.png too: .*x\.tar, member a\.png"),
+        ([("a.png", png(0)), ("a.json", b'{"id": 3}')], r"a \.json file without one: .*a\.png\. .*label_column"),
+        ([*image_and_label(), ("a.jpg", png(0))], r"one image a key, got a\.png too: .*member a\.jpg"),
+        ([*image_and_label(), *image_and_label()], r"one image a key, got a\.png too: .*member a\.png"),
         ([*image_and_label(), ("a.cls", b"0")], r"one file of a name, got it twice: .*x\.tar, member a\.cls"),
-        ([*image_and_label(), ("a.json", b'{"label": 1}')], r"one label .*, got 0 in \.cls and 1 in \.json: .*a\.png"),
-        (image_and_label(label=b"cat"), r"a whole number as label, got 'cat': .*x\.tar, member a\.cls\. Number"),
-        ([("a.png", png(0)), ("a.json", b'{"label": "cat"}')], r"whole number as label, got 'cat': .*a\.json"),
+        ([*image_and_label(), ("a.json", b'{"label": 1}')], r"one label .*, got 0 in \.cls and 1 in \.json: .*a\.p"),
+        (image_and_label(label=b"cat"), r"whole number as label, got 'cat': .*x\.tar, member a\.cls\. N"),
+        ([("a.png", png(0)), ("a.json", b'{"label": "cat"}')], r"whole number .*got 'cat': .*a\.json"),
         ([("a.png", png(0)), ("a.json", b'{"label": true}')], r"whole number as label, got True: .*a\.json"),
         ([("a.png", png(0)), ("a.json", b'{"label": ')], r"whole number as label, got '{\"label\": '"),
         (image_and_label(label=b"9" * 30), r"whole number as label, got 9999"),
         (image_and_label(label=b"12345678"), r"labels that number the classes from 0, got 12345678"),
         (image_and_label(label=b"7" * (2 << 20)), r"a small file with a label, got another thing: .*a\.cls"),
-        (image_and_label("../../etc/a"), r"plain names, got a path that leads elsewhere: .*member \.\./\.\./etc/a\.png"),
+        (image_and_label("../../etc/a"), r"a path that leads elsewhere: .*member \.\./\.\./etc/a\.png"),
         (image_and_label("/etc/a"), r"plain names, got a path that leads elsewhere: .*member /etc/a\.png"),
         ([("a.left.png", png(0))], r"up to its first dot, got several dots: .*x\.tar, member a\.left\.png"),
         ([("a\n\x1b[1m.png", png(0))], r"got none: .*member 'a\\n\\x1b\[1m\.png'"),
-        ([*image_and_label(label=b"1"), ("b.png", b"no image"), ("b.cls", b"0")], r"cannot decode .*x\.tar, member b\.png"),
-        ([*image_and_label(label=b"1"), ("b.png", b""), ("b.cls", b"0")], r"got no bytes in .*x\.tar, member b\.png"),
+        ([*image_and_label(), ("b.png", b"no image"), ("b.cls", b"1")], r"cannot decode .*x\.tar, member b\.png"),
+        ([*image_and_label(), ("b.png", b""), ("b.cls", b"1")], r"got no bytes in .*x\.tar, member b\.png"),
         (image_and_label(label=b"-1"), r"labels 0 to 0 .*got -1 to -1"),
     ],
 )  # fmt: skip
@@ -481,8 +477,8 @@ def test_two_processes_of_two_workers_see_each_image_once(streamed: StreamedImag
         assert {n for rank in seen for n in rank[step]} == {source[row] for row in expected.tolist()}
 
 
-def test_processes_read_other_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With windows of 4 stretches and 4 processes, each reads a quarter of them, and some of their neighbours."""
+def test_processes_read_other_stretches() -> None:
+    """With windows of 4 stretches and 4 processes, each reads a quarter of them, and some more."""
     images = StreamedImages(_Placed(4000), torch.arange(4000), torch.zeros(4000, dtype=torch.int64), 6)
     stretch = images.layout().stretch
     touched = [
@@ -500,12 +496,11 @@ def test_processes_read_other_stretches(tmp_path: Path, monkeypatch: pytest.Monk
     assert 0.3 < lower < 0.7  # and not always the first part of the data
 
 
-class _Placed:
+class _Placed(EncodedFiles):
     """Rows on a disk, in stretches of 40; there is nothing to read."""
 
     def __init__(self, count: int) -> None:
-        from attention_transfer.data.decode import Stretches
-
+        super().__init__([])
         self.stretches = Stretches(torch.arange(40, count + 1, 40), window=4, whole=True)
 
 
@@ -557,8 +552,8 @@ def test_stretches_are_read_ahead_where_most_of_them_is_wanted(streamed: Streame
 
 def flags(data: Path, **more: object) -> list[str]:
     values = {
-        "data": data, "student": "wrn-10-1", "image-size": 16, "epochs": 2, "batch-size": 10, "num-workers": 1,
-        "accelerator": "cpu", "precision": "32-true", **more,
+        "data": data, "student": "wrn-10-1", "image-size": 16, "epochs": 2, "batch-size": 10,
+        "num-workers": 1, "accelerator": "cpu", "precision": "32-true", **more,
     }  # fmt: skip
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
