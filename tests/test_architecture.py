@@ -54,6 +54,7 @@ HELPERS = {
     "_machine",
     "_memory",
     "_outputs",
+    "_patterns",
     "_tables",
     "_untouched",
 }

@@ -521,7 +521,9 @@ def test_unknown_names_get_near_matches():
 def test_a_file_that_is_no_data_set(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("hello")
-    with pytest.raises(ValueError, match=r"expected a folder or a \.parquet file, got .*notes\.txt"):
+    with pytest.raises(
+        ValueError, match=r"expected a folder, \.parquet files or \.tar files, got .*notes\.txt"
+    ):
         load_data(path)
 
 

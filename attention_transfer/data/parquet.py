@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,62 +19,147 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from .._extras import require
-from .sources import SPLIT_NAMES, RawSplit, Source
+from .decode import Stretches
+from .sources import LABEL_NAMES, RawSplit, Source, group_by_split, numbered_classes
+from .stamps import Stamp, check_unchanged
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
-LABEL_NAMES = ("label", "labels", "target", "class", "fine_label", "y")
+GROUPS_BYTES = 256 << 20  # of row groups that a process keeps, so that images are not read in their order
+MOST_GROUPS = 64
 
 
-class EncodedColumns:
-    """The image columns of one or more files, one after the other, encoded images held in memory."""
+class EncodedRows:
+    """The image columns of one or more files, one after the other, read by row groups when asked for.
 
-    def __init__(self, files: Sequence[Path], columns: Sequence[pa.ChunkedArray]) -> None:
-        self.files = list(files)
+    A process keeps the row groups that it read last, up to 256 MiB of them, or else two: no more of them are
+    ever in memory.
+    """
+
+    def __init__(self, columns: Sequence[ImageColumn]) -> None:
         self.columns = list(columns)
-        self.ends = list(accumulate(len(column) for column in columns))
+        self.groups = [
+            _RowGroup(column, number, first)
+            for column in columns
+            for number, first in enumerate(column.firsts)
+        ]
+        ends = list(accumulate(group.rows for group in self.groups))
+        largest = max((group.bytes for group in self.groups), default=0)
+        window = min(MOST_GROUPS, max(1, GROUPS_BYTES // max(1, largest)))
+        self.stretches = Stretches(torch.tensor(ends, dtype=torch.int64), window, whole=True)
+        self._ends = ends
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._lock = Lock()  # else threads that miss the same row group would each read it
+        self._images = lru_cache(self.stretches.window + 1)(lambda group: self.groups[group].read())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_images")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._prepare()
 
     def __len__(self) -> int:
-        return self.ends[-1]
+        return self._ends[-1] if self._ends else 0
 
     def read(self, row: int) -> bytes | None:
-        file, local = self._locate(row)
-        return self.columns[file][local].as_py()
+        group, local = self._locate(row)
+        with self._lock:
+            images = self._images(group)
+        return images[local].as_py()
 
     def name(self, row: int) -> str:
-        file, local = self._locate(row)
-        return f"{self.files[file]}, row {local}"
+        group, local = self._locate(row)
+        return f"{self.groups[group].column.path}, row {self.groups[group].first + local}"
 
     def identify(self, rows: Sequence[int]) -> Iterator[str]:
-        compute = require("pyarrow.compute", extra="data", user="load_data")
-        sizes = [size for column in self.columns for size in compute.binary_length(column).to_pylist()]
-        return (str(sizes[row]) for row in rows)
+        """By the size of the row group and the place in it: the sizes of the images would have to be read."""
+        places = (self._locate(row) for row in rows)
+        return (f"{self.groups[group].bytes} {local}" for group, local in places)
+
+    def expect(self, row: int) -> None:
+        pass
 
     def _locate(self, row: int) -> tuple[int, int]:
-        file = bisect_right(self.ends, row)
-        return file, row - (self.ends[file - 1] if file else 0)
+        group = bisect_right(self._ends, row)
+        return group, row - (self._ends[group - 1] if group else 0)
+
+
+@dataclass(frozen=True)
+class ImageColumn:
+    """Where the encoded images of one file are: in the leaf `name` of its columns."""
+
+    path: Path
+    stamp: Stamp
+    metadata: pq.FileMetaData
+    name: str
+
+    @property
+    def firsts(self) -> list[int]:
+        """The first row of each row group."""
+        counts = (self.metadata.row_group(i).num_rows for i in range(self.metadata.num_row_groups))
+        return list(accumulate(counts, initial=0))[:-1]
+
+
+@dataclass(frozen=True)
+class _RowGroup:
+    column: ImageColumn
+    number: int
+    first: int
+
+    @property
+    def _metadata(self) -> Any:
+        return self.column.metadata.row_group(self.number)
+
+    @property
+    def rows(self) -> int:
+        return self._metadata.num_rows
+
+    @property
+    def bytes(self) -> int:
+        """Of the images, once decompressed."""
+        leaves = (self._metadata.column(i) for i in range(self._metadata.num_columns))
+        return sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema == self.column.name)
+
+    def read(self) -> pa.ChunkedArray:
+        """The encoded images.
+
+        Raises:
+            OSError: if the file is gone.
+            ValueError: if it was changed, or is damaged.
+        """
+        check_unchanged(self.column.path, self.column.stamp)
+        with _readable(self.column.path):
+            pq = require("pyarrow.parquet", extra="data", user="load_data")
+            with pq.ParquetFile(self.column.path, metadata=self.column.metadata) as file:
+                # threads of Arrow's own do not go well with forked workers
+                table = file.read_row_group(self.number, columns=[self.column.name], use_threads=False)
+        images = table.column(0)
+        return _bytes_field(images) if _has_bytes(images.type) else images
 
 
 def read_parquet(
     files: Sequence[Path], place: Path, image_column: str | None = None, label_column: str | None = None
 ) -> Source:
-    """Read the columns of images and labels; nothing is decoded yet.
+    """Read the labels, and see where the images are; none is read yet.
 
-    A file belongs to the split its name (or a folder above it) speaks of: train, test, val, valid or
-    validation. If no name speaks of one, all files are training files.
+    Files belong to splits by their names, as `group_by_split` has it.
 
     Raises:
         ValueError: if a file is corrupt, a column is unknown or cannot be told, or labels are not integers.
     """
     splits: dict[str, RawSplit] = {}
     names: dict[Path, list[str]] = {}
-    for split, members in _group_by_split(files, place).items():
+    for split, members in group_by_split(files, place).items():
         tables = [_read_file(file, image_column, label_column) for file in members]
-        content = EncodedColumns(members, [images for images, _, _ in tables])
+        content = EncodedRows([images for images, _, _ in tables])
         splits[split] = RawSplit(content, torch.cat([labels for _, labels, _ in tables]))
         names |= {file: classes for file, (_, _, classes) in zip(members, tables, strict=True) if classes}
-    return Source(splits, _agreed(names) or _numbered(splits), str(place))
+    return Source(splits, _agreed(names) or numbered_classes(splits), str(place))
 
 
 def _agreed(names: dict[Path, list[str]]) -> list[str]:
@@ -89,37 +176,12 @@ def _agreed(names: dict[Path, list[str]]) -> list[str]:
     return expected
 
 
-def _numbered(splits: dict[str, RawSplit]) -> list[str]:
-    highest = max(int(split.labels.max()) if len(split.labels) else 0 for split in splits.values())
-    return [str(label) for label in range(highest + 1)]
-
-
-def _group_by_split(files: Sequence[Path], place: Path) -> dict[str, list[Path]]:
-    groups: dict[str | None, list[Path]] = defaultdict(list)
-    for file in sorted(files):
-        groups[_split_of(file.relative_to(place).as_posix() if place.is_dir() else file.name)].append(file)
-    nameless = groups.pop(None, [])
-    if groups and nameless:
-        raise ValueError(
-            f"load_data: expected every parquet file in {place} to be named after its split, "
-            f"got {nameless[0].name}. "
-            "Put train, validation or test into its name, or move it away."
-        )
-    return {name: group for name, group in groups.items() if name} or {"train": nameless}
-
-
-def _split_of(name: str) -> str | None:
-    words = re.findall(r"[a-z]+", name.lower().removesuffix(".parquet"))
-    return next((SPLIT_NAMES[word] for word in reversed(words) if word in SPLIT_NAMES), None)
-
-
 def _read_file(
     path: Path, image_column: str | None, label_column: str | None
-) -> tuple[pa.ChunkedArray, Int64[Tensor, " n"], list[str] | None]:
+) -> tuple[ImageColumn, Int64[Tensor, " n"], list[str] | None]:
     pq = require("pyarrow.parquet", extra="data", user="load_data")
-    pa = require("pyarrow", extra="data", user="load_data")
-    try:
-        file = pq.ParquetFile(path)
+    stamp = Stamp.of(path)
+    with _readable(path), pq.ParquetFile(path) as file:
         schema = file.schema_arrow
         features = _hugging_face_features(schema)
         image = _choose_column(
@@ -128,7 +190,17 @@ def _read_file(
         label = _choose_column(
             path, schema, "label_column", label_column, _label_candidates(schema, features)
         )
-        table = file.read(columns=[image, label])
+        labels = file.read(columns=[label])[label]
+    column = ImageColumn(path, stamp, file.metadata, _leaf(schema.field(image), path))
+    return column, _integers(labels, path, label), features.get(label, {}).get("names")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """One line for all that Arrow has to say about a damaged file."""
+    pa = require("pyarrow", extra="data", user="load_data")
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
@@ -136,8 +208,6 @@ def _read_file(
         raise ValueError(
             f"load_data: cannot read {path} ({detail}). Copy or download the file again."
         ) from None
-    names = features.get(label, {}).get("names")
-    return _bytes_of(table[image], path, image), _integers(table[label], path, label), names
 
 
 def _hugging_face_features(schema: pa.Schema) -> dict[str, Any]:
@@ -198,16 +268,20 @@ def _is_binary(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _bytes_of(column: pa.ChunkedArray, path: Path, name: str) -> pa.ChunkedArray:
-    if _has_bytes(column.type):
-        compute = require("pyarrow.compute", extra="data", user="load_data")
-        return compute.struct_field(column, "bytes")
-    if _is_binary(column.type):
-        return column
+def _leaf(field: pa.Field, path: Path) -> str:
+    """The path of the encoded images within the schema."""
+    if _has_bytes(field.type):
+        return f"{field.name}.bytes"
+    if _is_binary(field.type):
+        return field.name
     raise ValueError(
-        f"load_data: expected encoded images in column {name!r} of {path}, got {_short(column.type)}. "
+        f"load_data: expected encoded images in column {field.name!r} of {path}, got {_short(field.type)}. "
         "Pass the image_column that holds bytes, or structs of {bytes, path}."
     )
+
+
+def _bytes_field(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return require("pyarrow.compute", extra="data", user="load_data").struct_field(column, "bytes")
 
 
 def _integers(column: pa.ChunkedArray, path: Path, name: str) -> Int64[Tensor, " n"]:

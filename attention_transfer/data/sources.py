@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from jaxtyping import Int64, UInt8
 from torch import Tensor
@@ -17,6 +21,10 @@ SPLIT_NAMES = {
     "valid": "validation",
     "validation": "validation",
 }
+
+LABEL_NAMES = ("label", "labels", "target", "class", "fine_label", "y")  # what labels are usually called
+
+MOST_CLASSES = 1_000_000  # a higher label is an identifier of something
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,48 @@ class Source:
     place: str
     flip: bool = True
     notes: list[str] = field(default_factory=list)
+
+
+def group_by_split(files: Sequence[Path], place: Path) -> dict[str, list[Path]]:
+    """Files, sorted, by the split that their name, or a folder above them within `place`, speaks of.
+
+    The last word counts: train, test, val, valid or validation. If no name speaks of one, all are training
+    files.
+
+    Raises:
+        ValueError: if some names speak of a split and some do not.
+    """
+    groups: dict[str | None, list[Path]] = defaultdict(list)
+    for file in sorted(files):
+        groups[_split_of(file.relative_to(place) if place.is_dir() else Path(file.name))].append(file)
+    nameless = groups.pop(None, [])
+    if groups and nameless:
+        raise ValueError(
+            f"load_data: expected every {nameless[0].suffix[1:]} file in {place} to be named after its "
+            f"split, got {nameless[0].name}. "
+            "Put train, validation or test into its name, or move it away."
+        )
+    return {name: group for name, group in groups.items() if name} or {"train": nameless}
+
+
+def _split_of(path: Path) -> str | None:
+    words = re.findall(r"[a-z]+", path.with_suffix("").as_posix().lower())
+    return next((SPLIT_NAMES[word] for word in reversed(words) if word in SPLIT_NAMES), None)
+
+
+def numbered_classes(splits: dict[str, RawSplit]) -> list[str]:
+    """The names of classes that have none: their numbers.
+
+    Raises:
+        ValueError: if there would be millions of them.
+    """
+    highest = max([0, *(int(split.labels.max()) for split in splits.values() if len(split.labels))])
+    if highest >= MOST_CLASSES:
+        raise ValueError(
+            f"load_data: expected labels that number the classes from 0, got {highest}. "
+            "Number the classes anew."
+        )
+    return [str(label) for label in range(highest + 1)]
 
 
 def check_source(source: Source) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from attention_transfer import _choices as choices
 from attention_transfer._hints import did_you_mean
+from attention_transfer._patterns import is_pattern
 from attention_transfer.schedules import parse_schedules
 
 VALIDATION = 0.1  # share of the training images that are held out where nothing is said
@@ -64,7 +65,8 @@ class Recipe:
     """Epochs for a teacher that is trained first. As many as the student's if not given."""
 
     data: str = "cifar10"
-    """The images: cifar10, cifar100, fashion-mnist, mnist, mnist-5k, a folder of class folders, parquet."""
+    """The images: cifar10, cifar100, fashion-mnist, mnist, mnist-5k, or a folder of class folders, of parquet
+    files or of tar files, or a pattern such as DIR/train-{000..146}.tar."""
     data_root: str | None = None
     """Where the named data sets are looked for and downloaded to."""
     validation: float | None = None
@@ -76,7 +78,7 @@ class Recipe:
     image_column: str | None = None
     """The parquet column of the images, where it cannot be told from the file."""
     label_column: str | None = None
-    """The parquet column of the labels, where it cannot be told from the file."""
+    """The parquet column of the labels, or the JSON field in tar files, where it cannot be told."""
     pad: int | None = None
     """Augmentation: reflect-pad by so many pixels and crop back at random. As suits the data if not given."""
     flip: bool | None = None
@@ -255,7 +257,9 @@ class Recipe:
         if self.output is not None:
             return Path(self.output)
         student = Path(self.student.replace(":", "-")).name
-        return Path("runs") / f"{Path(self.data).resolve().name}-{student}-{self.method}-{self.seed}"
+        data = Path(self.data).resolve()
+        name = data.parent.name if is_pattern(self.data) else data.name
+        return Path("runs") / f"{name}-{student}-{self.method}-{self.seed}"
 
     def resolved(self) -> Recipe:
         """The same recipe with its output folder and absolute paths filled in, so that it works anywhere."""
@@ -468,8 +472,8 @@ def _flag(name: str) -> str:
 
 
 def _absolute(value: str | None) -> str | None:
-    """An existing path made absolute; names of models and data sets stay as they are."""
-    if value is None or not Path(value).expanduser().exists():
+    """An existing path or a pattern made absolute; names of models and data sets stay as they are."""
+    if value is None or not (is_pattern(value) or Path(value).expanduser().exists()):
         return value
     return str(Path(value).expanduser().absolute())
 
