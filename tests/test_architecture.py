@@ -29,6 +29,7 @@ ALLOWED = {
     "visualize": {"functional", "taps"},
     "cache": {"data", "pairs"},
     "caffe": {"functional"},
+    "export": {"cache", "data", "models", "training"},
     "reproduction": {"cache", "models", "training"},
     "training": {
         *(
@@ -52,6 +53,7 @@ HELPERS = {
     "_hints",
     "_machine",
     "_memory",
+    "_onnx",
     "_outputs",
     "_tables",
     "_untouched",
