@@ -37,7 +37,7 @@ def to_onnx(
     Raises:
         ValueError: if it cannot be exported.
     """
-    shapes = {name: {0: free_dimension()} for name in inputs} if free_batch else None
+    shapes = ({0: free_dimension()},) * len(inputs) if free_batch else None
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(

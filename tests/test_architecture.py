@@ -29,7 +29,7 @@ ALLOWED = {
     "visualize": {"functional", "taps"},
     "cache": {"data", "pairs"},
     "caffe": {"functional"},
-    "export": {"cache", "data", "models", "training"},
+    "export": {"cache", "data", "models", "training", "visualize"},
     "reproduction": {"cache", "models", "training"},
     "training": {
         *(
