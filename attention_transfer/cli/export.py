@@ -12,7 +12,7 @@ from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, suggest, 
 from attention_transfer.training.run import Run
 
 if TYPE_CHECKING:
-    from attention_transfer.export import Export
+    from attention_transfer.export import Export, Written
 
 NAMES: tuple[ExportFormat, ...] = get_args(ExportFormat)
 INPUTS: tuple[ProgramInput, ...] = get_args(ProgramInput)
@@ -78,17 +78,11 @@ def _check_run(folder: str) -> None:
 
 def _show(done: Export) -> None:
     student, result = done.student, done.student.run.result
-    print(
-        f"{student.card.model}: {result['parameters']:,} parameters, test error {result['test_error']:.2f} %"
-    )
+    parameters, error = result["parameters"], result["test_error"]
+    print(f"{student.card.model}: {parameters:,} parameters, test error {error:.2f} %")
     if taught := _whose_teacher(student.run):
         print(f"note: this is the teacher of {taught}. Its student: {PROGRAM} export {taught}")
-    rows = [
-        [each.format.name, each.format.path, f"{each.size / 1e6:.2f}", f"{each.difference:.1e}"]
-        + [f"{each.format.tolerance:.0e}"]
-        for each in done.written
-    ]
-    print(format_table(["format", "file", "MB", "difference", "allowed"], rows))
+    print(format_table(["format", "file", "MB", "difference", "allowed"], [*map(_row, done.written)]))
     from attention_transfer.export.student import BATCHES
 
     batches = ", ".join(map(str, BATCHES))
@@ -100,6 +94,12 @@ def _show(done: Export) -> None:
         takes = {"pixels": "uint8 pixels, 0 to 255, which they normalise", "normalised": "normalised float32"}
         print(f"input of onnx and torch-export: {takes[student.input]}")
     print(f"model card, with a snippet for each file: {done.folder / 'README.md'}")
+
+
+def _row(written: Written) -> list[str]:
+    format = written.format
+    size, difference = f"{written.size / 1e6:.2f}", f"{written.difference:.1e}"
+    return [format.name, format.path, size, difference, f"{format.tolerance:.0e}"]
 
 
 def _whose_teacher(run: Run) -> Path | None:

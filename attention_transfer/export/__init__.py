@@ -6,4 +6,5 @@ A format is a `Format`, a file a kind; `README.md`, written beside what it names
 from .formats import FORMATS as FORMATS
 from .student import Student as Student
 from .writing import Export as Export
+from .writing import Written as Written
 from .writing import export_run as export_run

@@ -19,7 +19,7 @@ Predict = Callable[[Tensor], object]
 
 
 class Format(ABC):
-    """One way to write a student: `write` makes `path` in the export's folder, `load` reads it as others will.
+    """One way to write a student: `write` makes `path` in the export, `load` reads it as others will.
 
     Attributes:
         name: what `--format` calls it.

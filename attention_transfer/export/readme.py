@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from attention_transfer.cache import Manifest
@@ -16,6 +16,7 @@ from .base import Format
 from .student import Student
 
 README = "README.md"
+MACHINE = ("device", "torch", "version", "commit")
 
 File = tuple[Format, int, float]
 """A format with the size of its file and the largest difference of its logits."""
@@ -52,25 +53,22 @@ def _lesson(run: Run) -> str:
     if not run.recipe.needs_teacher:
         return f"It learned from labels, with {method}, without a teacher."
     return (
-        f"It learned from labels and from a `{teacher_name(run)}`, by {method}; nothing of that teacher is in "
-        "these files."
+        f"It learned from labels and from a `{teacher_name(run)}`, by {method}; nothing of "
+        "that teacher is in these files."
     )
 
 
 def _errors(student: Student) -> str:
     run, result = student.run, student.run.result
-    rows = [("test error, top-1", result["test_error"])]
+    rows = {"test error, top-1": f"{result['test_error']:.2f} %"}
     if len(student.card.classes) > 5:
-        rows.append(("test error, top-5", result["test_top5_error"]))
+        rows["test error, top-5"] = f"{result['test_top5_error']:.2f} %"
     if result["validation_error"] is not None:
-        rows.append(("validation error, top-1", result["validation_error"]))
+        rows["validation error, top-1"] = f"{result['validation_error']:.2f} %"
     if (error := _teacher_error(run)) is not None:
-        rows.append(("its teacher's test error, top-1", error))
-    lines = [f"| {name} | {value:.2f} % |" for name, value in rows]
-    return (
-        "\n".join(["| | |", "|---|---|", *lines])
-        + f"\n\nOf one run, seed {result['seed']}. The test images of {_shown(run.recipe.data)} chose nothing."
-    )
+        rows["its teacher's test error, top-1"] = f"{error:.2f} %"
+    seed, data = result["seed"], _shown(run.recipe.data)
+    return f"{_table(rows)}\n\nOf one run, seed {seed}. The test images of {data} chose nothing."
 
 
 def _input(student: Student) -> str:
@@ -84,8 +82,8 @@ def _input(student: Student) -> str:
         else "The programs (onnx, torch-export) take normalised images, float32, as the weights do."
     )
     return (
-        f"Images (b, {card.in_channels}, {height}, {width}), {colours}, any b from 1 up. A normalised image is "
-        f"(pixels / 255 - mean) / std, by channel, with\n\n"
+        f"Images (b, {card.in_channels}, {height}, {width}), {colours}, any b from 1 up. A normalised image "
+        f"is (pixels / 255 - mean) / std, by channel, with\n\n"
         f"```\nmean = {card.mean}\nstd = {card.std}\n```\n\n"
         f"{programs} What comes out are logits (b, {len(card.classes)}), before any softmax."
     )
@@ -106,7 +104,7 @@ def _classes(student: Student) -> str:
 
 def _training(run: Run) -> str:
     recipe, result = run.recipe, run.result
-    machine = result.get("machine", {})
+    machine = {name: result.get("machine", {}).get(name, "unknown") for name in MACHINE}
     rows = {
         "method": recipe.method,
         "teacher": f"{teacher_name(run)}, weights {result['teacher_fingerprint'] or 'unknown'}"
@@ -121,10 +119,14 @@ def _training(run: Run) -> str:
         "weights kept": f"those of the {recipe.keep} epoch",
         "precision": recipe.precision,
         "seed": recipe.seed,
-        "device": machine.get("device", "unknown"),
-        "torch": machine.get("torch", "unknown"),
-        "attention-transfer": f"{machine.get('version', 'unknown')}, commit {machine.get('commit', 'unknown')}",
+        "device": machine["device"],
+        "torch": machine["torch"],
+        "attention-transfer": f"{machine['version']}, commit {machine['commit']}",
     }
+    return _table(rows)
+
+
+def _table(rows: Mapping[str, object]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 

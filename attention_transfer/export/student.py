@@ -45,14 +45,14 @@ class Student:
         card = ModelCard.read(run.folder)
         if card is None:
             raise ValueError(
-                f"export: expected weights that say what they hold in {run.student_weights}, got weights from "
+                f"export: expected weights that say what they hold in {run.student_weights}, got some from "
                 f"elsewhere. Write the run's own anew: remove {run.result_file.name} and resume it."
             )
         student = cls(run, card, card.build(run.folder), input)
         if not student.answers.isfinite().all():
             raise ValueError(
-                f"export: expected finite logits of the student in {run.folder}, got {student.answers[0, 0]}. "
-                "Its training diverged: train it again with a smaller --lr."
+                f"export: expected finite logits of the student in {run.folder}, got NaN or infinity: "
+                "its training diverged. Train it again with a smaller --lr."
             )
         return student
 

@@ -28,15 +28,15 @@ class TimmFolder(Format):
         require("timm", extra="models", user="export: timm")
         if not is_of_timm(student.card.model):
             raise ValueError(
-                f"export: timm: expected a model of timm, got {student.card.model}, which timm does not know. "
-                "Leave timm out; onnx and torch-export need no code of the model."
+                f"export: timm: expected a model of timm, got {student.card.model}, which timm does not "
+                "know. Leave timm out; onnx and torch-export need no code of the model."
             )
 
     def write(self, student: Student, path: Path) -> None:
         timm: Any = require("timm", extra="models", user="export: timm")
         card = student.card
-        model = card.build(student.run.folder)  # one of its own: its description is changed
-        known: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+        model: Any = card.build(student.run.folder)  # one of its own: its description is changed
+        known = model.pretrained_cfg
         model.pretrained_cfg = {name: known[name] for name in KEPT if name in known} | _input(student)
         arguments = {"num_classes": len(card.classes), "in_chans": card.in_channels}
         config = {"model_args": arguments, "label_names": card.classes}
@@ -49,8 +49,9 @@ class TimmFolder(Format):
 
     def snippet(self, student: Student) -> str:
         return (
-            f'import timm\nimport torch\n\nmodel = timm.create_model("local-dir:{self.path}", pretrained=True)'
-            f".eval()\n{pixels_line(student)}\n{normalise_lines(student)}\n"
+            "import timm\nimport torch\n\n"
+            f'model = timm.create_model("local-dir:{self.path}", pretrained=True).eval()\n'
+            f"{pixels_line(student)}\n{normalise_lines(student)}\n"
             "with torch.no_grad():\n    logits = model(images)"
         )
 

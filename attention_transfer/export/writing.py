@@ -1,4 +1,4 @@
-"""An export from beginning to end: written beside its place, loaded anew, compared, then moved there whole."""
+"""An export from beginning to end: written beside its place, loaded anew, compared, moved there whole."""
 
 from __future__ import annotations
 
