@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import io
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_transfer._extras import require
+from attention_transfer._quiet import muted
 
 EXTRA = "onnx"
 
@@ -39,7 +40,7 @@ def to_onnx(
     """
     shapes = ({0: free_dimension()},) * len(inputs) if free_batch else None
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 model,
                 tuple(inputs.values()),
@@ -81,16 +82,10 @@ def open_onnx(model: bytes | str | os.PathLike[str], *, user: str) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on itself."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # torch and onnxscript use parts of each other and of themselves that they have deprecated
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logger.setLevel(level)
+def quiet() -> Iterator[None]:
+    """Without the exporters' remarks on themselves, and the graphs that they print when they fail."""
+    with muted(), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        # torch and onnxscript use parts of each other and of themselves that they have deprecated
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

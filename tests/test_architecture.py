@@ -55,6 +55,7 @@ HELPERS = {
     "_memory",
     "_onnx",
     "_outputs",
+    "_quiet",
     "_tables",
     "_untouched",
 }

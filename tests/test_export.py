@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attention_transfer.cli import main
-from attention_transfer.models import load_weights
+from attention_transfer.export import FORMATS, export_run
 from attention_transfer.training import Recipe, Run, train
 from attention_transfer.training.card import ModelCard
 
@@ -46,6 +47,9 @@ class Branching(Verbose):
         logits = super().forward(x)[0]
         return logits if logits.sum() > 0 else -logits
 """
+
+
+OWN = "exported_models:Verbose"
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +91,16 @@ def taught(base: Recipe, workplace: Path) -> Run:
     return train(recipe, say=lambda _: None)
 
 
-def alone(base: Recipe, student: str) -> Run:
-    """A run of one model, trained in the current folder if it is not there."""
-    run = Run(Path.cwd() / re.sub(r"\W", "-", student))
+@pytest.fixture(scope="module")
+def exported(taught: Run, workplace: Path) -> Path:
+    """An export of the taught student."""
+    formats = ("safetensors", "torch", "onnx", "torch-export")
+    return export_run(taught.folder, formats, workplace / "exported").folder
+
+
+def alone(base: Recipe, student: str, workplace: Path) -> Run:
+    """A run of one model, trained in the workplace if it is not there."""
+    run = Run(workplace / re.sub(r"\W", "-", student))
     return run if run.exists else train(replace(base, student=student, output=str(run.folder)), say=str)
 
 
@@ -128,7 +139,7 @@ def with_batch(snippet: str, batch: int) -> str:
 # Every format, as its snippet in the README loads it
 
 ELSEWHERE = """
-import sys
+import os, sys
 
 class NotInstalled:
     def find_spec(self, name, path=None, target=None):
@@ -138,70 +149,108 @@ class NotInstalled:
 sys.meta_path.insert(0, NotInstalled())
 import json, torch
 
-for i, snippet in enumerate(json.load(sys.stdin)):
+for i, (folder, snippet) in enumerate(json.load(sys.stdin)):
     names = {}
+    os.chdir(folder)
     exec(snippet, names)
     torch.save([names["pixels"], torch.as_tensor(names["logits"])], f"answers-{i}.pt")
 """
 
 
-def answers_elsewhere(folder: Path, batches: tuple[int, ...]) -> list[list[Tensor]]:
-    """Pixels and logits of each snippet in a process that cannot import attention_transfer."""
-    code = [with_batch(snippet, batch) for snippet in snippets(folder) for batch in batches]
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE],
-        input=json.dumps(code),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+def answers_elsewhere(folders: Sequence[Path]) -> list[list[tuple[Tensor, Tensor]]]:
+    """Pixels and logits of each folder's snippets that need not this package, for one image and three.
+
+    They run in one process that cannot import it.
+    """
+    jobs = [
+        (str(folder), with_batch(snippet, batch))
+        for folder in folders
+        for snippet in snippets(folder)
+        for batch in (1, 3)
+        if "attention_transfer" not in snippet
+    ]
+    command = [sys.executable, "-c", ELSEWHERE]
+    done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"answers-{i}.pt") for i in range(len(code))]
+    found = [(folder, torch.load(f"{folder}/answers-{i}.pt")) for i, (folder, _) in enumerate(jobs)]
+    return [[tuple(answer) for place, answer in found if place == str(folder)] for folder in folders]
 
 
-@pytest.mark.parametrize(
-    ("student", "formats"),
-    [
-        ("exported_models:Verbose", "onnx,torch-export"),
-        ("nin-thin", "onnx,torch-export"),
-        ("timm:test_resnet", "timm,onnx,torch-export"),
-    ],
-)
+def check_elsewhere(runs: Sequence[Run], folders: Sequence[Path], programs: Sequence[int]) -> None:
+    """That every run's export gives its student's logits, out of so many snippets."""
+    for run, answers, count in zip(runs, answers_elsewhere(folders), programs, strict=True):
+        assert [len(pixels) for pixels, _ in answers] == [1, 3] * count
+        for pixels, logits in answers:
+            torch.testing.assert_close(logits, student_logits(run, pixels), rtol=1e-4, atol=1e-4)
+
+
 def test_programs_and_timm_folders_need_nothing_of_this_package(
-    student: str, formats: str, base: Recipe, capsys: pytest.CaptureFixture[str]
+    base: Recipe, taught: Run, exported: Path, workplace: Path
 ) -> None:
-    run = alone(base, student)
-    export(capsys, run.folder, "--format", formats)
-    found = answers_elsewhere(run.folder / "export", (1, 3))
-    assert len(found) == 2 * len(formats.split(","))
-    for pixels, logits in found:
-        assert len(logits) in (1, 3)
-        torch.testing.assert_close(logits, student_logits(run, pixels), rtol=1e-4, atol=1e-4)
+    chosen = {OWN: ["torch-export"], "nin-thin": ["onnx"], "timm:test_resnet": ["timm"]}
+    runs = [alone(base, student, workplace) for student in chosen]
+    folders = [export_run(run.folder, chosen[run.recipe.student]).folder for run in runs]
+    check_elsewhere([*runs, taught], [*folders, exported], [1, 1, 1, 2])
 
 
-def test_weights_load_as_the_card_says(taught: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    text = export(capsys, taught.folder, "--format", "safetensors", "--format", "torch", "-o", "weights")
-    assert re.search(r"^safetensors +model\.safetensors +0\.3\d +\d\.\de[+-]\d\d +1e-06$", text, re.MULTILINE)
-    folder = Path("weights")
-    loading = snippets(folder)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "student", [OWN, "nin-thin", "nin-wide-plain", "timm:test_resnet", "timm:test_convnext", "timm:test_vit"]
+)
+def test_every_format_of_every_kind_of_model(student: str, base: Recipe, workplace: Path) -> None:
+    size = 160 if student == "timm:test_vit" else None  # the one that it takes
+    run = alone(replace(base, image_size=size), student, workplace)
+    formats = [name for name in FORMATS if name != "timm" or student.startswith("timm:")]
+    done = export_run(run.folder, formats, "all", overwrite=True)
+    assert [each.format.name for each in done.written] == formats
+    check_elsewhere([run], [done.folder], [len(formats) - 2])
+
+
+def run_here(snippet: str, folder: Path, batch: int) -> dict[str, Any]:
+    """The names that a snippet leaves, run beside its files."""
+    names: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(with_batch(snippet, batch), names)
+    return names
+
+
+def test_weights_load_as_the_card_says(taught: Run, exported: Path) -> None:
+    loading = [snippet for snippet in snippets(exported) if "at.build_model" in snippet]
     assert len(loading) == 2
     for snippet in loading:
-        names: dict[str, Any] = {}
-        code = snippet.replace('"model.', f'"{folder.resolve()}/model.')
-        exec(with_batch(code, 3), names)
+        names = run_here(snippet, exported, 3)
         assert names["logits"].shape == (3, 3)
         torch.testing.assert_close(names["logits"], student_logits(taught, names["pixels"]))
         assert not any(module._forward_hooks for module in names["model"].modules())
-    state = torch.load(folder / "model.pt", weights_only=True)
-    assert state.keys() == ModelCard.read(taught.folder).build(taught.folder).state_dict().keys()
-    assert ModelCard.read(folder / "model.safetensors") == ModelCard.read(taught.folder)
+    card = ModelCard.read(taught.folder)
+    assert card is not None
+    state = torch.load(exported / "model.pt", weights_only=True)
+    assert state.keys() == card.build(taught.folder).state_dict().keys()
+    assert ModelCard.read(exported / "model.safetensors") == card
 
 
-def test_a_timm_folder_says_what_images_it_wants(base: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_printed(taught: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    text = export(
+        capsys, taught.folder, "--format", "torch,safetensors", "--format", "torch", "-o", "printed"
+    )
+    error = taught.result["test_error"]
+    head, _, _, *files, difference, card = text.splitlines()
+    assert head == f"wrn-10-1: 77,395 parameters, test error {error:.2f} %"
+    assert [line.split()[:2] for line in files] == [
+        ["torch", "model.pt"],
+        ["safetensors", "model.safetensors"],
+    ]
+    assert re.fullmatch(r"torch +model\.pt +0\.3\d +\d\.\de[+-]\d\d +1e-06", files[0])
+    assert difference.endswith("at batch sizes 1, 2, 5")
+    assert card == "model card, with a snippet for each file: printed/README.md"
+
+
+def test_a_timm_folder_says_what_images_it_wants(base: Recipe, workplace: Path) -> None:
     import timm
 
-    run = alone(base, "timm:test_resnet")
-    export(capsys, run.folder, "--format", "timm", "-o", "described")
+    run = alone(base, "timm:test_resnet", workplace)
+    export_run(run.folder, ["timm"], "described")
     config = json.loads(Path("described/timm/config.json").read_text())
     assert config["architecture"] == "test_resnet"
     assert config["label_names"] == ["blue", "green", "red"]
@@ -213,36 +262,33 @@ def test_a_timm_folder_says_what_images_it_wants(base: Recipe, capsys: pytest.Ca
     assert (list(wanted["mean"]), list(wanted["std"])) == (card.mean, card.std)
 
 
-@pytest.mark.parametrize(("given", "name", "kind"), [("pixels", "pixels", "uint8"), ("normalised", "images", "float")])
-def test_the_input_of_onnx_is_told_by_its_name_and_type(
-    given: str, name: str, kind: str, taught: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("given", ["pixels", "normalised"])
+def test_the_input_of_onnx_is_told_by_its_name_and_type(given: str, taught: Run, exported: Path) -> None:
     import onnxruntime
 
-    folder = Path(f"input-{given}")
-    text = export(capsys, taught.folder, "--format", "onnx", "--input", given, "-o", folder)
-    assert f"input of onnx and torch-export: {'uint8 pixels' if given == 'pixels' else 'normalised'}" in text
+    folder = exported
+    if given == "normalised":
+        folder = export_run(taught.folder, ["onnx"], "normalised", input="normalised").folder
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     (taken,), (gives,) = session.get_inputs(), session.get_outputs()
+    name, kind = {"pixels": ("pixels", "uint8"), "normalised": ("images", "float")}[given]
     assert (taken.name, taken.type, taken.shape[1:]) == (name, f"tensor({kind})", [3, 16, 16])
     assert gives.name == "logits"
     held = json.loads(session.get_modelmeta().custom_metadata_map["attention_transfer"])
     assert held["classes"] == ["blue", "green", "red"]
-    names: dict[str, Any] = {}
-    (snippet,) = snippets(folder)
-    exec(snippet.replace('"model.', f'"{folder.resolve()}/model.'), names)
-    wanted = student_logits(taught, names["pixels"])
-    torch.testing.assert_close(torch.as_tensor(names["logits"]), wanted, rtol=1e-4, atol=1e-4)
+    for snippet in [code for code in snippets(folder) if "build_model" not in code]:
+        names = run_here(snippet, folder, 5)
+        wanted = student_logits(taught, names["pixels"])
+        torch.testing.assert_close(torch.as_tensor(names["logits"]), wanted, rtol=1e-4, atol=1e-4)
 
 
 # The model card
 
 
 def test_the_model_card_tells_the_run_and_no_path(
-    taught: Run, workplace: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
+    taught: Run, exported: Path, workplace: Path, image_folder: Path
 ) -> None:
-    export(capsys, taught.folder, "--format", "onnx,torch-export,safetensors", "-o", "card")
-    text, result = Path("card/README.md").read_text(), taught.result
+    text, result = (exported / "README.md").read_text(), taught.result
     assert text.startswith(f"# wrn-10-1, trained on {image_folder.name}\n")
     assert "from a `nin-thin`, by attention transfer; nothing of that teacher is in these files" in text
     assert f"| test error, top-1 | {result['test_error']:.2f} % |" in text
@@ -255,7 +301,7 @@ def test_the_model_card_tells_the_run_and_no_path(
     assert f"commit {result['machine']['commit']} |" in text
     assert "One run with one seed (3)" in text
     assert "trained on 20 images only" in text
-    for file in Path("card").iterdir():
+    for file in exported.iterdir():
         data = file.read_bytes()
         assert str(workplace).encode() not in data, file
         assert str(Path(__file__).parents[1]).encode() not in data, file
@@ -343,12 +389,16 @@ def test_a_folder_that_is_there(taught: Run, tmp_path: Path, capsys: pytest.Capt
     assert (folder / "thesis.tex").read_text() == "years"
     (tmp_path / "file").write_text("")
     assert "which is a file" in refused(capsys, *arguments[:-1], tmp_path / "file")
-    assert "recipe.yaml" in refused(capsys, *arguments[:-1], taught.folder, "--overwrite")
+    assert "no export writes" in refused(capsys, *arguments[:-1], taught.folder, "--overwrite")
 
 
-def test_a_model_that_timm_does_not_know(taught: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_timm_does_not_know(
+    taught: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     message = refused(capsys, taught.folder, "--format", "torch,timm", "-o", tmp_path / "out")
-    assert message.startswith("export: timm: expected a model of timm, got wrn-10-1, which timm does not know.")
+    assert message.startswith(
+        "export: timm: expected a model of timm, got wrn-10-1, which timm does not know."
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -367,7 +417,11 @@ def test_a_missing_extra_is_named(
 @pytest.mark.parametrize(
     ("student", "formats", "message"),
     [
-        ("Random", "safetensors", "expected the student's logits to within 1e-06 of the largest, got a differ"),
+        (
+            "Random",
+            "safetensors",
+            "expected the student's logits to within 1e-06 of the largest, got a differ",
+        ),
         ("Branching", "torch,torch-export", "torch-export: expected a module that torch can export, got: "),
         ("Branching", "torch,onnx", "onnx: expected a module that torch can export, got: "),
     ],
@@ -377,10 +431,11 @@ def test_a_failed_export_leaves_what_was_there(
     formats: str,
     message: str,
     base: Recipe,
+    workplace: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = alone(base, f"exported_models:{student}")
+    run = alone(base, f"exported_models:{student}", workplace)
     folder = tmp_path / "deep" / "out"
     assert message in refused(capsys, run.folder, "--format", formats, "-o", folder)
     assert list(folder.parent.iterdir()) == []
@@ -407,16 +462,14 @@ def test_a_file_that_answers_otherwise_is_refused(
 
     monkeypatch.setattr(StateDict, "write", off_by_little)
     message = refused(capsys, taught.folder, "--format", "torch", "-o", tmp_path / "out")
-    assert re.search(r"torch: expected the student's logits .* got a difference of [\d.e-]+ for a batch of 1", message)
+    assert re.search(
+        r"torch: expected the student's logits .* got a difference of [\d.e-]+ for a batch of 1", message
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_is_a_teacher_and_can_be_evaluated(
-    taught: Run, base: Recipe, capsys: pytest.CaptureFixture[str]
+def test_exported_weights_can_be_evaluated(
+    taught: Run, exported: Path, base: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    export(capsys, taught.folder, "--format", "safetensors", "-o", "onwards")
-    capsys.readouterr()
-    assert main(["evaluate", "onwards/model.safetensors", "--data", base.data]) == 0
+    assert main(["evaluate", str(exported / "model.safetensors"), "--data", base.data]) == 0
     assert f"top-1 error {taught.result['test_error']:.2f} %" in capsys.readouterr().out
-    model = ModelCard.read("onwards/model.safetensors").build(taught.folder)
-    assert load_weights(model, "onwards/model.pt" if False else "onwards/model.safetensors").complete

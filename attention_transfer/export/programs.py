@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attention_transfer._extras import require
-from attention_transfer._onnx import EXTRA, free_dimension, open_onnx, require_onnx, root_of, to_onnx
+from attention_transfer._onnx import EXTRA, free_dimension, open_onnx, quiet, require_onnx, root_of, to_onnx
 
 from .base import Format, Predict, input_lines, input_of
 from .student import Program, Student
@@ -53,7 +53,7 @@ class TorchExport(Format):
     def write(self, student: Student, path: Path) -> None:
         shapes = {"images": {0: free_dimension()}}
         try:
-            with torch.no_grad():
+            with quiet(), torch.no_grad():
                 program = torch.export.export(_program(student), (_example(student),), dynamic_shapes=shapes)
         except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as error:
             raise ValueError(
