@@ -33,9 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     skipped = {} if config.getoption("--slow") else {"slow": "slow tier: run with --slow"}
     if config.getoption("--shapes"):
-        skipped["unchecked"] = (
-            "the checks of the annotations refuse what it does, get in its way, or have no new shape to see"
-        )
+        skipped["unchecked"] = "the checks of the annotations refuse what it does, get in its way, or have no new shape to see"
     for item in items:
         for marker, reason in skipped.items():
             if marker in item.keywords:
