@@ -29,6 +29,7 @@ ALLOWED = {
     "visualize": {"functional", "taps"},
     "cache": {"data", "pairs"},
     "caffe": {"functional"},
+    "export": {"cache", "data", "models", "training", "visualize"},
     "reproduction": {"cache", "models", "training"},
     "training": {
         *(
@@ -53,8 +54,10 @@ HELPERS = {
     "_hints",
     "_machine",
     "_memory",
+    "_onnx",
     "_outputs",
     "_patterns",
+    "_quiet",
     "_tables",
     "_untouched",
 }

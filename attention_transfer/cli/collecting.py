@@ -8,11 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from attention_transfer.cli.loading import load
+from attention_transfer.cli.loading import load, load_teacher
 from attention_transfer.data import Images, Splits, StreamedImages
-from attention_transfer.models import fingerprint
-from attention_transfer.training.build import Teacher, build_teacher, load_splits
-from attention_transfer.training.cached import name_teacher
+from attention_transfer.training.build import Teacher, load_splits
 from attention_transfer.training.run import Run
 from attention_transfer.visualize import Examples, collect_examples
 
@@ -27,7 +25,7 @@ def collect(runs: Sequence[Path], images: int) -> Examples | None:
     if taught is None:
         return None
     splits = load_splits(taught.recipe)
-    teacher = _teacher(taught, splits)
+    teacher = load_teacher(taught, splits)
     if teacher is None:
         print(f"note: the teacher of {taught.folder} is not at hand, so no maps are shown")
         return None
@@ -40,15 +38,6 @@ def _first(images: Images | StreamedImages, count: int) -> Tensor:
     if isinstance(images, Images):
         return images.images[:count]
     return torch.stack([images.decode(i) for i in range(min(count, len(images)))])
-
-
-def _teacher(taught: Run, splits: Splits) -> Teacher | None:
-    """The very teacher of a run; of one that learned from a cache, if it is still where it was."""
-    recipe = taught.recipe if taught.recipe.cache is None else name_teacher(taught.recipe)
-    teacher = build_teacher(recipe, splits, lambda: taught.teacher)
-    if taught.recipe.cache is None or teacher is None:
-        return teacher
-    return teacher if fingerprint(teacher.model) == taught.result["teacher_fingerprint"] else None
 
 
 def _models(

@@ -22,40 +22,43 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--data", help="Images with labels; those of the run if not given.")
     parser.add_argument("--model", help="The model's name, for a weights file that does not say it.")
     parser.add_argument("--plot", help="Write the confusion matrix into this PNG.")
+    parser.add_argument(
+        "--latency",
+        action="store_true",
+        help="In place of the classes: parameters, FLOPs, MB and the time of a batch, beside those of the "
+        "run's teacher if it has one.",
+    )
     flags = parse(parser, arguments)
     splits = _evaluation_data(flags.weights, flags.data)
-    name, result = _measure(flags.weights, flags.model, splits)
-    print(f"{name} on the {len(result.labels):,} test images of {splits.name}")
-    print(f"top-1 error {result.error:.2f} %   top-5 error {result.top5_error:.2f} %\n")
-    _show_classes(result, splits, flags.plot)
+    from attention_transfer.cli.comparing import compare_with_teacher, measure
+
+    student = measure(flags.weights, flags.model, splits)
+    result = student.answers
+    print(f"{student.name} on the {len(result.labels):,} test images of {splits.name}")
+    if flags.latency:
+        print(compare_with_teacher(student, Run(Path(flags.weights)), splits))
+    else:
+        print(f"top-1 error {result.error:.2f} %   top-5 error {result.top5_error:.2f} %\n")
+        _show_classes(result, splits)
+    if flags.plot:
+        _plot(result, splits, flags.plot)
 
 
-def _measure(weights: str, model: str | None, splits: Splits) -> tuple[str, Evaluation]:
-    """The model's name, and its answers on the test images."""
-    import torch
-
-    from attention_transfer.cli.loading import load
-    from attention_transfer.data import Augment
-    from attention_transfer.training.evaluation import evaluate_model
-    from attention_transfer.training.fit import evaluation_batches
-
-    loaded = load(weights, model, splits.num_classes, splits.in_channels)
-    mean, std = (loaded.card.mean, loaded.card.std) if loaded.card else (splits.mean, splits.std)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    normalise = Augment(mean, std).to(device).normalise
-    return loaded.name, evaluate_model(loaded.model, evaluation_batches(splits), normalise, device=device)
-
-
-def _show_classes(result: Evaluation, splits: Splits, plot: str | None) -> None:
-    """Each class's error as a table, and the confusion matrix as a PNG if asked for."""
-    from attention_transfer.visualize import confusion_matrix, per_class_errors
+def _show_classes(result: Evaluation, splits: Splits) -> None:
+    """Each class's error as a table."""
+    from attention_transfer.visualize import per_class_errors
 
     found = per_class_errors(result.predictions, result.labels, splits.classes)
     rows = [[each.name, f"{each.images:,}", f"{each.error:.1f}"] for each in found]
     print(format_table(["class", "images", "error %"], rows, numbers=True))
-    if plot:
-        picture = confusion_matrix(result.predictions, result.labels, splits.classes, plot)
-        print(f"\nconfusion matrix: {picture}")
+
+
+def _plot(result: Evaluation, splits: Splits, path: str) -> None:
+    """The confusion matrix as a PNG."""
+    from attention_transfer.visualize import confusion_matrix
+
+    picture = confusion_matrix(result.predictions, result.labels, splits.classes, path)
+    print(f"\nconfusion matrix: {picture}")
 
 
 def _evaluation_data(weights: str, data: str | None) -> Splits:

@@ -8,7 +8,10 @@ from pathlib import Path
 from torch import nn
 
 from attention_transfer.cli.parsing import UsageError
-from attention_transfer.models import build_model, load_weights
+from attention_transfer.data import Splits
+from attention_transfer.models import build_model, fingerprint, load_weights
+from attention_transfer.training.build import Teacher, build_teacher
+from attention_transfer.training.cached import name_teacher
 from attention_transfer.training.card import ModelCard
 from attention_transfer.training.run import Run
 
@@ -36,3 +39,15 @@ def load(weights: str, name: str | None, classes: int, channels: int) -> Loaded:
     if not pretrained:
         load_weights(model, weights)
     return Loaded(model.eval(), name, None)
+
+
+def load_teacher(taught: Run, splits: Splits) -> Teacher | None:
+    """The very teacher of a run; of one that learned from a cache, if it is still where it was.
+
+    None for a run without a teacher.
+    """
+    recipe = taught.recipe if taught.recipe.cache is None else name_teacher(taught.recipe)
+    teacher = build_teacher(recipe, splits, lambda: taught.teacher)
+    if taught.recipe.cache is None or teacher is None:
+        return teacher
+    return teacher if fingerprint(teacher.model) == taught.result["teacher_fingerprint"] else None

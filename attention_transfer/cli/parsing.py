@@ -22,6 +22,7 @@ VERBS = {
     "reproduce": "Run a published table again: what is missing of it, then the table, published and ours",
     "cache": "Store what a teacher sees in every image, to train any number of students from it",
     "caffe": "Attention transfer for Caffe's nets: build, check, train, convert",
+    "export": "Write a run's student for others: safetensors, torch, onnx, torch-export, timm",
     "bench": "Measure what attention transfer costs, against the memory floor and others",
 }
 

@@ -1,6 +1,7 @@
 """Models by name, the paper's networks, and weights on disk."""
 
 from .build import build_model as build_model
+from .build import is_of_timm as is_of_timm
 from .build import pretrained_statistics as pretrained_statistics
 from .nin import NetworkInNetwork as NetworkInNetwork
 from .weights import LoadReport as LoadReport

@@ -80,6 +80,15 @@ def build_model(
     return model
 
 
+def is_of_timm(name: str) -> bool:
+    """Whether `build_model` takes the model of that name from timm.
+
+    Raises:
+        ValueError, ImportError: as `build_model`, if nobody knows it or its library is missing.
+    """
+    return _find(name)[0] is _build_timm
+
+
 def pretrained_statistics(model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
     """(mean, std) by channel, of pixels in [0, 1], that a library's own weights expect of their images.
 

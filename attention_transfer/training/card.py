@@ -43,7 +43,11 @@ class ModelCard:
 
     def as_metadata(self) -> dict[str, str]:
         """The card as safetensors metadata."""
-        return {_KEY: json.dumps(asdict(self))}
+        return {_KEY: self.as_json()}
+
+    def as_json(self) -> str:
+        """The card as one line of JSON."""
+        return json.dumps(asdict(self))
 
     def build(self, weights: str | Path) -> nn.Module:
         """The model with its weights, in eval mode."""

@@ -10,9 +10,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +18,7 @@ import torch
 from torch import nn
 
 from attention_transfer._memory import freed_memory
+from attention_transfer._quiet import muted
 from attention_transfer.training.recipe import Precision, Recipe
 
 Device = Literal["cpu", "cuda", "mps"]
@@ -88,7 +87,7 @@ def check_compiler(device: Device) -> None:
     """
     double = torch.compile(lambda x: 2 * x, options={"force_disable_caches": True})
     try:
-        with _muted():
+        with muted():
             double(torch.ones(2, device=device))
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
@@ -96,17 +95,6 @@ def check_compiler(device: Device) -> None:
             f"train: --compile needs PyTorch's compiler, which does not work here ({reason:.200}). "
             "On a CPU it takes a C++ compiler, such as g++. Install one, or leave --compile out."
         ) from None
-
-
-@contextmanager
-def _muted() -> Iterator[None]:
-    """Without the compiler's remarks, which the error repeats."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def prepare(model: nn.Module, *, compiled: bool) -> None:

@@ -16,8 +16,9 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor, nn
 
 from attention_transfer._files import write_atomically
+from attention_transfer._onnx import require_onnx
 from attention_transfer.caffe.conversion.back import to_caffemodel as to_caffemodel
-from attention_transfer.caffe.conversion.export import agree, as_onnx, as_tuple, require_onnx
+from attention_transfer.caffe.conversion.export import USER, agree, as_onnx, as_tuple
 from attention_transfer.caffe.conversion.plan import Plan, make_plan, net_without_data
 from attention_transfer.caffe.conversion.source import Source, state_of, write_source
 from attention_transfer.caffe.files.caffemodel import read_caffemodel
@@ -104,7 +105,7 @@ def convert_net(
 ) -> Conversion:
     """Like `convert`, without warnings."""
     if onnx:
-        require_onnx()
+        require_onnx(USER)
     net = _read(prototxt, weights, phase)
     plan = make_plan(net, [output] if isinstance(output, str) else output)
     source = write_source(plan, net.dtype)

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attention_transfer._extras import require
+from attention_transfer._onnx import open_onnx, to_onnx
 
-USER, EXTRA = "convert: ONNX", "onnx"
-
-
-def require_onnx() -> None:
-    """Look for the packages.
-
-    Raises:
-        ImportError: if one is missing.
-    """
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        require(package, extra=EXTRA, user=USER)
+USER = "convert: ONNX"
 
 
 def as_onnx(model: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], share: float) -> bytes:
@@ -39,9 +26,9 @@ def as_onnx(model: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[st
     """
     examples = _with_batch(inputs)
     free = examples is not None and _runs(model, [*examples.values()])
-    program = _export(model, examples if examples is not None and free else inputs, outputs, free)
-    data = program.model_proto.SerializeToString()
-    session = _session(data)
+    traced = examples if examples is not None and free else inputs
+    data = to_onnx(model, traced, outputs, free_batch=free, user=USER).SerializeToString()
+    session = open_onnx(data, user=USER)
     _check(session, model, [*inputs.values()], share)
     if examples is not None and free:
         _check(session, model, [*examples.values()], share)
@@ -64,56 +51,6 @@ def _runs(model: nn.Module, inputs: Sequence[Tensor]) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _export(model: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], free: bool) -> Any:
-    batch = torch.export.Dim("batch", min=1)
-    shapes = {name: {0: batch} for name in inputs} if free else None
-    try:
-        with _quiet(), torch.no_grad():
-            return torch.onnx.export(
-                model,
-                tuple(inputs.values()),
-                input_names=list(inputs),
-                output_names=list(outputs),
-                dynamo=True,
-                dynamic_shapes=shapes,
-                external_data=False,
-                verbose=False,
-            )
-    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        raise ValueError(f"{USER}: expected a module that torch can export, got: {_reason(error)}") from None
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what an error goes back to."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on itself."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # torch and onnxscript use parts of each other and of themselves that they have deprecated
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _session(data: bytes) -> Any:
-    onnxruntime = require("onnxruntime", extra=EXTRA, user=USER)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
 @torch.no_grad()
