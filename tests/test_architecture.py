@@ -42,6 +42,7 @@ ALLOWED = {
             "plan",
             "schedules",
             "taps",
+            "visualize",
         )
     },
 }

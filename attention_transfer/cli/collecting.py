@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_transfer.cli.loading import load
-from attention_transfer.data import Images, Splits, StreamedImages
+from attention_transfer.data import Splits
 from attention_transfer.models import fingerprint
 from attention_transfer.training.build import Teacher, build_teacher, load_splits
 from attention_transfer.training.cached import name_teacher
@@ -32,14 +32,8 @@ def collect(runs: Sequence[Path], images: int) -> Examples | None:
         print(f"note: the teacher of {taught.folder} is not at hand, so no maps are shown")
         return None
     models, normalise = _models(taught, teacher, found, splits)
-    pixels = _first(splits.test, images)
-    return collect_examples(models, pixels, splits.test.labels[:images], normalise, splits.classes)
-
-
-def _first(images: Images | StreamedImages, count: int) -> Tensor:
-    if isinstance(images, Images):
-        return images.images[:count]
-    return torch.stack([images.decode(i) for i in range(min(count, len(images)))])
+    test = splits.test.select(torch.arange(min(images, len(splits.test))))
+    return collect_examples(models, test.decoded(), test.labels, normalise, splits.classes)
 
 
 def _teacher(taught: Run, splits: Splits) -> Teacher | None:

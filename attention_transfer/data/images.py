@@ -37,6 +37,10 @@ class Images:
         """The images at these positions, in this order."""
         return Images(self.images[rows], self.labels[rows])
 
+    def decoded(self) -> UInt8[Tensor, "n c h w"]:
+        """All the pixels."""
+        return self.images
+
 
 @dataclass(frozen=True)
 class StreamedImages:
@@ -63,6 +67,14 @@ class StreamedImages:
     def select(self, rows: Int64[Tensor, " m"], *, train: bool = False) -> StreamedImages:
         """The images at these positions, in this order, for training or for evaluation."""
         return StreamedImages(self.encoded, self.rows[rows], self.labels[rows], self.image_size, train)
+
+    def decoded(self) -> UInt8[Tensor, "n c h w"]:
+        """All the pixels, decoded one after the other: for a few images.
+
+        Raises:
+            ValueError: as `decode`.
+        """
+        return torch.stack([self.decode(i) for i in range(len(self))])
 
     def decode(self, position: int, *, seed: int = 0, epoch: int = 0) -> UInt8[Tensor, "c h w"]:
         """One image; a pure function of (position, seed, epoch).

@@ -132,7 +132,7 @@ def _fit(
     prepare(student, compiled=recipe.compile)
     checkpoints = Checkpoints(run)
     with quiet():
-        trainer = build_trainer(run, recipe, checkpoints, say)
+        trainer = build_trainer(run, recipe, splits, checkpoints, say)
         loaders = _Loaders(recipe, splits, trainer)
         if loaders.train.drop_last:
             tell("note: the last batch would hold one image; every epoch leaves it out")
@@ -226,14 +226,18 @@ def _last_batch_is_one(images: int, batch: int, processes: int) -> bool:
     return images > batch and 1 <= images % batch <= processes
 
 
-def build_trainer(run: Run, recipe: Recipe, checkpoints: Checkpoints, say: Say | None) -> Trainer:
+def build_trainer(
+    run: Run, recipe: Recipe, splits: Splits, checkpoints: Checkpoints, say: Say | None
+) -> Trainer:
     """Lightning's trainer for a recipe, without its chatter."""
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from attention_transfer.training.callbacks import EpochLog, ProgressBar, StopOnSignal
+    from attention_transfer.training.recorder import MapRecorder
 
     precision: Any = recipe.precision
+    recorder = MapRecorder(run.maps, splits, recipe.epochs)
     progress = [ProgressBar()] if say is None and sys.stdout.isatty() else []
     return Trainer(
         accelerator=recipe.accelerator,
@@ -242,7 +246,7 @@ def build_trainer(run: Run, recipe: Recipe, checkpoints: Checkpoints, say: Say |
         precision=precision,
         max_epochs=recipe.epochs,
         gradient_clip_val=recipe.gradient_clip,
-        callbacks=[EpochLog(run, say or _print), checkpoints, StopOnSignal(run), *progress],
+        callbacks=[EpochLog(run, say or _print), recorder, checkpoints, StopOnSignal(run), *progress],
         logger=TensorBoardLogger(run.folder, name="tensorboard", version=""),
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
