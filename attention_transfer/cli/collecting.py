@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from attention_transfer.cli.loading import load
@@ -32,8 +33,13 @@ def collect(runs: Sequence[Path], images: int) -> Examples | None:
         print(f"note: the teacher of {taught.folder} is not at hand, so no maps are shown")
         return None
     models, normalise = _models(taught, teacher, found, splits)
-    test = splits.test.select(torch.arange(min(images, len(splits.test))))
+    test = splits.test.select(_spread_evenly(len(splits.test), images))
     return collect_examples(models, test.decoded(), test.labels, normalise, splits.classes)
+
+
+def _spread_evenly(available: int, wanted: int) -> Int64[Tensor, " n"]:
+    """Positions all over the images, which may be sorted by class."""
+    return torch.linspace(0, available - 1, min(wanted, available)).round().long()
 
 
 def _teacher(taught: Run, splits: Splits) -> Teacher | None:

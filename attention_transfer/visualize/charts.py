@@ -97,10 +97,7 @@ def line_chart(title: str, unit: str, column: str, groups: Sequence[Group]) -> C
     return draw(
         title,
         unit,
-        [
-            Series(group.label, group.style, [curve(run, column) for run in group.runs])
-            for group in groups
-        ],
+        [Series(group.label, group.style, [curve(run, column) for run in group.runs]) for group in groups],
     )
 
 
@@ -114,9 +111,7 @@ def draw(title: str, unit: str, series: Sequence[Series]) -> Chart | None:
     x = Axis(*_widened(epochs[0], epochs[-1]), LEFT, WIDTH - RIGHT)
     y = Axis(*_rounded_out(min(values), max(values)), HEIGHT - BOTTOM, TOP)
     means = [_mean(s.curves) for s in shown]
-    lines = [
-        _line(s.style, False, points, x, y) for s in shown if len(s.curves) > 1 for points in s.curves
-    ]
+    lines = [_line(s.style, False, points, x, y) for s in shown if len(s.curves) > 1 for points in s.curves]
     lines += [_line(s.style, True, mean, x, y) for s, mean in zip(shown, means, strict=True)]
     hover = [_hover_series(s, mean, epochs, y) for s, mean in zip(shown, means, strict=True)]
     return Chart(
@@ -177,9 +172,7 @@ def _line(style: str, is_mean: bool, points: dict[int, float], x: Axis, y: Axis)
     return Line(style, is_mean, paths, [(x(p[0]), y(points[p[0]])) for p in pieces if len(p) == 1])
 
 
-def _hover_series(
-    series: Series, mean: dict[int, float], epochs: Sequence[int], y: Axis
-) -> dict[str, Any]:
+def _hover_series(series: Series, mean: dict[int, float], epochs: Sequence[int], y: Axis) -> dict[str, Any]:
     """Per epoch: null, or [text, pixel], where the text holds the mean and the range over the seeds."""
     points: list[Any] = []
     for epoch in epochs:

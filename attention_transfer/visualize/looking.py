@@ -1,4 +1,4 @@
-"""What the report says of where finished models look: how alike, in which classes, in which images the least."""
+"""What the report says of where finished models look: how alike, in which classes and images the least."""
 
 from __future__ import annotations
 
@@ -131,7 +131,9 @@ def _card(examples: Examples, seen: Seen, i: int, name: str) -> dict[str, Any]:
     }
 
 
-def _maps(layers: list[str], seen: Seen, role: str, i: int, size: tuple[int, int]) -> list[tuple[str, str, str]]:
+def _maps(
+    layers: list[str], seen: Seen, role: str, i: int, size: tuple[int, int]
+) -> list[tuple[str, str, str]]:
     """(layer, its map, cosine to the teacher's or nothing)"""
     cosines = [f"{value:.2f}" for value in seen.cosines[role][i].tolist()] if role in seen.cosines else []
     return [

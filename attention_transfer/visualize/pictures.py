@@ -40,7 +40,11 @@ def strip(maps: Float[Tensor, "e h w"]) -> dict[str, Any]:
     """Maps as the frames of one image, side by side in their own resolution, each within a border."""
     height, width = maps.shape[1:]
     frames = [np.pad(overlays.map_levels(each, (height, width)), BORDER, mode="edge") for each in maps]
-    return {"source": _coloured(np.concatenate(frames, axis=1)), "frames": len(frames), "size": (height, width)}
+    return {
+        "source": _coloured(np.concatenate(frames, axis=1)),
+        "frames": len(frames),
+        "size": (height, width),
+    }
 
 
 def _coloured(levels: UInt8[np.ndarray, "h w"]) -> str:

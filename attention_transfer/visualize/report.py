@@ -161,11 +161,16 @@ def _runs(groups: Sequence[Group], metric: str) -> dict[str, Any] | None:
                 "name": run.folder.name,
                 "seed": _cell(run.recipe.get("seed")),
                 "numbers": [_error(run, metric), _error(run, "validation_error")],
-                "settings": [_cell(run.recipe.get(name)) for name in differing],
+                "settings": [_setting(run, name) for name in differing],
             }
             for group, run in runs
         ],
     }
+
+
+def _setting(run: Run, name: str) -> str:
+    """A field of the recipe; a student alone has no teacher, whatever its recipe names."""
+    return "–" if run.method == "none" and name.startswith("teacher") else _cell(run.recipe.get(name))
 
 
 def _error(run: Run, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Where a student looks in a few images, over the epochs of its training: one small file in the run folder."""
+"""Where a student looks in a few images over its training: one small file in the run folder."""
 
 from __future__ import annotations
 
@@ -89,9 +89,7 @@ class Snapshots:
         """Whether both are of the same images."""
         return torch.equal(self.images, other.images)
 
-    def agreement(
-        self, layer: int, teacher: Float[Tensor, "n _ _"]
-    ) -> dict[int, float]:
+    def agreement(self, layer: int, teacher: Float[Tensor, "n _ _"]) -> dict[int, float]:
         """{epoch: mean cosine of the student's maps at this position of `layers` to the teacher's}"""
         each = (cosine_similarity(maps.float(), teacher.float()).mean() for maps in self.maps[layer])
         return {epoch: float(value) for epoch, value in zip(self.epochs, each, strict=True)}
@@ -128,7 +126,7 @@ class Snapshots:
             )
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise ValueError(
-                f"Snapshots.read: expected the maps that `train` keeps in {path}, got a damaged file ({error}). "
+                f"Snapshots.read: expected the maps that `train` keeps, got the damaged {path} ({error}). "
                 "Delete it: the report then leaves these maps out."
             ) from None
 
