@@ -117,7 +117,10 @@ class Snapshots:
         try:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {})[_KEY])
-                tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors: dict[str, Any] = {
+                    name: file.get_tensor(name).clone()  # not a view of a file that may be written anew
+                    for name in file.keys()  # noqa: SIM118
+                }
             layers, taught = facts["layers"], "teacher.0" in tensors
             maps = [tensors[f"student.{i}"] for i in range(len(layers))]
             teacher = [tensors[f"teacher.{i}"] for i in range(len(layers) * taught)]
