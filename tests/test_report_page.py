@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -210,15 +211,66 @@ def over(layers: list[list[int]]) -> list[float]:
     return colour
 
 
+def channel_luminance(value: float) -> float:
+    """Linear light of a channel of 0 to 255."""
+    value /= 255
+    return value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
+
+
 def luminance(rgb: list[float]) -> float:
     """Relative luminance, WCAG 2."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in rgb[:3])]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    red, green, blue = (channel_luminance(value) for value in rgb[:3])
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def contrast(one: list[float], other: list[float]) -> float:
     low, high = sorted([luminance(one), luminance(other)])
     return (high + 0.05) / (low + 0.05)
+
+
+# Machado, Oliveira & Fernandes (IEEE TVCG 2009), severity 1, on linear RGB
+EYES = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],  # noqa: E501
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],  # noqa: E501
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],  # noqa: E501
+}  # fmt: skip
+STYLES = ["teacher", "alone", "at", "kd", "both", "extra0", "extra1", "extra2"]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_curves_are_told_apart_by_any_eyes(browser: Browser, page: Path, dark: bool) -> None:
+    """By their dashes, or by colours whose CIE76 distance is 20 or more for every kind of eyes."""
+    browser.open(page, dark=dark)
+    look = """((style) => {
+      const g = document.createElementNS("http://www.w3.org/2000/svg", "g");
+      g.setAttribute("class", `s-${style} mean`);
+      g.append(document.createElementNS(g.namespaceURI, "polyline"));
+      document.querySelector("svg").append(g);
+      const { stroke, strokeDasharray } = getComputedStyle(g.firstChild);
+      return [stroke, strokeDasharray];
+    })"""
+    looks = browser.evaluate(f"{json.dumps(STYLES)}.map({look})")
+    paper = browser.evaluate(f"{TO_RGBA}(getComputedStyle(document.body).backgroundColor)")
+    rgb = browser.evaluate(f"{json.dumps([colour for colour, _ in looks])}.map({TO_RGBA})")
+    assert all(contrast(colour, paper) >= 3 for colour in rgb)
+    for i, j in combinations(range(len(STYLES)), 2):
+        if looks[i][1] == looks[j][1]:
+            for name, matrix in EYES.items():
+                assert math.dist(lab(rgb[i], matrix), lab(rgb[j], matrix)) >= 20, (STYLES[i], STYLES[j], name)
+
+
+def dot(one: list[float], other: list[float]) -> float:
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+def lab(rgb: list[float], matrix: list[list[float]]) -> list[float]:
+    """CIE Lab of a colour as such eyes see it."""
+    linear = [channel_luminance(value) for value in rgb[:3]]
+    seen = [min(1.0, max(0.0, dot(row, linear))) for row in matrix]
+    rows = ([0.4339, 0.3762, 0.1899], [0.2126, 0.7152, 0.0722], [0.0177, 0.1095, 0.8728])
+    x, y, z = (dot(row, seen) for row in rows)
+    f = [v ** (1 / 3) if v > 0.008856 else 7.787 * v + 16 / 116 for v in (x, y, z)]
+    return [116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])]
 
 
 def test_names_are_shown_and_never_run(browser: Browser, tmp_path: Path) -> None:
