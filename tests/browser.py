@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -50,20 +51,25 @@ class Browser:
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Send a command and wait for its answer."""
+        sent = self._send(method, **parameters)
+        while True:
+            message = self._next()
+            if message.get("id") == sent:
+                assert "error" not in message, f"{method}: {message['error']}"
+                return message["result"]
+
+    def _send(self, method: str, **parameters: Any) -> int:
         self._count += 1
         command = {"id": self._count, "method": method, "params": parameters}
         command |= {"sessionId": self._session} if self._session else {}
         os.write(self._commands, json.dumps(command).encode() + b"\0")
-        while True:
-            message = self._next()
-            if message.get("id") == self._count:
-                assert "error" not in message, f"{method}: {message['error']}"
-                return message["result"]
+        return self._count
 
     def _next(self) -> dict[str, Any]:
         deadline = time.monotonic() + WAIT
         while b"\0" not in self._rest:
-            assert time.monotonic() < deadline, "no answer from the browser"
+            ready, _, _ = select.select([self._answers], [], [], deadline - time.monotonic())
+            assert ready, "no answer from the browser"
             part = self._answers.read(1 << 16)
             assert part, "the browser has ended"
             self._rest += part
@@ -79,6 +85,7 @@ class Browser:
             self.messages.append(json.dumps(facts))
         if event == "Page.javascriptDialogOpening":
             self.messages.append(f"dialog {facts['message']}")
+            self._send("Page.handleJavaScriptDialog", accept=True)  # else the page stands still
 
     def open(self, page: Path, *, width: int = 1100, height: int = 900, dark: bool = False) -> None:
         """Load a file, and wait until it is drawn."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from attention_transfer.training import Recipe, Run, resume, train
 from attention_transfer.training.recorder import MapRecorder
 from attention_transfer.visualize.examples import cosine_similarity
+from attention_transfer.visualize.overlays import map_levels
+from attention_transfer.visualize.pictures import strip
 from attention_transfer.visualize.snapshots import Snapshots, epochs_to_keep
 
 
@@ -72,6 +78,17 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"Snapshots.read: .*damaged .*maps\.safetensors"):
             Snapshots.read(path)
+
+
+def test_a_strip_has_its_frames_side_by_side_and_each_goes_on_beyond_its_edges() -> None:
+    maps = torch.rand(3, 4, 6)
+    found = strip(maps)
+    data = base64.b64decode(found["source"].removeprefix("data:image/png;base64,"))
+    levels = np.asarray(Image.open(io.BytesIO(data)))
+    assert levels.shape == (8, 30) and found["frames"] == 3 and found["size"] == (4, 6)
+    for frame, energy in zip(np.split(levels, 3, axis=1), maps, strict=True):
+        assert np.array_equal(frame[2:-2, 2:-2], map_levels(energy, (4, 6)))
+        assert np.array_equal(frame, np.pad(frame[2:-2, 2:-2], 2, mode="edge"))
 
 
 # Training (a teacher of one epoch knows less than chance, and the preflight rightly says so)

@@ -15,7 +15,7 @@ from attention_transfer.visualize import overlays
 
 THUMBNAIL, MAP_SIDE = 256, 64  # pixels of the longer side of a shown image, of its maps
 PIXELATED = 96  # up to this size an image is shown pixel by pixel, and stored without loss
-BORDER = 2  # pixels around each frame of a strip, which the browser looks at when it enlarges the frame
+BORDER = 2  # pixels around each frame of a strip, for browsers that look beyond the frame to enlarge it
 
 
 def picture(pixels: UInt8[np.ndarray, "h w 3"]) -> dict[str, Any]:
