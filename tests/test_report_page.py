@@ -302,6 +302,9 @@ def test_names_roles_and_headings_that_a_screen_reader_says(browser: Browser, pa
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))
     assert any(TAUGHT in name for role, name, _ in said if role == "columnheader")
+    nameless = """[...document.querySelectorAll("[role=region], svg, section")].filter((e) => !e.ariaLabel &&
+        !document.getElementById(e.getAttribute("aria-labelledby"))).map((e) => e.outerHTML.slice(0, 80))"""
+    assert browser.evaluate(nameless) == []
     broken = "[...document.querySelectorAll('nav a')].filter((a) => !document.querySelector(a.hash))"
     assert browser.evaluate(broken) == []
 
