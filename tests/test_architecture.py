@@ -44,6 +44,7 @@ ALLOWED = {
             "preflight",
             "schedules",
             "taps",
+            "visualize",
         )
     },
 }

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from attention_transfer.visualize import (
     Examples,
+    Seen,
     attention_maps,
     collect_examples,
     confusion_matrix,
@@ -83,16 +85,14 @@ def groups_of(folders: list[Path]):
 
 def make_examples(name: str = "cat", layer: str = "layer1") -> Examples:
     roles = ("teacher", "student alone", TAUGHT)
-    return Examples(
+    seen = Seen(
         images=torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8),
         labels=torch.tensor([0, 1]),
-        classes=[name, "dog"],
-        layers={role: [layer] for role in roles},
         maps={role: {layer: torch.rand(2, 8, 8)} for role in roles},
         predictions={role: torch.tensor([0, 0]) for role in roles},
-        similarity={"student alone": [0.5], TAUGHT: [0.875]},
-        compared=100,
+        cosines={"student alone": torch.tensor([[0.25], [0.75]]), TAUGHT: torch.tensor([[0.96], [0.79]])},
     )
+    return Examples(seen, [name, "dog"], {role: [layer] for role in roles}, chosen=[0, 1])
 
 
 class Page(HTMLParser):
@@ -272,15 +272,33 @@ def test_collect_examples_compares_over_all_images_and_keeps_a_few():
         TAUGHT: (teacher, ["body"]),
     }
     found = collect_examples(models, images, labels, to_float, ["a", "b", "c"], shown=4, batch_size=4)
-    assert found.labels.tolist() == [0, 1, 2, 0]
-    assert torch.equal(found.images, images[[0, 3, 5, 1]])
+    assert found.shown.labels.tolist() == [0, 1, 2, 0]
+    assert torch.equal(found.shown.images, images[[0, 3, 5, 1]])
     assert found.compared == 9
     assert found.similarity[TAUGHT] == pytest.approx([1.0])
     inputs = to_float(images)
     own, other = (attention_maps(m, [n], inputs)[n] for m, n in ((student, "body.1"), (teacher, "body")))
     assert found.similarity["student alone"] == pytest.approx([cosine_similarity(own, other).mean().item()])
     expected = student.eval()(inputs).argmax(1)[[0, 3, 5, 1]]
-    assert torch.equal(found.predictions["student alone"], expected)
+    assert torch.equal(found.shown.predictions["student alone"], expected)
+
+
+def test_examples_by_class_and_the_most_apart():
+    cosines = torch.tensor([[0.9, 0.5], [0.7, 0.1], [0.2, 0.4], [0.8, 0.8]])
+    maps = {"teacher": {"a": torch.rand(4, 2, 2)}, TAUGHT: {"a": torch.rand(4, 2, 2)}}
+    labels = torch.tensor([2, 0, 2, 0])
+    images = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 1, 2, 2)
+    predictions = dict.fromkeys(maps, labels)
+    found = Examples(Seen(images, labels, maps, predictions, {TAUGHT: cosines}), list("abc"), {}, [3])
+    by_class = found.similarity_by_class(TAUGHT)
+    torch.testing.assert_close(by_class[0], torch.tensor([0.75, 0.45]))
+    torch.testing.assert_close(by_class[2], torch.tensor([0.55, 0.45]))
+    assert by_class[1].isnan().all()
+    assert found.similarity[TAUGHT] == pytest.approx([0.65, 0.45])
+    apart = found.apart(TAUGHT, 2)
+    assert apart.images[:, 0, 0, 0].tolist() == [2, 1]
+    assert torch.equal(apart.maps["teacher"]["a"], maps["teacher"]["a"][[2, 1]])
+    assert found.shown.labels.tolist() == [0]
 
 
 def test_collect_examples_normalises_for_each_role():
@@ -544,8 +562,8 @@ def test_report_is_one_accessible_page_without_network(tmp_path):
     sources = [
         attrs.get("src") or attrs.get("href") for _, attrs in page.tags if {"src", "href"} & set(attrs)
     ]
-    assert sources and all(source.startswith("data:") for source in sources)
-    assert len(page.all("img")) == 2 * 3
+    assert sources and all(source.startswith(("data:", "#")) for source in sources)
+    assert len(page.all("img")) == 2 * 2 * 3  # shown, and the most apart
     assert all(attrs.get("alt") for attrs in page.all("img"))
     assert all(a.get("aria-label") for a in page.all("svg"))
     assert all(attrs.get("scope") for attrs in page.all("th"))
@@ -563,7 +581,7 @@ def test_report_is_one_accessible_page_without_network(tmp_path):
     ):
         assert words in page.text
     assert "Attention term at layer1" in page.text and "0.875" in page.text
-    assert len(page.all("details")) == 5
+    assert len(page.all("details")) == 5 + 1 + 3  # recipes, tables of the curves, confusions
 
 
 def test_hover_values_are_json(tmp_path):
@@ -605,8 +623,9 @@ def test_runs_in_progress_are_shown_as_such(tmp_path):
 
 def test_large_and_grey_images_are_shown(tmp_path):
     examples = make_examples()
-    large = {**vars(examples), "images": torch.zeros(2, 1, 300, 400, dtype=torch.uint8)}
-    html, _ = report(tmp_path, [make_run(tmp_path / "r", "at")], examples=Examples(**large))
+    seen = replace(examples.seen, images=torch.zeros(2, 1, 300, 400, dtype=torch.uint8))
+    large = replace(examples, seen=seen)
+    html, _ = report(tmp_path, [make_run(tmp_path / "r", "at")], examples=large)
     assert "data:image/jpeg" in html and "aspect-ratio: 400 / 300" in html
 
 

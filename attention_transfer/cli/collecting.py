@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from attention_transfer.cli.loading import load, load_teacher
-from attention_transfer.data import Images, Splits, StreamedImages
+from attention_transfer.data import Splits
 from attention_transfer.training.build import Teacher, load_splits
 from attention_transfer.training.run import Run
 from attention_transfer.visualize import Examples, collect_examples
@@ -30,14 +31,13 @@ def collect(runs: Sequence[Path], images: int) -> Examples | None:
         print(f"note: the teacher of {taught.folder} is not at hand, so no maps are shown")
         return None
     models, normalise = _models(taught, teacher, found, splits)
-    pixels = _first(splits.test, images)
-    return collect_examples(models, pixels, splits.test.labels[:images], normalise, splits.classes)
+    test = splits.test.select(_spread_evenly(len(splits.test), images))
+    return collect_examples(models, test.decoded(), test.labels, normalise, splits.classes)
 
 
-def _first(images: Images | StreamedImages, count: int) -> Tensor:
-    if isinstance(images, Images):
-        return images.images[:count]
-    return torch.stack([images.decode(i) for i in range(min(count, len(images)))])
+def _spread_evenly(available: int, wanted: int) -> Int64[Tensor, " n"]:
+    """Positions all over the images, which may be sorted by class."""
+    return torch.linspace(0, available - 1, min(wanted, available)).round().long()
 
 
 def _models(

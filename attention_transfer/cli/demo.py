@@ -64,11 +64,12 @@ def _write_pages(folder: Path, students: list[Path]) -> None:
 def _save_picture(path: Path, examples: Examples) -> Path:
     from attention_transfer.visualize import save_maps
 
+    shown = examples.shown
     maps = {
         role: {layer: batch[:PICTURED] for layer, batch in layers.items()}
-        for role, layers in examples.maps.items()
+        for role, layers in shown.maps.items()
     }
-    return save_maps(path, examples.images[:PICTURED], maps)
+    return save_maps(path, shown.images[:PICTURED], maps)
 
 
 def _comparison(runs: DemoRuns) -> str:

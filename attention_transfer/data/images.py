@@ -39,6 +39,10 @@ class Images:
         """The images at these positions, in this order."""
         return Images(self.images[rows], self.labels[rows])
 
+    def decoded(self) -> UInt8[Tensor, "n c h w"]:
+        """All the pixels."""
+        return self.images
+
 
 @dataclass(frozen=True)
 class StreamedImages:
@@ -83,6 +87,14 @@ class StreamedImages:
     def expect(self, position: int) -> None:
         """Take the hint that most images around this one will be asked for soon."""
         self.encoded.expect(int(self.rows[position]))
+
+    def decoded(self) -> UInt8[Tensor, "n c h w"]:
+        """All the pixels, decoded one after the other: for a few images.
+
+        Raises:
+            ValueError: as `decode`.
+        """
+        return torch.stack([self.decode(i) for i in range(len(self))])
 
     def decode(self, position: int, *, seed: int = 0, epoch: int = 0) -> UInt8[Tensor, "c h w"]:
         """One image; a pure function of (position, seed, epoch).

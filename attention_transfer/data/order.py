@@ -29,5 +29,4 @@ class Layout:
     def share(self, rows: Int64[Tensor, " b"], rank: int, world_size: int) -> Int64[Tensor, " share"]:
         """A rank's share of a global batch: neighbours, so that each rank reads other stretches."""
         near = rows[self.stretch[rows].argsort(stable=True)]
-        size = len(rows) // world_size
-        return near[rank * size : (rank + 1) * size]
+        return near.tensor_split(world_size)[rank]

@@ -167,7 +167,7 @@ def _fit(
     checkpoints = Checkpoints(run, recipe.checkpoint_minutes)
     with quiet():
         _check_skipping(recipe, processes)
-        trainer = build_trainer(run, recipe, strategy, checkpoints, tell)
+        trainer = build_trainer(run, recipe, strategy, splits, checkpoints, tell)
         loaders = _Loaders(recipe, splits, processes, trainer.strategy.root_device)
         if loaders.train.drop_last:
             tell("note: the last batch would leave a process less than two images; every epoch goes without")
@@ -268,7 +268,7 @@ def build_strategy(
 
 
 def build_trainer(
-    run: Run, recipe: Recipe, strategy: str | Strategy, checkpoints: Checkpoints, say: Say
+    run: Run, recipe: Recipe, strategy: str | Strategy, splits: Splits, checkpoints: Checkpoints, say: Say
 ) -> Trainer:
     """Lightning's trainer for a recipe, without its chatter."""
     from lightning.pytorch import Trainer
@@ -276,8 +276,10 @@ def build_trainer(
     from attention_transfer.training.callbacks import EpochLog, ProgressBar, StopOnSignal
     from attention_transfer.training.checkpoints import SafeCheckpointIO
     from attention_transfer.training.loggers import build_loggers
+    from attention_transfer.training.recorder import MapRecorder
 
     precision: Any = recipe.precision
+    recorder = MapRecorder(run.maps, splits, recipe.epochs)
     devices, nodes = layout(recipe)
     plugins: list[Any] = [SafeCheckpointIO()]
     if recipe.sync_batchnorm:
@@ -294,7 +296,7 @@ def build_trainer(
         precision=precision,
         max_epochs=recipe.epochs,
         gradient_clip_val=recipe.gradient_clip,
-        callbacks=[EpochLog(run, say), checkpoints, StopOnSignal(run), *progress],
+        callbacks=[EpochLog(run, say), recorder, checkpoints, StopOnSignal(run), *progress],
         logger=build_loggers(run, recipe),
         num_sanity_val_steps=0,
         use_distributed_sampler=False,

@@ -62,6 +62,10 @@ class Run:
         return self.folder / "report.html"
 
     @property
+    def maps(self) -> Path:
+        return self.folder / "maps.safetensors"
+
+    @property
     def tensorboard(self) -> Path:
         return self.folder / "tensorboard"
 

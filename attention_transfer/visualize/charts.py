@@ -83,29 +83,37 @@ class DotPlot:
     rows: list[DotRow]
 
 
+@dataclass(frozen=True)
+class Series:
+    """What is drawn in one colour: a curve {epoch: value} for each run, and their mean."""
+
+    label: str
+    style: str
+    curves: list[dict[int, float]]
+
+
 def line_chart(title: str, unit: str, column: str, groups: Sequence[Group]) -> Chart | None:
     """The chart of one column of the metrics, or None if no run has a number there."""
-    curves = {id(run): curve(run, column) for group in groups for run in group.runs}
-    shown = [group for group in groups if any(curves[id(run)] for run in group.runs)]
+    return draw(
+        title,
+        unit,
+        [Series(group.label, group.style, [curve(run, column) for run in group.runs]) for group in groups],
+    )
+
+
+def draw(title: str, unit: str, series: Sequence[Series]) -> Chart | None:
+    """The chart of some curves, or None if all are empty."""
+    shown = [Series(s.label, s.style, [c for c in s.curves if c]) for s in series if any(s.curves)]
     if not shown:
         return None
-    values = [value for points in curves.values() for value in points.values()]
-    epochs = [epoch for points in curves.values() for epoch in points]
-    x = Axis(*_widened(min(epochs), max(epochs)), LEFT, WIDTH - RIGHT)
+    values = [value for s in shown for points in s.curves for value in points.values()]
+    epochs = sorted({epoch for s in shown for points in s.curves for epoch in points})
+    x = Axis(*_widened(epochs[0], epochs[-1]), LEFT, WIDTH - RIGHT)
     y = Axis(*_rounded_out(min(values), max(values)), HEIGHT - BOTTOM, TOP)
-    means = [_mean([curves[id(run)] for run in group.runs if curves[id(run)]]) for group in shown]
-    lines = [
-        _line(group.style, False, curves[id(run)], x, y)
-        for group in shown
-        if len(group.runs) > 1
-        for run in group.runs
-        if curves[id(run)]
-    ]
-    lines += [_line(group.style, True, mean, x, y) for group, mean in zip(shown, means, strict=True)]
-    series = [
-        _hover_series(group, mean, [curves[id(run)] for run in group.runs], sorted(set(epochs)), y)
-        for group, mean in zip(shown, means, strict=True)
-    ]
+    means = [_mean(s.curves) for s in shown]
+    lines = [_line(s.style, False, points, x, y) for s in shown if len(s.curves) > 1 for points in s.curves]
+    lines += [_line(s.style, True, mean, x, y) for s, mean in zip(shown, means, strict=True)]
+    hover = [_hover_series(s, mean, epochs, y) for s, mean in zip(shown, means, strict=True)]
     return Chart(
         title,
         unit,
@@ -113,7 +121,7 @@ def line_chart(title: str, unit: str, column: str, groups: Sequence[Group]) -> C
         x.ticks(6, whole=True),
         y.ticks(5),
         lines,
-        {"x": [[epoch, x(epoch)] for epoch in sorted(set(epochs))], "unit": unit, "series": series},
+        {"x": [[epoch, x(epoch)] for epoch in epochs], "unit": unit, "series": hover},
     )
 
 
@@ -164,27 +172,25 @@ def _line(style: str, is_mean: bool, points: dict[int, float], x: Axis, y: Axis)
     return Line(style, is_mean, paths, [(x(p[0]), y(points[p[0]])) for p in pieces if len(p) == 1])
 
 
-def _hover_series(
-    group: Group, mean: dict[int, float], curves: Sequence[dict[int, float]], epochs: Sequence[int], y: Axis
-) -> dict[str, Any]:
+def _hover_series(series: Series, mean: dict[int, float], epochs: Sequence[int], y: Axis) -> dict[str, Any]:
     """Per epoch: null, or [text, pixel], where the text holds the mean and the range over the seeds."""
     points: list[Any] = []
     for epoch in epochs:
         if epoch not in mean:
             points.append(None)
             continue
-        values = [points_of[epoch] for points_of in curves if epoch in points_of]
+        values = [points_of[epoch] for points_of in series.curves if epoch in points_of]
         text = _number(mean[epoch])
         if len(values) > 1:
             text += f"  ({_number(min(values))} to {_number(max(values))})"
         points.append([text, y(mean[epoch])])
-    return {"label": group.label, "style": group.style, "points": points}
+    return {"label": series.label, "style": series.style, "points": points}
 
 
-def _describe(title: str, unit: str, groups: Sequence[Group], means: Sequence[dict[int, float]]) -> str:
+def _describe(title: str, unit: str, shown: Sequence[Series], means: Sequence[dict[int, float]]) -> str:
     ends = [
-        f"{group.label} ends at {_number(mean[max(mean)])} after epoch {max(mean)}"
-        for group, mean in zip(groups, means, strict=True)
+        f"{series.label} ends at {_number(mean[max(mean)])} after epoch {max(mean)}"
+        for series, mean in zip(shown, means, strict=True)
         if mean
     ]
     return f"Line chart of {title} ({unit}) by epoch: {'; '.join(ends)}"

@@ -20,20 +20,67 @@ Normalise = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Test images with what each model sees in them; `layers` of all roles correspond by position."""
+class Seen:
+    """Test images with what each model sees in them, by the model's role."""
 
     images: UInt8[Tensor, "n c h w"]
     labels: Int[Tensor, " n"]
-    classes: list[str]
-    layers: dict[str, list[str]]
     maps: dict[str, dict[str, Tensor]]
     """{role: {layer: (n, h, w)}}"""
     predictions: dict[str, Int[Tensor, " n"]]
-    similarity: dict[str, list[float]]
-    """{student's role: mean cosine similarity to the teacher, one number a layer}"""
-    compared: int
-    """The number of images that `similarity` is a mean over."""
+    cosines: dict[str, Float[Tensor, "n j"]]
+    """{student's role: cosine of its map to the teacher's, a column a layer}"""
+
+    def pick(self, rows: Sequence[int]) -> Seen:
+        """Some of the images, in this order."""
+        at = torch.tensor(rows, dtype=torch.long)
+        return Seen(
+            self.images[at],
+            self.labels[at],
+            {role: {name: maps[at] for name, maps in layers.items()} for role, layers in self.maps.items()},
+            {role: classes[at] for role, classes in self.predictions.items()},
+            {role: cosines[at] for role, cosines in self.cosines.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What the models see in all the images they are compared on, and which of these are to be shown.
+
+    `layers` of all roles correspond by position.
+    """
+
+    seen: Seen
+    classes: list[str]
+    layers: dict[str, list[str]]
+    chosen: list[int]
+
+    @property
+    def shown(self) -> Seen:
+        """The images to show, of different classes first."""
+        return self.seen.pick(self.chosen)
+
+    @property
+    def compared(self) -> int:
+        """The number of images."""
+        return len(self.seen.labels)
+
+    @property
+    def similarity(self) -> dict[str, list[float]]:
+        """{student's role: mean cosine similarity to the teacher, one number a layer}"""
+        return {role: cosines.mean(0).tolist() for role, cosines in self.seen.cosines.items()}
+
+    def similarity_by_class(self, role: str) -> Float[Tensor, "k j"]:
+        """A student's mean cosine over the images of each class; NaN for a class without images."""
+        classes = torch.arange(len(self.classes))
+        member = (self.seen.labels[None] == classes[:, None]).double()  # k n
+        sums = member @ self.seen.cosines[role].double()
+        return (sums / member.sum(1, keepdim=True)).float()
+
+    def apart(self, role: str, count: int) -> Seen:
+        """The images in which a student's maps are the least like its teacher's, the least first."""
+        order = self.seen.cosines[role].mean(1).argsort(stable=True)
+        return self.seen.pick(order[:count].tolist())
 
 
 def attention_maps(
@@ -84,18 +131,17 @@ def collect_examples(
     Args:
         models: {role: (model, layers)} for "teacher", "student alone", "student with attention transfer";
             their layers correspond by position.
-        images: what the similarity is averaged over; `shown` of them are kept, of different classes first.
+        images: what the models are compared on.
         labels: their classes.
         normalise: uint8 images to a model's input; or one such function for each role.
         classes: the names of the classes.
-        shown: how many images the report shows.
+        shown: how many images the report shows, of different classes first.
         batch_size: images at a time.
 
     Raises:
         ValueError: if there is no teacher, or the numbers of layers differ.
     """
     _check_models(models, images)
-    chosen = _spread_over_classes(labels, shown)
     maps: dict[str, dict[str, Tensor]] = {}
     predictions: dict[str, Tensor] = {}
     for role, (model, layers) in models.items():
@@ -106,18 +152,11 @@ def collect_examples(
                 f"collect_examples: expected logits (b, k) from the {role}, got something else. "
                 "Give a classifier."
             )
-        predictions[role] = predicted[chosen]
+        predictions[role] = predicted
     layers_of = {role: list(layers) for role, (_, layers) in models.items()}
-    return Examples(
-        images=images[chosen].cpu(),
-        labels=labels[chosen].cpu(),
-        classes=list(classes),
-        layers=layers_of,
-        maps={role: {name: batch[chosen] for name, batch in seen.items()} for role, seen in maps.items()},
-        predictions=predictions,
-        similarity={role: _similarities(maps, layers_of, role) for role in models if role != TEACHER},
-        compared=len(images),
-    )
+    cosines = {role: _cosines(maps, layers_of, role) for role in models if role != TEACHER}
+    seen = Seen(images.cpu(), labels.cpu(), maps, predictions, cosines)
+    return Examples(seen, list(classes), layers_of, spread_over_classes(labels, shown))
 
 
 def _check_models(models: Mapping[str, tuple[nn.Module, Sequence[str]]], images: Tensor) -> None:
@@ -137,14 +176,16 @@ def _check_models(models: Mapping[str, tuple[nn.Module, Sequence[str]]], images:
         raise ValueError("collect_examples: expected at least one image, got none. Give some test images.")
 
 
-def _similarities(
+def _cosines(
     maps: Mapping[str, Mapping[str, Tensor]], layers: Mapping[str, list[str]], role: str
-) -> list[float]:
+) -> Float[Tensor, "n j"]:
     pairs = zip(layers[role], layers[TEACHER], strict=True)
-    return [cosine_similarity(maps[role][own], maps[TEACHER][other]).mean().item() for own, other in pairs]
+    return torch.stack(
+        [cosine_similarity(maps[role][own], maps[TEACHER][other]) for own, other in pairs], dim=1
+    )
 
 
-def _spread_over_classes(labels: Tensor, count: int) -> list[int]:
+def spread_over_classes(labels: Tensor, count: int) -> list[int]:
     """Indices of images of different classes, as far as there are; then whatever comes first."""
     first_of_class = {label: i for i, label in reversed(list(enumerate(labels.tolist())))}
     chosen = sorted(first_of_class.values())

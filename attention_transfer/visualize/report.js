@@ -25,6 +25,62 @@
     strength.addEventListener("input", () => root.style.setProperty("--strength", strength.value));
   }
 
+  // The epoch whose maps are shown: of each run the last that was kept up to then.
+  const slider = document.getElementById("epoch");
+  if (slider) {
+    const epochs = JSON.parse(slider.dataset.epochs);
+    const rows = [...document.querySelectorAll("tr[data-epochs]")].map((row) => [row, JSON.parse(row.dataset.epochs)]);
+    const move = () => {
+      const epoch = epochs[slider.value];
+      const text = `${epoch} of ${epochs.at(-1)}`;
+      document.getElementById("at-epoch").textContent = text;
+      slider.setAttribute("aria-valuetext", `epoch ${text}`);
+      for (const [row, own] of rows) {
+        const frame = Math.max(0, own.findLastIndex((kept) => kept <= epoch));
+        for (const strip of row.querySelectorAll(".strip")) strip.style.setProperty("--f", frame);
+      }
+    };
+    slider.closest(".controls").hidden = false;
+    slider.addEventListener("input", move);
+    move(); // a browser may keep the slider where it was before a reload
+  }
+
+  // The curves as tables, made when they are asked for.
+  const cell = (tag, text, scope) => {
+    const made = document.createElement(tag);
+    made.textContent = text;
+    if (scope) made.scope = scope;
+    return made;
+  };
+  const line = (...cells) => {
+    const made = document.createElement("tr");
+    made.append(...cells);
+    return made;
+  };
+  const asTable = (figure) => {
+    const { x, series } = JSON.parse(figure.querySelector("svg").dataset.hover);
+    const table = document.createElement("table");
+    table.className = "chart-table";
+    table.createCaption().textContent = figure.querySelector("figcaption").textContent;
+    table.createTHead().append(line(cell("th", "Epoch", "col"), ...series.map(({ label }) => cell("th", label, "col"))));
+    table.createTBody().append(...x.map(([epoch], i) =>
+      line(cell("th", epoch, "row"), ...series.map(({ points }) => cell("td", points[i] ? points[i][0] : "–")))));
+    const scroll = document.createElement("div");
+    scroll.className = "scroll";
+    scroll.tabIndex = 0;
+    scroll.setAttribute("role", "region");
+    scroll.setAttribute("aria-label", table.caption.textContent);
+    scroll.append(table);
+    return scroll;
+  };
+  for (const details of document.querySelectorAll("details.tables")) {
+    details.hidden = false;
+    details.addEventListener("toggle", () => {
+      const figures = [...details.parentElement.querySelectorAll("figure")].filter((f) => f.querySelector("svg[data-hover]"));
+      details.append(...figures.map(asTable));
+    }, { once: true });
+  }
+
   // The values under the pointer, or at the epoch chosen with the arrow keys.
   for (const svg of document.querySelectorAll("svg[data-hover]")) {
     const { x, series } = JSON.parse(svg.dataset.hover);

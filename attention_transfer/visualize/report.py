@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from attention_transfer._extras import require
-from attention_transfer.visualize import charts, overlays, summary
+from attention_transfer.visualize import charts, looking, movement, overlays, summary
 from attention_transfer.visualize.examples import Examples
 from attention_transfer.visualize.runs import TEACHER, Group, Run, find_teachers, group_runs, read_run
-
-THUMBNAIL, MAP_SIDE = 256, 64  # pixels of the longer side of a shown image, of its maps
-PIXELATED = 96  # up to this size an image is shown pixel by pixel, and stored without loss
 
 _CHARTS = {
     "val/error": ("Validation error", "%"),
@@ -93,7 +86,10 @@ def _page(groups: Sequence[Group], examples: Examples | None) -> dict[str, Any]:
         "dots": charts.dot_plot(f"Final {name}", "%", metric, groups),
         "charts": _charts(groups),
         "plans": _plans(groups),
-        "examples": _examples(examples) if examples else None,
+        "runs": _runs(groups, metric),
+        "examples": looking.section(examples) if examples else None,
+        "moving": movement.section(groups),
+        "scale": [f"rgb({r} {g} {b})" for r, g, b in overlays.colour_table()[::51].tolist()],
         "width": charts.WIDTH,
         "height": charts.HEIGHT,
         "frame": {
@@ -146,6 +142,40 @@ def _row(group: Group, groups: Sequence[Group], metric: str) -> dict[str, Any]:
         "time": _duration(seconds.mean) if seconds else "–",
         "state": _state(group.runs),
     }
+
+
+def _runs(groups: Sequence[Group], metric: str) -> dict[str, Any] | None:
+    """Every student's run with its numbers and what sets it apart in the recipe; None for a single run."""
+    runs = [(group, run) for group in groups if group.role != TEACHER for run in group.runs]
+    if len(runs) < 2:
+        return None
+    names = _distinct(name for _, run in runs for name in run.recipe if name not in ("output", "seed"))
+    differing = [
+        name for name in names if len({str(run.recipe.get(name)) for _, run in runs}) > 1 and name != "method"
+    ]
+    return {
+        "settings": differing,
+        "rows": [
+            {
+                "group": group,
+                "name": run.folder.name,
+                "seed": _cell(run.recipe.get("seed")),
+                "numbers": [_error(run, metric), _error(run, "validation_error")],
+                "settings": [_setting(run, name) for name in differing],
+            }
+            for group, run in runs
+        ],
+    }
+
+
+def _setting(run: Run, name: str) -> str:
+    """A field of the recipe; a student alone has no teacher, whatever its recipe names."""
+    return "–" if run.method == "none" and name.startswith("teacher") else _cell(run.recipe.get(name))
+
+
+def _error(run: Run, name: str) -> str:
+    error = run.number(name)
+    return "–" if error is None else f"{error:.2f}"
 
 
 def _change(group: Group, groups: Sequence[Group], metric: str) -> tuple[str, bool]:
@@ -214,72 +244,3 @@ def _cell(value: object) -> str:
     if isinstance(value, list):
         return " × ".join(map(str, value))
     return "–" if value is None else str(value)
-
-
-def _examples(examples: Examples) -> dict[str, Any]:
-    return {
-        "compared": examples.compared,
-        "students": list(examples.similarity),
-        "layers": _layer_names(examples),
-        "similarity": [list(row) for row in zip(*examples.similarity.values(), strict=True)],
-        "cards": [_card(examples, i) for i in range(len(examples.images))],
-        "scale": [f"rgb({r} {g} {b})" for r, g, b in overlays.colour_table()[::51].tolist()],
-    }
-
-
-def _layer_names(examples: Examples) -> list[str]:
-    """One name for each position; where student and teacher differ, both."""
-    positions = zip(*examples.layers.values(), strict=True)
-    order = [role for role in examples.layers if role != TEACHER] + [TEACHER]
-    named = (dict(zip(examples.layers, names, strict=True)) for names in positions)
-    return [" ↔ ".join(_distinct(names[role] for role in order)) for names in named]
-
-
-def _card(examples: Examples, i: int) -> dict[str, Any]:
-    """One test image with the maps of every model."""
-    pixels = overlays.as_rgb(examples.images[i])
-    label = int(examples.labels[i])
-    roles = [
-        {
-            "name": role,
-            "prediction": _class_name(examples.classes, int(examples.predictions[role][i])),
-            "right": int(examples.predictions[role][i]) == label,
-            "maps": [(name, _map_source(maps[name][i], pixels.shape[:2])) for name in examples.layers[role]],
-        }
-        for role, maps in examples.maps.items()
-    ]
-    return {
-        "label": _class_name(examples.classes, label),
-        "source": _image_source(pixels),
-        "pixelated": max(pixels.shape) <= PIXELATED,
-        "ratio": f"{pixels.shape[1]} / {pixels.shape[0]}",
-        "roles": roles,
-    }
-
-
-def _class_name(classes: Sequence[str], index: int) -> str:
-    return classes[index] if 0 <= index < len(classes) else f"class {index}"
-
-
-def _image_source(pixels: np.ndarray) -> str:
-    image = require("PIL.Image", extra="plots", user="write_report")
-    kind = "png" if max(pixels.shape) <= PIXELATED else "jpeg"
-    return _data_uri(image.fromarray(overlays.shrink(pixels, THUMBNAIL)), kind)
-
-
-def _map_source(attention_map: Any, size: tuple[int, int]) -> str:
-    """A small palette image, which the page lays over its image."""
-    image = require("PIL.Image", extra="plots", user="write_report")
-    scale = MAP_SIDE / max(size)
-    levels = overlays.map_levels(
-        attention_map, (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-    )
-    picture = image.fromarray(levels)
-    picture.putpalette(overlays.colour_table().tobytes())
-    return _data_uri(picture, "png")
-
-
-def _data_uri(image: Any, kind: str) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind, optimize=True, **({"quality": 88} if kind == "jpeg" else {}))
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
