@@ -53,7 +53,9 @@ HELPERS = {
     "_machine",
     "_memory",
     "_outputs",
+    "_reading",
     "_tables",
+    "_trust",
     "_untouched",
 }
 COMPOSERS = {"cli", "__main__", "__init__"}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attention_transfer._extras import require
+from attention_transfer._trust import trusted
 from attention_transfer.cli.memory import add_memory_flag, govern_memory
 from attention_transfer.cli.parsing import PROGRAM, UsageError, one_line, parse, verb_parser
 from attention_transfer.training.recipe import Recipe, field_types
@@ -69,7 +70,8 @@ def _start(folder: Path, work: Callable[[], Run]) -> None:
         run = work()
     except (Interrupted, KeyboardInterrupt):
         if Run(folder).exists:
-            command = f"{PROGRAM} train --resume {folder}"
+            own = "".join(f" --trust {name}" for name in sorted(trusted()))
+            command = f"{PROGRAM} train --resume {folder}{own}"
             print(f"\nStopped; nothing is lost. Go on with: {command}", file=sys.stderr)
         raise
     from attention_transfer.training.fit import is_first_process

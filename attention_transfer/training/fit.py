@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,8 +18,10 @@ from torch import nn
 
 from attention_transfer._extras import require
 from attention_transfer._machine import commit, device_name
+from attention_transfer._reading import one_line
 from attention_transfer.data import Batches, Splits
-from attention_transfer.models import fingerprint, save_weights
+from attention_transfer.models import fingerprint, load_weights, save_weights
+from attention_transfer.models.weights import read_checkpoint
 from attention_transfer.training.build import (
     build_augment,
     build_distiller,
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     from attention_transfer.training.module import DistillationModule
 
 EVALUATION_BATCH = 250
+
+CHECKPOINT = {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "training_totals"}
+"""What a run needs of its checkpoint to go on."""
 
 Say = Callable[[str], None]
 
@@ -150,6 +154,11 @@ def _fit(
             trainer.fit(module, loaders.train, loaders.validation, ckpt_path=last, weights_only=True)
         except SystemExit:  # Lightning's answer to a second Ctrl-C
             raise KeyboardInterrupt from None
+        # what is missing in a checkpoint, or does not fit, ends in any exception before the first step
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
+            if last is None or checkpoints.started or str(error).startswith("train: "):
+                raise
+            raise _unusable(run, error) from error
     if trainer.is_global_zero:
         _finish(run, recipe, splits, module, checkpoints)
     trainer.strategy.barrier()
@@ -173,13 +182,19 @@ def _checkpoint_to_resume(run: Run) -> Path | None:
     if not run.last_checkpoint.is_file():
         return None
     try:
-        torch.load(run.last_checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(
-            f"resume: expected a whole checkpoint, got {run.last_checkpoint}, which is damaged "
-            f"({type(error).__name__}). Put {run.best_checkpoint.name} in its place to go on from there."
-        ) from None
+        checkpoint = read_checkpoint(run.last_checkpoint, mmap=True)
+    except ValueError as error:
+        raise _unusable(run, error.__cause__ or error) from None
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT:
+        raise _unusable(run, "it is no checkpoint of a run")
     return run.last_checkpoint
+
+
+def _unusable(run: Run, reason: object) -> ValueError:
+    return ValueError(
+        f"resume: expected a whole checkpoint of this run, got {run.last_checkpoint}, which is damaged or "
+        f"foreign ({one_line(reason)[:160]}). Put {run.best_checkpoint.name} in its place to go on from there."
+    )
 
 
 def _train_teacher(run: Run, recipe: Recipe, splits: Splits, say: Say | None) -> Run:
@@ -263,8 +278,7 @@ def _finish(
     student, rows = module.student, run.read_metrics()
     kept = rows[-1]
     if recipe.keep == "best":
-        best = torch.load(run.best_checkpoint, map_location="cpu", weights_only=True)
-        student.load_state_dict(best["state_dict"])
+        load_weights(student, run.best_checkpoint)
         kept = rows[checkpoints.best_epoch - 1]
     card = _card(recipe, splits)
     save_weights(student, run.student_weights, card.as_metadata())
