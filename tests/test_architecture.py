@@ -53,6 +53,7 @@ HELPERS = {
     "_machine",
     "_memory",
     "_outputs",
+    "_pictures",
     "_reading",
     "_tables",
     "_trust",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from bisect import bisect_right
 from collections import defaultdict
@@ -17,11 +16,15 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from .._extras import require
+from .._reading import parse_json
 from .sources import SPLIT_NAMES, RawSplit, Source
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+ROWS = 256  # read at a time
+UNFOLDED, SMALL = 64, 64 << 20  # the columns take up to so many times the file, or so many bytes
+MOST_CLASSES = 1 << 20
 LABEL_NAMES = ("label", "labels", "target", "class", "fine_label", "y")
 
 
@@ -91,6 +94,11 @@ def _agreed(names: dict[Path, list[str]]) -> list[str]:
 
 def _numbered(splits: dict[str, RawSplit]) -> list[str]:
     highest = max(int(split.labels.max()) if len(split.labels) else 0 for split in splits.values())
+    if highest >= MOST_CLASSES:
+        raise ValueError(
+            f"load_data: expected labels below {MOST_CLASSES:,}, got {highest:,}. "
+            "Pass the label_column that holds class numbers from 0."
+        )
     return [str(label) for label in range(highest + 1)]
 
 
@@ -128,23 +136,46 @@ def _read_file(
         label = _choose_column(
             path, schema, "label_column", label_column, _label_candidates(schema, features)
         )
-        table = file.read(columns=[image, label])
-    except (pa.ArrowException, OSError) as error:
+        table = _read_columns(file, path, list(dict.fromkeys((image, label))))
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
-        detail = str(error).splitlines()[0]
+        detail = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"load_data: cannot read {path} ({detail}). Copy or download the file again."
         ) from None
     names = features.get(label, {}).get("names")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        names = None
     return _bytes_of(table[image], path, image), _integers(table[label], path, label), names
+
+
+def _read_columns(file: Any, path: Path, columns: list[str]) -> pa.Table:
+    """The columns, as long as they come to no more than such a file may hold.
+
+    A few bytes of parquet can stand for any number of equal rows.
+    """
+    pa = require("pyarrow", extra="data", user="load_data")
+    limit = UNFOLDED * path.stat().st_size + SMALL
+    batches, held = [], 0
+    for batch in file.iter_batches(ROWS, columns=columns):
+        batches.append(batch)
+        held += batch.nbytes
+        if held > limit:
+            raise ValueError(
+                f"load_data: expected at most {limit:,} bytes of images and labels in {path}, got more: it "
+                "unfolds beyond measure. Write it with encoded images (JPEG, PNG), once each."
+            )
+    schema = pa.schema([file.schema_arrow.field(name) for name in columns])
+    return pa.Table.from_batches(batches, schema if not batches else None).select(columns)
 
 
 def _hugging_face_features(schema: pa.Schema) -> dict[str, Any]:
     """What the `datasets` library wrote about each column: {"img": {"_type": "Image"}, ...}."""
     try:
-        return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
+        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: each for name, each in features.items() if isinstance(each, dict)}
+    except (KeyError, ValueError, TypeError, AttributeError):
         return {}
 
 
@@ -219,4 +250,10 @@ def _integers(column: pa.ChunkedArray, path: Path, name: str) -> Int64[Tensor, "
             f"load_data: expected integer labels in column {name!r} of {path}, got {got}. "
             "Pass the label_column that holds class numbers from 0."
         )
-    return torch.from_numpy(column.to_numpy().astype("int64"))
+    numbers = column.to_numpy()
+    if len(numbers) and int(numbers.max()) > torch.iinfo(torch.int64).max:
+        raise ValueError(
+            f"load_data: expected class numbers in column {name!r} of {path}, got {int(numbers.max())}. "
+            "Pass the label_column that holds class numbers from 0."
+        )
+    return torch.from_numpy(numbers.astype("int64"))

@@ -192,8 +192,8 @@ def _checkpoint_to_resume(run: Run) -> Path | None:
 
 def _unusable(run: Run, reason: object) -> ValueError:
     return ValueError(
-        f"resume: expected a whole checkpoint of this run, got {run.last_checkpoint}, which is damaged or "
-        f"foreign ({one_line(reason)[:160]}). Put {run.best_checkpoint.name} in its place to go on from there."
+        f"resume: expected a whole checkpoint, got {run.last_checkpoint}, which is damaged or foreign "
+        f"({one_line(reason)[:160]}). Put {run.best_checkpoint.name} in its place to go on from there."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from attention_transfer._extras import require
+from attention_transfer._pictures import open_picture
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.schema import DecodeError
 
@@ -32,8 +32,8 @@ class Database:
             self._check_length()
             with self._lmdb.begin() as transaction:
                 self.keys: list[bytes] = list(transaction.cursor().iternext(keys=True, values=False))
-        except lmdb.Error as error:
-            reason = str(error).splitlines()[0]
+        except (lmdb.Error, OverflowError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"{USER}: expected an LMDB in {path}, got something else ({reason}).") from None
         if not self.keys:
             raise ValueError(f"{USER}: expected records in the LMDB {path}, got none. Write it again.")
@@ -61,12 +61,19 @@ class Database:
         Raises:
             ValueError: if one is damaged; the message holds its key.
         """
-        with self._lmdb.begin(buffers=True) as transaction:
-            return [self._datum(transaction, self.keys[place]) for place in places]
+        import lmdb
+
+        try:
+            with self._lmdb.begin(buffers=True) as transaction:
+                return [self._datum(transaction, self.keys[place]) for place in places]
+        except lmdb.Error as error:
+            raise ValueError(
+                f"{USER}: expected a whole LMDB in {self.path}, got a damaged one ({error}). Write it again."
+            ) from None
 
     def _datum(self, transaction: Any, key: bytes) -> Any:
         try:
-            return schema.Datum.FromString(bytes(transaction.get(key)))
+            return schema.Datum.FromString(bytes(transaction.get(key, b"\xff")))
         except DecodeError:
             raise ValueError(
                 f"{USER}: expected a Datum under the key {key!r} of {self.path}, got something else. "
@@ -135,16 +142,11 @@ def decode_image(data: bytes, color: bool | None, what: str) -> np.ndarray:
     Raises:
         ValueError: if it cannot be decoded, is too large, or has not 8 bits a channel.
     """
-    pillow = require("PIL.Image", extra="caffe", user=USER)
     try:
-        image = pillow.open(io.BytesIO(data))
-        if pillow.MAX_IMAGE_PIXELS and image.width * image.height > pillow.MAX_IMAGE_PIXELS:
-            raise pillow.DecompressionBombError(f"{image.width} x {image.height} pixels are too many")
-        image.load()
-    except Exception as error:  # a broken file makes Pillow's decoders raise almost anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        image = open_picture(data, extra="caffe", user=USER)
+    except ValueError as error:
         raise ValueError(
-            f"{USER}: expected an image in {what}, got what cannot be decoded: {reason}."
+            f"{USER}: expected an image in {what}, got what cannot be decoded: {error}."
         ) from None
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"{USER}: expected 8 bits a channel in {what}, got the mode {image.mode}.")
