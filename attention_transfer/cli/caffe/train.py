@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from attention_transfer._files import write_atomically
+from attention_transfer._reading import parse_csv, read_text
 from attention_transfer._tables import duration
 from attention_transfer.cli.caffe import VERBS
 from attention_transfer.cli.output import StatusLine
