@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from attention_transfer._tables import printable
 from attention_transfer._trust import trusted, trusting
 from attention_transfer.cli.parsing import PROGRAM, VERBS, UsageError, one_line, split_trust, suggest
 from attention_transfer.training.run import Interrupted
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or bool(os.environ.get("ATTENTION_TRANSFER_DEBUG"))
     arguments = [argument for argument in arguments if argument != "--debug"]
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(str(message))}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(one_line(str(message)))}\n"
     try:
         arguments, factories = split_trust(arguments)
         _open_current_folder(factories)
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug or not _is_bad_input(error):
             raise
-        print(f"{PROGRAM}: {_describe(error)}", file=sys.stderr)
+        print(f"{PROGRAM}: {printable(_describe(error))}", file=sys.stderr)
         return 2
 
 

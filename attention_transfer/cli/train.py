@@ -104,11 +104,17 @@ def _same_student_alone(run: Run) -> list[Run]:
         return []
     beside = [Run(folder) for folder in sorted(run.folder.absolute().parent.iterdir())]
     finished = [other for other in beside if other.exists and other.finished]
-    return [
-        other
-        for other in finished
-        if other.recipe.method == "none" and _alike_alone(other.recipe, run.recipe)
-    ]
+    return [other for other in finished if _is_alone(other, run.recipe)]
+
+
+def _is_alone(other: Run, recipe: Recipe) -> bool:
+    """Whether a finished run is that of the same student alone; one that cannot be read is left out."""
+    try:
+        _ = other.result
+        return other.recipe.method == "none" and _alike_alone(other.recipe, recipe)
+    except ValueError as error:
+        print(f"note: {error}")
+        return False
 
 
 def _alike_alone(one: Recipe, other: Recipe) -> bool:
