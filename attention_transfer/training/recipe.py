@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import sys
 import types
 import typing
@@ -372,6 +373,7 @@ def _parse_pair(part: str, text: str) -> tuple[str, str, float]:
     return names[0], names[1] if len(names) > 1 else names[0], weight
 
 
+@functools.cache
 def field_types() -> dict[str, Any]:
     """The declared type of every recipe field."""
     return typing.get_type_hints(Recipe)
