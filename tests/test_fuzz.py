@@ -26,7 +26,6 @@ from attention_transfer.caffe.schema import text_format
 from attention_transfer.schedules import parse_schedules
 from attention_transfer.training.recipe import TERMS, Recipe, parse_pairs, terms_of
 
-
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "attention-transfer-hypothesis")
 
 ROOM = 3 << 30  # bytes of address space that reading a file of a few kB may take

@@ -19,6 +19,7 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor, nn
 
 from .._files import write_atomically
+from .._tables import printable
 
 NESTING_KEYS = ("state_dict", "model_state_dict", "model", "params")
 """Where checkpoints keep their state dict; looked up in this order, again inside what is found."""
@@ -28,6 +29,9 @@ DEEPEST = 8
 
 SMALL = 64 << 20
 """A tensor that repeats few stored numbers, as `expand` makes it, may come to so many bytes in full."""
+
+LONGEST_NAME = 120
+"""Characters of a name in a report."""
 
 LISTED = 8
 """A report names this many tensors of a kind, and counts the rest."""
@@ -303,7 +307,7 @@ def _head_mismatch(report: LoadReport) -> tuple[str, int, int] | None:
 
 
 def _shorten(names: tuple[object, ...]) -> str:
-    listed = ", ".join(str(name) for name in names[:LISTED])
+    listed = ", ".join(printable(str(name)[:LONGEST_NAME]) for name in names[:LISTED])
     return listed if len(names) <= LISTED else f"{listed} and {len(names) - LISTED} more"
 
 
@@ -407,7 +411,7 @@ def _state_dict_of(checkpoint: Any, path: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not _is_plain(tensor):
             raise ValueError(
-                f"load_weights: expected dense tensors with their numbers, got {path}, where {name:.80} is "
+                f"load_weights: expected dense tensors with their numbers, got {path}, where {printable(name[:LONGEST_NAME])} is "
                 f"none. {_STATE_DICT_REMEDY}"
             )
     return tensors
