@@ -438,11 +438,15 @@ def _lmdb(folder: Path) -> list[bytes]:
 
     from attention_transfer.caffe import schema
 
-    datum = schema.Datum(channels=1, height=2, width=2, data=bytes(4), label=1)
+    datum, large = (
+        schema.Datum(channels=1, height=2, width=2, data=bytes(4)),
+        schema.Datum(channels=3, height=50, width=50),
+    )
+    large.data = bytes(7500)
     with lmdb.open(str(folder / "db"), map_size=1 << 20) as environment:
         with environment.begin(write=True) as transaction:
-            for i in range(40):
-                transaction.put(f"{i:08}".encode(), datum.SerializeToString())
+            for i in range(120):
+                transaction.put(f"{i:08}".encode(), (large if i % 20 == 1 else datum).SerializeToString())
     return [(folder / "db" / "data.mdb").read_bytes()]
 
 
@@ -453,11 +457,8 @@ def read_lmdb(path: Path) -> None:
     (path.parent / "db").mkdir(exist_ok=True)
     path.replace(path.parent / "db" / path.name)
     database = Database(path.parent / "db")
-    try:
-        for datum in database.read(range(len(database))):
-            datum_pixels(datum, None, "a record")
-    finally:
-        database._lmdb.close()
+    for datum in database.read(range(len(database))):
+        datum_pixels(datum, None, "a record")
 
 
 @reader("image list", "list.txt", lambda folder: [b"a.png 1\nb c.png 0\n"])
@@ -469,8 +470,8 @@ def read_image_list(path: Path) -> None:
     caffe.Net(parse_net(f'layer {{ name: "d" type: "ImageData" top: "x" top: "y" {source} }}'))
 
 
-IN_C = ("hdf5", "lmdb")
-"""Readers whose libraries in C may end the process on damaged files."""
+IN_C = ("hdf5",)
+"""Readers whose library in C may end the process on damaged files."""
 
 
 def fuzz(kind: str, runs: int, folder: Path) -> None:
