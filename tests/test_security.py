@@ -15,6 +15,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import tracemalloc
 import warnings
 import zipfile
 import zlib
@@ -412,7 +413,10 @@ def test_a_gzip_bomb_is_read_no_further_than_it_promises() -> None:
 
     head = b"\0\0\x08\x01" + (10).to_bytes(4, "big")
     Path("a.gz").write_bytes(gzip.compress(head + bytes(64 << 20)))
+    tracemalloc.start()
     refused(lambda: read_idx(Path("a.gz")), "it holds more than 10")
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
     Path("b").write_bytes(b"\0\0\x08\xff" + b"\xff" * 1020)
     refused(lambda: read_idx(Path("b")), "does not start as one")
     Path("c").write_bytes(b"\0\0\x08\x02" + b"\xff" * 8)
@@ -450,6 +454,51 @@ def test_hdf5_reads_nothing_but_numbers_of_its_own(kind: str) -> None:
             file.create_group("data")
     Path("net.prototxt").write_text(hdf5_net("a.h5"))
     refused(lambda: at.caffe.Net("net.prototxt"), r"layer 'd'.*expected (a data set|numbers)")
+
+
+def write_lmdb(records: dict[bytes, bytes], removed: int = 0) -> Path:
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open("db", map_size=64 << 20) as environment:
+        with environment.begin(write=True) as transaction:
+            for key, value in records.items():
+                transaction.put(key, value)
+        with environment.begin(write=True) as transaction:
+            for key in list(records)[:removed]:
+                transaction.delete(key)
+    return Path("db/data.mdb")
+
+
+@pytest.mark.parametrize(("count", "removed"), [(1, 0), (3000, 0), (3000, 1500)])
+def test_an_lmdb_is_read_as_it_was_written(count: int, removed: int) -> None:
+    from attention_transfer.caffe.files.lmdb import Pages
+
+    draw = np.random.default_rng(0)
+    sizes = [1, 200, 2100, 9000]
+    records = {f"{draw.integers(1 << 40):x}{i}".encode(): draw.bytes(sizes[i % 4]) for i in range(count)}
+    pages = Pages(write_lmdb(records, removed))
+    kept = dict(list(records.items())[removed:])
+    assert [(place.key, pages.value(place)) for place in pages.places] == sorted(kept.items())
+
+
+def test_a_damaged_lmdb_does_not_end_the_process() -> None:
+    """LMDB's own library is ended by a signal on some of these."""
+    from attention_transfer.caffe.layers.records import Database
+
+    path = write_lmdb({f"{i:08}".encode(): bytes(100) for i in range(500)})
+    whole = path.read_bytes()
+    size = struct.unpack_from("<I", whole, 16 + 24)[0]
+    branch = next(start for start in range(2 * size, len(whole), size) if whole[start + 10] == 1)
+    node = branch + struct.unpack_from("<H", whole, branch + 16)[0]
+    own = struct.pack("<H", branch // size)
+    for start, damage, words in (
+        (branch, b"\xff" * size, "is no page of a tree"),
+        (branch + 16, b"\xff\xff", "points outside itself"),
+        (node, b"\xff\xff\xff", r"page \d+ is not in its tree"),
+        (node, own, r"page \d+ is not in its tree"),  # itself
+        (0, bytes(200), "it does not begin as one"),
+    ):
+        path.write_bytes(whole[:start] + damage + whole[start + len(damage) :])
+        refused(lambda: Database(Path("db")), f"Data: expected an LMDB in db, .*{words}")
 
 
 # Caches
@@ -573,6 +622,7 @@ HOSTILE_LAYERS = [
     "\\",
     "{__import__('os').mkdir('marker')}",
     "\u2028import os",
+    "1\nimport os; os.mkdir('marker')\n#",  # one that stands in a comment, as its identifier is another
     "import",
     "__class__",
     "self",

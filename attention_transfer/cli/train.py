@@ -112,7 +112,7 @@ def _is_alone(other: Run, recipe: Recipe) -> bool:
     try:
         _ = other.result
         return other.recipe.method == "none" and _alike_alone(other.recipe, recipe)
-    except ValueError as error:
+    except ZeroDivisionError as error:
         print(f"note: {error}")
         return False
 

@@ -411,8 +411,8 @@ def _state_dict_of(checkpoint: Any, path: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not _is_plain(tensor):
             raise ValueError(
-                f"load_weights: expected dense tensors with their numbers, got {path}, where {printable(name[:LONGEST_NAME])} is "
-                f"none. {_STATE_DICT_REMEDY}"
+                f"load_weights: expected dense tensors with their numbers, got {path}, where "
+                f"{_shorten((name,))} is none. {_STATE_DICT_REMEDY}"
             )
     return tensors
 
