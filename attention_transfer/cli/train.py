@@ -112,7 +112,7 @@ def _is_alone(other: Run, recipe: Recipe) -> bool:
     try:
         _ = other.result
         return other.recipe.method == "none" and _alike_alone(other.recipe, recipe)
-    except ZeroDivisionError as error:
+    except ValueError as error:
         print(f"note: {error}")
         return False
 
