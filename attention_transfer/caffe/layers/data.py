@@ -239,6 +239,8 @@ class ImageData(DataLayer):
     def _parse(self, line: str) -> tuple[str, int]:
         path, _, label = line.strip().rpartition(" ")
         try:
+            if "\0" in path:
+                raise ValueError("no path")
             return path, int(label)
         except ValueError:
             raise self.error("`PATH LABEL` on each line of the source", repr(line)) from None
