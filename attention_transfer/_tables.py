@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
     """The cells in aligned columns under a rule; with `numbers`, all but the first column to the right."""
-    cells = [list(header), *map(list, rows)]
+    cells = [[printable(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
 
     def line(row: Sequence[str]) -> str:
@@ -18,6 +18,11 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, number
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(cells[0]), line(["-" * width for width in widths]), *map(line, cells[1:])])
+
+
+def printable(text: str) -> str:
+    """The text with what moves a terminal's cursor, colours it or names it made visible, as `\\x1b`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def duration(seconds: float) -> str:

@@ -59,7 +59,10 @@ HELPERS = {
     "_outputs",
     "_patterns",
     "_quiet",
+    "_pictures",
+    "_reading",
     "_tables",
+    "_trust",
     "_untouched",
 }
 COMPOSERS = {"cli", "__main__", "__init__"}

@@ -384,9 +384,9 @@ def test_a_run_that_has_just_begun_has_no_metrics(tmp_path):
         (
             "metrics.csv",
             "epoch,val/error\n0,many\n",
-            r"a number in line 2, val/error in .*metrics\.csv, got 'many'",
+            r"a number in line 2, 'val/error' in .*metrics\.csv, got 'many'",
         ),
-        ("metrics.csv", "", r"expected a column named epoch in .*metrics\.csv, got the columns \(none\)"),
+        ("metrics.csv", "", r"expected CSV in .*metrics\.csv, got no header"),
         ("metrics.csv", b"\xff\xfe\x00", r"expected UTF-8 text in .*metrics\.csv"),
     ],
 )

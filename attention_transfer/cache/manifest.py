@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 from .._choices import Mapping, Stored
 from .._files import write_atomically
+from .._reading import parse_json, read_text
 from ..pairs import Stage
 
 FILE = "cache.json"
@@ -105,7 +107,7 @@ class Manifest:
                 "Build one: attention-transfer cache build"
             )
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(read_text(path))
         except ValueError:
             raise ValueError(_foreign(path, "which is not JSON")) from None
         if not isinstance(values, dict) or values.pop("kind", None) != KIND:
@@ -118,7 +120,7 @@ class Manifest:
             )
         try:
             return cls._from_json(values)
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(_foreign(path, f"which is damaged ({error})")) from None
 
     @classmethod
@@ -127,15 +129,49 @@ class Manifest:
         tuples = {name: tuple(values[name]) for name in ("shape", "mean", "std")}
         manifest = cls(**{**values, **tuples, "layers": tuple(layers)})
         counts = [getattr(manifest, name) for name in _COUNTS]
-        if not all(isinstance(count, int) and count >= 1 for count in (*counts, len(layers))):
+        if not all(_is_count(count) for count in (*counts, len(layers))):
             raise ValueError(f"{', '.join(_COUNTS)}: {counts}")
-        if manifest.dtype not in get_args(Stored):
-            raise ValueError(f"dtype {manifest.dtype}")
+        if manifest.views * math.ceil(manifest.images / manifest.shard_images) > MOST_FILES:
+            raise ValueError(f"more than {MOST_FILES:,} files")
+        if manifest.dtype not in get_args(Stored) or manifest.mapping not in get_args(Mapping):
+            raise ValueError(f"dtype {manifest.dtype}, mapping {manifest.mapping}")
+        for stage in manifest.layers:
+            if not isinstance(stage.name, str) or not _is_shape(stage.shape) or not _is_number(stage.stride):
+                raise ValueError(f"layer {stage.name}")
+        if not _is_shape(manifest.shape):
+            raise ValueError(f"shape {manifest.shape}")
+        numbers = (manifest.p, *manifest.mean, *manifest.std)
+        if (
+            not all(map(_is_number, numbers))
+            or not len(manifest.mean) == len(manifest.std) == manifest.shape[0]
+        ):
+            raise ValueError("p, mean and std")
+        if not all(type(value) is int for value in (manifest.pad, manifest.view_seed)):
+            raise ValueError("pad and view_seed")
+        texts = (manifest.teacher, manifest.teacher_fingerprint, manifest.precision, manifest.data)
+        if not all(isinstance(text, str) for text in texts) or type(manifest.flip) is not bool:
+            raise ValueError("teacher, precision, data and flip")
+        if not isinstance(manifest.source, dict) or not isinstance(manifest.settings, dict):
+            raise ValueError("source and settings")
         return manifest
 
 
 _BESIDE = ("views", "source", "settings", "version")  # what no stored map depends on
 _COUNTS = ("images", "views", "shard_images", "classes")
+MOST_FILES = 1 << 20  # of a cache: with 64 MB each, 64 TB
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 1 <= value < 1 << 40
+
+
+def _is_shape(shape: tuple[Any, ...]) -> bool:
+    """(c, h, w) of what fits into memory."""
+    return len(shape) == 3 and all(map(_is_count, shape)) and math.prod(shape) < 1 << 31
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 def _foreign(path: Path, what: str) -> str:

@@ -7,7 +7,6 @@ is written with the records in one go: there is no moment in which one is there 
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,12 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from .._files import write_atomically
+from .._reading import parse_json
 
 NAME = "records"
 MISSING = "is missing"
+OUTSIDE = "lies outside the cache, through a link"
+LONGEST_HEADER = 1 << 20  # bytes; one takes 200
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Shard:
         assert records.shape == (len(self), self.record_bytes)
         path = folder / self.name
         path.parent.mkdir(exist_ok=True)
+        if not _is_inside(path.parent, folder):
+            raise OSError(f"its folder {OUTSIDE}")
         checksum = hashlib.sha256(records.data).hexdigest()
         write_atomically(path, save({NAME: records}, {**self._place(), "sha256": checksum}))
 
@@ -70,17 +74,21 @@ class Shard:
         path = folder / self.name
         if not path.is_file():
             return MISSING
+        if not _is_inside(path, folder):
+            return OUTSIDE
         try:
             header, start = _read_header(path)
             stored = header[NAME]["shape"], header[NAME]["dtype"]
             notes = header["__metadata__"]
-        except (ValueError, KeyError, TypeError):
+            offsets = header[NAME]["data_offsets"]
+            own = {name: notes.get(name) for name in self._place()}
+        except (ValueError, KeyError, TypeError, AttributeError):
             return "is damaged: its header cannot be read"
-        if {name: notes.get(name) for name in self._place()} != self._place():
+        if own != self._place():
             return "belongs to another cache, or to another place in this one"
         size, expected = path.stat().st_size, start + self.bytes
-        if stored != ([len(self), self.record_bytes], "U8"):
-            return f"is damaged: its header speaks of {stored}"
+        if stored != ([len(self), self.record_bytes], "U8") or offsets != [0, self.bytes]:
+            return f"is damaged: its header speaks of {stored!s:.80}"
         if size != expected:
             return f"is damaged: it has {size:,} bytes, not {expected:,}"
         if deep and hashlib.sha256(self.open(folder).data).hexdigest() != notes.get("sha256"):
@@ -103,6 +111,11 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """A safetensors file begins with the length of its header in 8 bytes, then the header as JSON."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
+        if length > min(path.stat().st_size, LONGEST_HEADER):
             raise ValueError("a header longer than the file")
-        return json.loads(file.read(length)), 8 + length
+        return parse_json(file.read(length)), 8 + length
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path of the cache is really there, and no link to elsewhere."""
+    return path.resolve().is_relative_to(folder.resolve())

@@ -18,7 +18,9 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from attention_transfer.cli.parsing import PROGRAM, VERBS, UsageError, one_line, suggest
+from attention_transfer._tables import printable
+from attention_transfer._trust import trusted, trusting
+from attention_transfer.cli.parsing import PROGRAM, VERBS, UsageError, one_line, split_trust, suggest
 from attention_transfer.training.run import Interrupted
 
 
@@ -27,11 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or bool(os.environ.get("ATTENTION_TRANSFER_DEBUG"))
     arguments = [argument for argument in arguments if argument != "--debug"]
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # for the user's own models, `module:factory`, as with `python -m`
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(str(message))}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(one_line(str(message)))}\n"
     try:
-        return _dispatch(arguments)
+        arguments, factories = split_trust(arguments)
+        _open_current_folder(factories)
+        with trusting(*factories):
+            return _dispatch(arguments)
     except Interrupted as stop:
         return _status(stop.exit_status)
     except KeyboardInterrupt:
@@ -42,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug or not _is_bad_input(error):
             raise
-        print(f"{PROGRAM}: {_describe(error)}", file=sys.stderr)
+        print(f"{PROGRAM}: {printable(_describe(error))}", file=sys.stderr)
         return 2
 
 
@@ -55,6 +58,16 @@ def _status(stopped: int) -> int:
     from attention_transfer.training.processes import is_first_process
 
     return stopped if is_first_process() else 0
+
+
+def _open_current_folder(factories: Sequence[str]) -> None:
+    """Let modules be imported from where the user is, as with `python -m`, if he names one of his own.
+
+    At the end of the path, and only then: a file that lies there by chance stands in for no package that is
+    not installed.
+    """
+    if (factories or trusted()) and (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -91,6 +104,7 @@ def _overview() -> str:
             f"  {PROGRAM} train --data cifar10 --teacher wrn-16-2 --student wrn-16-1 --epochs 100",
             "",
             f"`{PROGRAM} VERB --help` lists a verb's flags; --debug shows the traceback of an error.",
+            "--trust MODULE:NAME lets runs, recipes and weights files name that factory: docs/security.md.",
         ]
     )
 

@@ -14,7 +14,7 @@ from attention_transfer.cli.memory import add_memory_flag, govern_memory
 from attention_transfer.cli.output import StatusLine
 from attention_transfer.cli.parsing import PROGRAM, VERBS, UsageError, parse, suggest, verb_parser
 from attention_transfer.cli.train import field_texts
-from attention_transfer.training.recipe import CACHED, Recipe, field_types
+from attention_transfer.training.recipe import CACHED, Recipe, check_models, field_types
 
 if TYPE_CHECKING:
     from attention_transfer.cache import Cache
@@ -107,8 +107,17 @@ def _settings_of(folder: Path, views: int | None) -> dict[str, Any]:
     from attention_transfer.cache import Cache
 
     manifest = Cache.read(folder).manifest
-    layers, views = manifest.settings["layers"], max(views or 0, manifest.views)
-    return {**manifest.settings, "views": views, "layers": ",".join(layers) if layers else "auto"}
+    check_models(manifest.settings, folder)
+    settings, views = manifest.settings, max(views or 0, manifest.views)
+    layers = settings.get("layers", "none")
+    if not {*CACHED, "layers", "dtype"} <= settings.keys() or not (
+        layers is None or (isinstance(layers, list) and all(isinstance(name, str) for name in layers))
+    ):
+        raise ValueError(
+            f"cache: expected the settings that {folder} was begun with in its cache.json, got others. "
+            "Go on with it by the flags that you built it with, and -o."
+        )
+    return {**settings, "views": views, "layers": ",".join(layers) if layers else "auto"}
 
 
 def _build_parser() -> Any:

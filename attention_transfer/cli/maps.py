@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attention_transfer._extras import require
+from attention_transfer._pictures import open_picture
 from attention_transfer.cli.parsing import PROGRAM, UsageError, one_line, parse, verb_parser
 from attention_transfer.training.recipe import parse_pairs
 
@@ -86,14 +87,15 @@ def _read_image(path: str, channels: int, size: int) -> Tensor:
     """A file as uint8 (c, h, w), its central square resized to `size`."""
     import torch
 
-    image_module = require("PIL.Image", extra="plots", user="maps")
     operations = require("PIL.ImageOps", extra="plots", user="maps")
     if not Path(path).is_file():
         raise FileNotFoundError(f"maps: expected an image file, got {path}, which is not there.")
     try:
-        with image_module.open(path) as file:
-            image = operations.exif_transpose(file).convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+        image = open_picture(Path(path).read_bytes(), extra="plots", user="maps")
+        image = operations.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+    except OSError:
+        raise
+    except Exception as error:  # damaged notes on how it was held make Pillow raise almost anything
         raise ValueError(f"maps: {path} is not a readable image ({one_line(str(error))}).") from None
     image = operations.fit(image, (size, size))
     return (

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from attention_transfer._extras import require
 from attention_transfer._hints import did_you_mean
+from attention_transfer._trust import is_factory
 
 PROGRAM = "attention-transfer"
+
+MODEL_FLAGS = ("--student", "--teacher", "--model")
 
 VERBS = {
     "demo": "See attention transfer at work on real digits, in minutes, without a download",
@@ -38,6 +41,7 @@ def verb_parser(verb: str, usage: str, summary: str | None = None) -> Any:
         prog=f"{PROGRAM} {verb}",
         description=f"{summary or VERBS[verb]}. Example: {usage}",
         exit_on_error=False,
+        allow_abbrev=False,
     )
 
 
@@ -52,6 +56,30 @@ def parse(parser: Any, arguments: list[str]) -> Any:
         return parser.parse_args(arguments)
     except argparse.ArgumentError as error:
         raise UsageError(_explain(parser, str(error))) from None
+
+
+def split_trust(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments without --trust, and the factories that the user names: by it, or as a model's name.
+
+    Raises:
+        UsageError: if --trust is followed by nothing, or by what is no factory.
+    """
+    rest, factories = [], []
+    words = iter(arguments)
+    for word in words:
+        flag, separator, value = word.partition("=")
+        if flag == "--trust":
+            value = value if separator else next(words, "")
+            if not is_factory(value):
+                raise UsageError(f"--trust: expected a factory, package.module:name, got {value!r:.80}.")
+            factories.append(value)
+            continue
+        rest.append(word)
+        if separator:
+            factories += [value] if flag in MODEL_FLAGS and is_factory(value) else []
+        elif is_factory(word) and len(rest) > 1 and rest[-2] in MODEL_FLAGS:
+            factories.append(word)
+    return rest, factories
 
 
 def _dashed(argument: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attention_transfer._extras import require
+from attention_transfer._trust import trusted
 from attention_transfer.cli.memory import add_memory_flag, govern_memory
 from attention_transfer.cli.parsing import PROGRAM, UsageError, one_line, parse, verb_parser
 from attention_transfer.training.recipe import PLACES, Recipe, field_types
@@ -76,7 +77,8 @@ def _start(folder: Path, work: Callable[[], Run]) -> None:
         from attention_transfer.training.processes import is_first_process
 
         if Run(folder).exists and is_first_process():
-            command = f"{PROGRAM} train --resume {folder}"
+            own = "".join(f" --trust {name}" for name in sorted(trusted()))
+            command = f"{PROGRAM} train --resume {folder}{own}"
             print(f"\nStopped; nothing is lost. Go on with: {command}", file=sys.stderr)
         raise
     from attention_transfer.training.processes import is_first_process
@@ -109,11 +111,17 @@ def _same_student_alone(run: Run) -> list[Run]:
         return []
     beside = [Run(folder) for folder in sorted(run.folder.absolute().parent.iterdir())]
     finished = [other for other in beside if other.exists and other.finished]
-    return [
-        other
-        for other in finished
-        if other.recipe.method == "none" and _alike_alone(other.recipe, run.recipe)
-    ]
+    return [other for other in finished if _is_alone(other, run.recipe)]
+
+
+def _is_alone(other: Run, recipe: Recipe) -> bool:
+    """Whether a finished run is that of the same student alone; one that cannot be read is left out."""
+    try:
+        _ = other.result
+        return other.recipe.method == "none" and _alike_alone(other.recipe, recipe)
+    except ValueError as error:
+        print(f"note: {error}")
+        return False
 
 
 def _alike_alone(one: Recipe, other: Recipe) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from .._extras import require
+from .._pictures import open_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,25 +116,20 @@ def read_image(encoded: Encoded, row: int, channels: int) -> Image:
 
 
 def _open(encoded: Encoded, row: int) -> Image:
-    pillow = require("PIL.Image", extra="data", user="load_data")
-    data = io.BytesIO(_read_bytes(encoded, row))
     try:
-        image = pillow.open(data)
-        limit, pixels = pillow.MAX_IMAGE_PIXELS, image.width * image.height
-        if limit is not None and pixels > limit:  # Pillow itself only warns up to twice the limit
-            raise pillow.DecompressionBombError(f"{pixels:,} pixels, limit {limit:,}")
-        image.load()
-    except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
-        raise ValueError(
-            f"load_data: {encoded.name(row)} is too large to decode safely ({_first_line(error)}). "
+        return open_picture(_read_bytes(encoded, row), extra="data", user="load_data")
+    except ValueError as error:
+        if str(error).startswith("load_data: "):
+            raise
+        too_large = str(error).startswith("too large")
+        mend = (
             "Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
-        ) from None
-    except Exception as error:  # a broken file makes Pillow's decoders raise almost anything
-        raise ValueError(
-            f"load_data: cannot decode {encoded.name(row)} ({_first_line(error)}). "
-            "Images are never skipped silently: repair or remove it."
-        ) from None
-    return image
+            if too_large
+            else "Images are never skipped silently: repair or remove it."
+        )
+        name = encoded.name(row)
+        what = f"{name} is {error}" if too_large else f"cannot decode {name} ({error})"
+        raise ValueError(f"load_data: {what}. {mend}") from None
 
 
 def _read_bytes(encoded: Encoded, row: int) -> bytes:
@@ -142,7 +137,7 @@ def _read_bytes(encoded: Encoded, row: int) -> bytes:
         data = encoded.read(row)
     except OSError as error:
         raise ValueError(
-            f"load_data: cannot read {encoded.name(row)} ({error.strerror or _first_line(error)}). "
+            f"load_data: cannot read {encoded.name(row)} ({error.strerror or one_line(error)}). "
             "Check the file and its permissions."
         ) from None
     if not data:
@@ -150,10 +145,6 @@ def _read_bytes(encoded: Encoded, row: int) -> bytes:
             f"load_data: expected an image, got no bytes in {encoded.name(row)}. Repair or remove it."
         )
     return data
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def resize_and_crop(image: Image, size: int, *, share: float = 1.0) -> Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import zlib
 from dataclasses import replace
@@ -31,6 +32,7 @@ TORCHVISION = {
     "mnist": ("MNIST", "MNIST/raw"),
 }
 IDX_CLASSES = {"fashion-mnist": CLOTHES, "mnist": DIGITS}
+MOST_AXES, LARGEST_IDX = 4, 2 << 30  # bytes; MNIST takes 47 MB
 NAMES = (*TORCHVISION, "mnist-5k")
 
 
@@ -153,18 +155,22 @@ def read_idx(path: Path) -> UInt8[Tensor, "..."]:
         ValueError: if the file is not such an array.
     """
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            head = file.read(4)
+            if len(head) < 4 or head[:3] != b"\x00\x00\x08" or not 1 <= head[3] <= MOST_AXES:
+                raise _not_idx(path, "it does not start as one")
+            sizes = file.read(4 * head[3])
+            shape = [int.from_bytes(sizes[i : i + 4], "big") for i in range(0, len(sizes), 4)]
+            promised = math.prod(shape)
+            if promised > LARGEST_IDX:
+                raise _not_idx(path, f"its header promises {promised:,} bytes")
+            data = file.read(promised + 1)  # and no more, however far it would unfold
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise _not_idx(path, str(error)) from None
-    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
-        raise _not_idx(path, "it does not start as one")
-    start = 4 + 4 * data[3]
-    shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4)]
-    if len(data) != start + int(np.prod(shape)):
-        raise _not_idx(
-            path, f"its header promises {int(np.prod(shape)):,} bytes, it holds {len(data) - start:,}"
-        )
-    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8, offset=start).copy()).view(shape)
+    if len(shape) != head[3] or len(data) != promised:
+        held = f"more than {promised:,}" if len(data) > promised else f"{len(data):,}"
+        raise _not_idx(path, f"its header promises {promised:,} bytes, it holds {held}")
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy()).view(shape)
 
 
 def _not_idx(path: Path, detail: str) -> ValueError:

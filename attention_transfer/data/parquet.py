@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from .._extras import require
+from .._reading import parse_json
 from .decode import Stretches
 from .sources import LABEL_NAMES, RawSplit, Source, group_by_split, numbered_classes
 from .stamps import Stamp, check_unchanged
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 GROUPS_BYTES = 256 << 20  # of row groups that a process keeps, so that images are not read in their order
 MOST_GROUPS = 64
+ROWS = 256  # read at a time
+UNFOLDED, SMALL = 64, 64 << 20  # the columns take up to so many times the file, or so many bytes
 
 
 class EncodedRows:
@@ -136,8 +138,7 @@ class _RowGroup:
         with _readable(self.column.path):
             pq = require("pyarrow.parquet", extra="data", user="load_data")
             with pq.ParquetFile(self.column.path, metadata=self.column.metadata) as file:
-                # threads of Arrow's own do not go well with forked workers
-                table = file.read_row_group(self.number, columns=[self.column.name], use_threads=False)
+                table = _read_columns(file, self.column.path, [self.column.name], [self.number])
         images = table.column(0)
         return _bytes_field(images) if _has_bytes(images.type) else images
 
@@ -190,9 +191,12 @@ def _read_file(
         label = _choose_column(
             path, schema, "label_column", label_column, _label_candidates(schema, features)
         )
-        labels = file.read(columns=[label])[label]
+        labels = _read_columns(file, path, [label])[label]
+        names = features.get(label, {}).get("names")
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            names = None
     column = ImageColumn(path, stamp, file.metadata, _leaf(schema.field(image), path))
-    return column, _integers(labels, path, label), features.get(label, {}).get("names")
+    return column, _integers(labels, path, label), names
 
 
 @contextmanager
@@ -201,20 +205,43 @@ def _readable(path: Path) -> Iterator[None]:
     pa = require("pyarrow", extra="data", user="load_data")
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
-        detail = str(error).splitlines()[0]
+        detail = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"load_data: cannot read {path} ({detail}). Copy or download the file again."
         ) from None
 
 
+def _read_columns(
+    file: pq.ParquetFile, path: Path, columns: list[str], row_groups: list[int] | None = None
+) -> pa.Table:
+    """The columns, as long as they come to no more than such a file may hold.
+
+    A few bytes of parquet can stand for any number of equal rows.
+    """
+    pa = require("pyarrow", extra="data", user="load_data")
+    limit = UNFOLDED * path.stat().st_size + SMALL
+    batches, held = [], 0
+    # threads of Arrow's own do not go well with forked workers
+    for batch in file.iter_batches(ROWS, row_groups=row_groups, columns=columns, use_threads=False):
+        batches.append(batch)
+        held += batch.nbytes
+        if held > limit:
+            raise ValueError(
+                f"load_data: expected at most {limit:,} bytes of images and labels in {path}, got more: it "
+                "unfolds beyond measure. Write it with encoded images (JPEG, PNG), once each."
+            )
+    return pa.Table.from_batches(batches) if batches else file.read(columns=columns)
+
+
 def _hugging_face_features(schema: pa.Schema) -> dict[str, Any]:
     """What the `datasets` library wrote about each column: {"img": {"_type": "Image"}, ...}."""
     try:
-        return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
+        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: each for name, each in features.items() if isinstance(each, dict)}
+    except (KeyError, ValueError, TypeError, AttributeError):
         return {}
 
 
@@ -293,4 +320,10 @@ def _integers(column: pa.ChunkedArray, path: Path, name: str) -> Int64[Tensor, "
             f"load_data: expected integer labels in column {name!r} of {path}, got {got}. "
             "Pass the label_column that holds class numbers from 0."
         )
-    return torch.from_numpy(column.to_numpy().astype("int64"))
+    numbers = column.to_numpy()
+    if len(numbers) and int(numbers.max()) > torch.iinfo(torch.int64).max:
+        raise ValueError(
+            f"load_data: expected class numbers in column {name!r} of {path}, got {int(numbers.max())}. "
+            "Pass the label_column that holds class numbers from 0."
+        )
+    return torch.from_numpy(numbers.astype("int64"))

@@ -1,5 +1,6 @@
 """Models by name, the paper's networks, and weights on disk."""
 
+from .._trust import trusting as trusting
 from .build import build_model as build_model
 from .build import is_of_timm as is_of_timm
 from .build import pretrained_statistics as pretrained_statistics

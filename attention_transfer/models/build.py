@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._extras import require
+from .._trust import FACTORY
 from .nin import THIN, WIDE, NetworkInNetwork
 from .weights import load_weights
 from .wide_resnet import WideResNet
@@ -35,7 +36,6 @@ Builder = Callable[[str, int, int, bool], nn.Module]
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _WRN = re.compile(r"wrn-(\d+)-(\d+)")
-_FACTORY = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 
 
 def build_model(
@@ -127,7 +127,7 @@ def _find(name: str) -> tuple[Builder, str]:
         if plain_name not in _torchvision_names():
             raise ValueError(_unknown(name))
         return _build_torchvision, plain_name
-    if not _FACTORY.fullmatch(name):
+    if not FACTORY.fullmatch(name):
         raise ValueError(_unknown(name))
     return _build_by_factory, name
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,19 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor, nn
 
 from .._files import write_atomically
+from .._tables import printable
 
 NESTING_KEYS = ("state_dict", "model_state_dict", "model", "params")
 """Where checkpoints keep their state dict; looked up in this order, again inside what is found."""
+
+DEEPEST = 8
+"""A state dict lies at most so many dicts deep in a checkpoint, which may contain itself."""
+
+SMALL = 64 << 20
+"""A tensor that repeats few stored numbers, as `expand` makes it, may come to so many bytes in full."""
+
+LONGEST_NAME = 120
+"""Characters of a name in a report."""
 
 LISTED = 8
 """A report names this many tensors of a kind, and counts the rest."""
@@ -160,7 +171,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise ValueError(_damaged(path, error)) from error
 
 
@@ -218,8 +229,10 @@ def _best_prefix(targets: Mapping[str, Tensor], stored: Mapping[str, Tensor]) ->
     Where several fit equally well: none, then "student.", then the shortest.
     """
     prefixes = {""}
+    lengths = {name.count(".") + 1 for name in targets}
     for name in stored:
-        prefixes.update(name[: dot.end()] for dot in re.finditer(r"\.", name))
+        parts = name.split(".")
+        prefixes.update(".".join([*parts[:-n], ""]) for n in lengths if n < len(parts))
 
     def fit(prefix: str) -> tuple[int, int, bool, bool, int]:
         found = [name for name in targets if prefix + name in stored]
@@ -294,7 +307,7 @@ def _head_mismatch(report: LoadReport) -> tuple[str, int, int] | None:
 
 
 def _shorten(names: tuple[object, ...]) -> str:
-    listed = ", ".join(str(name) for name in names[:LISTED])
+    listed = ", ".join(printable(str(name)[:LONGEST_NAME]) for name in names[:LISTED])
     return listed if len(names) <= LISTED else f"{listed} and {len(names) - LISTED} more"
 
 
@@ -318,9 +331,10 @@ def _read(path: Path) -> dict[str, Tensor]:
     if _is_safetensors(path):
         try:
             return safetensors_torch.load_file(path)
-        except SafetensorError as error:
+        # besides its own error a KeyError for a dtype that it does not know, and torch's for odd shapes
+        except Exception as error:
             raise ValueError(_damaged(path, error)) from error
-    return _state_dict_of(_read_checkpoint(path), path)
+    return _state_dict_of(read_checkpoint(path), path)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -329,12 +343,19 @@ def _is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
-def _read_checkpoint(path: Path) -> Any:
+def read_checkpoint(path: Path, *, mmap: bool = False) -> Any:
+    """What `torch.save` wrote: containers, numbers, text and tensors on the CPU, and nothing that runs.
+
+    Raises:
+        ValueError: if the file is damaged, of another format, or needs unpickling.
+        OSError: if it cannot be read.
+    """
     try:
+        _check_archive(path)
         with warnings.catch_warnings():
             # torch warns of odd pickle protocols and of TorchScript before it refuses them below
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise
     except pickle.UnpicklingError as error:
@@ -342,6 +363,16 @@ def _read_checkpoint(path: Path) -> Any:
     # a damaged pickle can end in any exception at all: KeyError, struct.error, UnicodeDecodeError, ...
     except Exception as error:
         raise ValueError(_damaged(path, error)) from error
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse what unfolds in memory: `torch.save` never compresses."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"the entry {entry.filename:.80} is compressed")
 
 
 def _refused(path: Path, reason: str) -> str:
@@ -363,7 +394,9 @@ def _damaged(path: Path, error: Exception) -> str:
 
 def _state_dict_of(checkpoint: Any, path: Path) -> dict[str, Tensor]:
     found = checkpoint
-    while isinstance(found, Mapping):
+    for _ in range(DEEPEST):
+        if not isinstance(found, Mapping):
+            break
         nested = next((key for key in NESTING_KEYS if isinstance(found.get(key), Mapping)), None)
         if nested is None:
             break
@@ -375,7 +408,23 @@ def _state_dict_of(checkpoint: Any, path: Path) -> dict[str, Tensor]:
             f"load_weights: expected a state dict, plain or under one of {', '.join(NESTING_KEYS)}, "
             f"got {path}, which holds {holds or 'nothing'}. {_STATE_DICT_REMEDY}"
         )
+    for name, tensor in tensors.items():
+        if not _is_plain(tensor):
+            raise ValueError(
+                f"load_weights: expected dense tensors with their numbers, got {path}, where "
+                f"{_shorten((name,))} is none. {_STATE_DICT_REMEDY}"
+            )
     return tensors
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a stored tensor is numbers on the CPU, and no more of them than are there."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return False
+    if tensor.is_quantized or tensor.is_nested:
+        return False
+    full = tensor.numel() * tensor.element_size()
+    return full <= max(SMALL, tensor.untyped_storage().nbytes())
 
 
 # Writing

@@ -120,6 +120,7 @@ class Runner:
     def _spawn(self, job: Job, held: int) -> subprocess.Popen[bytes]:
         words = [sys.executable, "-m", f"{__package__}.child", str(os.getpid()), *job.arguments()]
         environment = {"OMP_NUM_THREADS": str(self.threads), **os.environ}
+        environment["PYTHONSAFEPATH"] = "1"  # -m would look for modules in the current folder first
         with job.log.open("ab") as log:
             return subprocess.Popen(
                 words,

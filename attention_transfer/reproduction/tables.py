@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from attention_transfer._hints import did_you_mean
+from attention_transfer._reading import LARGEST_YAML, parse_yaml, read_text, shown
 from attention_transfer.training.recipe import Recipe
 
 UNITS = {"test error %": -1, "test accuracy %": 1}
@@ -157,7 +158,12 @@ def _place(each: Reproduction, tables: dict[str, Table]) -> None:
 def _read_table(path: Path) -> Table:
     (values,) = _documents(path, 1)
     _check_names(path, values, _TABLE_FIELDS)
-    columns, claims = values["columns"], [tuple(claim) for claim in values["claims"] or []]
+    columns, claims = values["columns"], values["claims"] or []
+    if not (_is_texts(values["rows"]) and _is_texts(columns)):
+        raise _wrong(path, "rows and columns as `name: label`", "others")
+    if not isinstance(claims, list) or not all(isinstance(c, list) and len(c) == 2 for c in claims):
+        raise _wrong(path, "claims as pairs of columns", shown(claims))
+    claims = [tuple(map(str, claim)) for claim in claims]
     if values["unit"] not in UNITS:
         raise _wrong(path, f"a unit of {', '.join(UNITS)}", str(values["unit"]))
     if values["statistic"] not in ("median", "mean"):
@@ -174,8 +180,14 @@ def _read_reproduction(path: Path) -> Reproduction:
         places = tuple((str(p["table"]), str(p["row"]), str(p["column"])) for p in facts["places"])
     except (KeyError, TypeError):
         raise _wrong(path, "places with table, row and column", str(facts["places"])) from None
-    if not isinstance(facts["published"], int | float | None):
+    if isinstance(facts["published"], bool) or not isinstance(facts["published"], int | float | None):
         raise _wrong(path, "a published number or null", repr(facts["published"]))
+    if not all(isinstance(facts[name] or [], list) for name in ("notes", "ours")):
+        raise _wrong(path, "lists of notes and of ours", shown(facts["notes"]))
+    if not all(isinstance(entry, dict) for entry in facts["ours"] or ()):
+        raise _wrong(path, "entries of `name: value` in ours", shown(facts["ours"]))
+    if not isinstance(facts["teacher"], str | None):
+        raise _wrong(path, "the name of a reproduction as teacher", shown(facts["teacher"]))
     lists = {name: tuple(facts[name] or ()) for name in ("notes", "ours")}
     recipe = Recipe.load(path)
     if recipe.needs_teacher != (facts["teacher"] is not None):
@@ -184,15 +196,17 @@ def _read_reproduction(path: Path) -> Reproduction:
 
 
 def _documents(path: Path, count: int) -> list[dict[str, Any]]:
-    import yaml
-
     try:
-        found = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise _wrong(path, "YAML", " ".join(str(error).split())) from None
+        found = parse_yaml(read_text(path, LARGEST_YAML))
+    except ValueError as error:
+        raise _wrong(path, "YAML", str(error)) from None
     if len(found) != count or not all(isinstance(each, dict) for each in found):
         raise _wrong(path, f"{count} YAML documents of `name: value` lines", f"{len(found)} documents")
     return found
+
+
+def _is_texts(values: object) -> bool:
+    return isinstance(values, dict) and all(isinstance(text, str) for pair in values.items() for text in pair)
 
 
 def _check_names(path: Path, values: dict[str, Any], known: tuple[str, ...]) -> None:

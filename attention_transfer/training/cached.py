@@ -18,7 +18,7 @@ from attention_transfer.losses import Energy, Reading, Term
 from attention_transfer.models import fingerprint
 from attention_transfer.pairs import Pair, suggest_pairs
 from attention_transfer.training.build import build_teacher, build_terms, check_classes
-from attention_transfer.training.recipe import IMAGES, Recipe, parse_pairs
+from attention_transfer.training.recipe import IMAGES, Recipe, check_models, parse_pairs
 from attention_transfer.training.run import Run
 
 
@@ -78,6 +78,7 @@ def name_teacher(recipe: Recipe) -> Recipe:
     named: dict[str, Any] = {
         name: settings.get(name) for name in ("teacher", "teacher_weights", "teacher_classes")
     }
+    check_models(named, recipe.cache or "")
     found = replace(recipe, **named)
     there = found.teacher_weights in (None, "pretrained") or Path(found.teacher_weights or "").exists()
     return found if there and _names_weights(found) else recipe

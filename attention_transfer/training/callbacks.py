@@ -74,11 +74,15 @@ class Checkpoints(Checkpoint):
         self._before, self._started = 0.0, time.perf_counter()
         self._saved = self._started
         self._between_steps = False
+        self.started = False
 
     @property
     def wall_seconds(self) -> float:
         """How long the run has taken, with what came before an interruption."""
         return self._before + time.perf_counter() - self._started
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, DistillationModule)

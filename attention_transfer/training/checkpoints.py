@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,12 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from attention_transfer._files import write_atomically
+from attention_transfer._reading import one_line
+from attention_transfer.models.weights import read_checkpoint
 from attention_transfer.training.run import Run
+
+NEEDED = {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "training_totals"}
+"""What a run needs of its checkpoint to go on."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -59,21 +63,25 @@ def checkpoint_to_resume(run: Run, say: Callable[[str], None]) -> Path | None:
             say(f"warning: damaged: {', '.join(damaged)}. Going on from {path.name}, the one before")
         return path
     if damaged:
-        raise ValueError(
-            f"resume: expected a whole checkpoint in {run.checkpoints}, got damaged ones: "
-            f"{', '.join(damaged)}. Start over with --overwrite."
-        )
+        raise unusable(run, ", ".join(damaged))
     return None
+
+
+def unusable(run: Run, reason: object) -> ValueError:
+    """The error of a run that cannot go on from its checkpoints."""
+    return ValueError(
+        f"resume: expected a whole checkpoint of this run in {run.checkpoints}, got damaged or foreign ones: "
+        f"{one_line(reason)[:300]}. Put good ones back, or start over with --overwrite."
+    )
 
 
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
     try:
+        state = read_checkpoint(path, mmap=True)
         with zipfile.ZipFile(path) as archive:
             if (part := archive.testzip()) is not None:  # checksums: torch.load does not look at them
                 return f"wrong checksum in {part}"
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        return " ".join(str(error).split())[:80] or type(error).__name__
-    needed = {"state_dict", "optimizer_states", "epoch", "global_step"}
-    return None if isinstance(state, dict) and needed <= set(state) else "no checkpoint of a run"
+    except (ValueError, zipfile.BadZipFile) as error:
+        return one_line(error.__cause__ or error)[:80]
+    return None if isinstance(state, dict) and state.keys() >= NEEDED else "no checkpoint of a run"

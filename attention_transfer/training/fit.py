@@ -16,7 +16,7 @@ from torch import nn
 from attention_transfer._extras import require
 from attention_transfer._machine import commit, device_name
 from attention_transfer.data import Batches, Splits
-from attention_transfer.models import fingerprint, save_weights
+from attention_transfer.models import fingerprint, load_weights, save_weights
 from attention_transfer.training.build import (
     build_augment,
     build_distiller,
@@ -146,7 +146,7 @@ def _fit(
 ) -> Run:
     """Train a built student in a run folder that is there, from its last checkpoint if it has one."""
     from attention_transfer.training.callbacks import Checkpoints
-    from attention_transfer.training.checkpoints import checkpoint_to_resume
+    from attention_transfer.training.checkpoints import checkpoint_to_resume, unusable
     from attention_transfer.training.module import DistillationModule
 
     tell = only_first(say or _print)
@@ -184,6 +184,11 @@ def _fit(
             trainer.fit(module, loaders.train, loaders.validation, ckpt_path=last, weights_only=True)
         except SystemExit:  # Lightning's answer to a second Ctrl-C
             raise KeyboardInterrupt from None
+        # what is missing in a checkpoint, or does not fit, ends in any exception before the first step
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
+            if last is None or checkpoints.started or str(error).startswith("train: "):
+                raise
+            raise unusable(run, error) from error
     if trainer.is_global_zero:
         _finish(run, recipe, splits, module, checkpoints)
     processes.wait()
@@ -325,8 +330,7 @@ def _finish(
     student, rows = module.student, run.read_metrics()
     kept = rows[-1]
     if recipe.keep == "best":
-        best = torch.load(run.best_checkpoint, map_location="cpu", weights_only=True)
-        student.load_state_dict(best["state_dict"])
+        load_weights(student, run.best_checkpoint)
         kept = rows[checkpoints.best_epoch - 1]
     card = _card(recipe, splits)
     save_weights(student, run.student_weights, card.as_metadata())

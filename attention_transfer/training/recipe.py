@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -13,6 +15,8 @@ from typing import Any, Literal
 from attention_transfer import _choices as choices
 from attention_transfer._hints import did_you_mean
 from attention_transfer._patterns import is_pattern
+from attention_transfer._reading import LARGEST_YAML, parse_yaml, read_text, shown
+from attention_transfer._trust import check_trusted
 from attention_transfer.schedules import parse_schedules
 
 VALIDATION = 0.1  # share of the training images that are held out where nothing is said
@@ -29,6 +33,9 @@ TWICE = ("gradient", "symmetry", "min-l2")
 """Terms over input gradients, which differentiate the student twice."""
 
 AUTO = "auto"
+
+LARGEST_FLOAT = sys.float_info.max
+LONGEST_TEXT = 10_000  # characters of a field
 
 Weight = float | Literal["auto"]
 Strategy = Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
@@ -302,20 +309,19 @@ class Recipe:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is not flat YAML, or holds an unknown field or a bad value.
+            ValueError: if it is not flat YAML, holds an unknown field or a bad value, or names a factory that
+                the user has not named himself.
         """
-        import yaml
-
         if not Path(path).is_file():
             raise FileNotFoundError(f"Recipe.load: expected a YAML recipe, got {path}, which is not a file.")
         try:
-            documents = list(yaml.safe_load_all(Path(path).read_text(encoding="utf-8")))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"Recipe.load: {path} is not readable as YAML ({reason}).") from None
+            documents = parse_yaml(read_text(Path(path), LARGEST_YAML))
+        except ValueError as error:
+            raise ValueError(f"Recipe.load: {path} is not readable as YAML ({error}).") from None
         values = documents[-1] if documents else None
         if not isinstance(values, dict):
-            raise ValueError(f"Recipe.load: expected `field: value` lines in {path}, got {values!s:.60}.")
+            raise ValueError(f"Recipe.load: expected `field: value` lines in {path}, got {shown(values)}.")
+        check_models(values, path)
         return cls.from_mapping(values)
 
     @classmethod
@@ -328,10 +334,16 @@ class Recipe:
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=3)
+                near = difflib.get_close_matches(str(name)[:80], known, n=3)
                 hint = f"Did you mean {', '.join(near)}?" if near else "`train --help` lists the fields."
-                raise ValueError(f"Recipe: unknown field {name!r}. {hint}")
+                raise ValueError(f"Recipe: unknown field {shown(name)}. {hint}")
         return cls(**{name: _mend(name, value) for name, value in values.items()})
+
+
+def check_models(values: Mapping[str, Any], path: str | Path) -> None:
+    """Raise ValueError if settings that were read from a file name a factory that the user has not named."""
+    for name in MODELS:
+        check_trusted(values.get(name), path)
 
 
 def terms_of(method: str) -> tuple[str, ...]:
@@ -357,13 +369,13 @@ def _some_of(known: tuple[str, ...], field: str, text: str) -> tuple[str, ...]:
     named = [] if text == "none" else [part.strip() for part in text.split("+")]
     for part in named:
         if part not in known:
-            near = did_you_mean(part, (*known, "none")) or f"Join them by +, such as {'+'.join(known[:2])}."
+            near = did_you_mean(part[:80], (*known, "none"))
             raise ValueError(
-                f'Recipe: expected {field} "none" or some of {", ".join(known)}, got {part!r} in {text!r}. '
-                f"{near}"
+                f'Recipe: expected {field} "none" or some of {", ".join(known)}, got {shown(part)} in '
+                f"{shown(text)}. {near or f'Join them by +, such as {known[0]}+{known[1]}.'}"
             )
         if named.count(part) > 1:
-            raise ValueError(f"Recipe: expected each name once, got {part} twice in {field} {text!r}.")
+            raise ValueError(f"Recipe: expected each name once, got {part} twice in {field} {shown(text)}.")
     return tuple(name for name in known if name in named)
 
 
@@ -388,18 +400,22 @@ def _parse_pair(part: str, text: str) -> tuple[str, str, float]:
         weight = float(names[2]) if len(names) == 3 else 1.0
     except ValueError:
         weight = -1.0
-    if not all(names) or len(names) > 3 or weight <= 0:
+    if not all(names) or len(names) > 3 or not 0 < weight <= LARGEST_FLOAT:
         raise ValueError(
-            f'Recipe: expected pairs "auto" or STUDENT_LAYER:TEACHER_LAYER[:WEIGHT],..., got {text!r}. '
+            f'Recipe: expected pairs "auto" or STUDENT_LAYER:TEACHER_LAYER[:WEIGHT],..., got {shown(text)}. '
             "`attention-transfer pairs` prints the layers."
         )
     return names[0], names[1] if len(names) > 1 else names[0], weight
 
 
+@functools.cache
 def field_types() -> dict[str, Any]:
     """The declared type of every recipe field."""
     return typing.get_type_hints(Recipe)
 
+
+MODELS = ("student", "teacher")
+"""The fields that name a model."""
 
 IMAGES = ("validation", "max_train", "split_seed", "image_size")
 """The fields that say which images there are; with a cache they are the cache's."""
@@ -490,9 +506,11 @@ def _accepts(option: Any, value: Any) -> bool:
     if typing.get_origin(option) is tuple:
         return isinstance(value, tuple) and all(_accepts(float, entry) for entry in value)
     if option is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
     if option is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    if option is str:
+        return isinstance(value, str) and len(value) <= LONGEST_TEXT
     return isinstance(value, option)
 
 
@@ -501,7 +519,7 @@ def _check_type(name: str, value: Any) -> None:
     if any(_accepts(option, value) for option in options):
         return
     expected = " or ".join(_describe(option) for option in options)
-    raise ValueError(f"Recipe: expected {name} to be {expected}, got {value!r}. Change {_flag(name)}.")
+    raise ValueError(f"Recipe: expected {name} to be {expected}, got {shown(value)}. Change {_flag(name)}.")
 
 
 def _describe(option: Any) -> str:

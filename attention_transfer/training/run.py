@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from attention_transfer._files import write_atomically
+from attention_transfer._reading import parse_csv, parse_json, read_text
 from attention_transfer.training.recipe import Recipe
 
 
@@ -21,6 +22,22 @@ class Interrupted(Exception):  # noqa: N818 (it is no error)
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"training was stopped by signal {signal_number}; its state is saved")
         self.exit_status = 128 + signal_number
+
+
+NUMBERS = ("test_error", "parameters", "images_per_second", "data_share", "wall_seconds")
+"""What every result.json tells, besides what depends on the method."""
+
+
+def _checked(result: Any) -> dict[str, Any]:
+    if not isinstance(result, dict):
+        raise ValueError("no JSON object")
+    for name in NUMBERS:
+        if isinstance(result.get(name), bool) or not isinstance(result.get(name), int | float):
+            raise ValueError(f"no number {name}")
+    plan = result.get("plan")
+    if not isinstance(plan, list) or not all(isinstance(row, dict) for row in plan):
+        raise ValueError("no list of pairs under plan")
+    return result
 
 
 @dataclass(frozen=True)
@@ -110,7 +127,7 @@ class Run:
                 f"Finish it: attention-transfer train --resume {self.folder}"
             )
         try:
-            return json.loads(self.result_file.read_text(encoding="utf-8"))
+            return _checked(parse_json(read_text(self.result_file)))
         except ValueError as error:
             raise ValueError(
                 f"Run: expected JSON in {self.result_file}, got a damaged file ({error}). "
@@ -164,11 +181,24 @@ class Run:
         write_atomically(self.result_file, json.dumps(result, indent=2) + "\n")
 
     def read_metrics(self) -> list[dict[str, str]]:
-        """The rows of metrics.csv, one an epoch; none before the first epoch has ended."""
+        """The rows of metrics.csv, one an epoch; none before the first epoch has ended.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
         if not self.metrics_file.is_file():
             return []
-        with self.metrics_file.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        try:
+            columns, rows = parse_csv(read_text(self.metrics_file))
+            if "epoch" not in columns:
+                raise ValueError("no column epoch")
+            _ = [(int(row["epoch"]), *map(float, filter(None, row.values()))) for row in rows]
+        except ValueError as error:
+            raise ValueError(
+                f"Run: expected a row of numbers for each epoch in {self.metrics_file}, got a damaged file "
+                f"({error}). Delete it: the weights do not depend on it."
+            ) from None
+        return rows
 
     def write_metrics(self, row: dict[str, float]) -> None:
         """Put an epoch's row into metrics.csv, in place of any row of that epoch or a later one."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -11,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attention_transfer._extras import require
+from attention_transfer._reading import parse_csv, parse_json, parse_yaml, read_text, shown
 
 TERMS = {
     "at": "attention transfer",
@@ -93,9 +91,9 @@ def _read_text(folder: Path, name: str) -> str:
             f"read_run: expected a run folder, got {folder}, {problem}. Give a folder that `train` wrote."
         )
     try:
-        return (folder / name).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise _damaged(folder / name, "UTF-8 text", "other bytes") from None
+        return read_text(folder / name)
+    except ValueError as error:
+        raise _damaged(folder / name, "UTF-8 text", str(error)) from None
 
 
 def _damaged(path: Path, expected: str, found: str) -> ValueError:
@@ -106,37 +104,40 @@ def _damaged(path: Path, expected: str, found: str) -> ValueError:
 
 
 def _parse_recipe(text: str, path: Path) -> dict[str, Any]:
-    yaml = require("yaml", extra="train", user="read_run")
     try:
-        recipe = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        documents = parse_yaml(text)
+    except ValueError as error:
         raise _damaged(path, "YAML", str(error)) from None
-    if not isinstance(recipe, dict):
-        raise _damaged(path, "lines of `field: value`", f"{recipe!r:.60}")
-    return recipe
+    if len(documents) != 1 or not isinstance(documents[0], dict):
+        found = shown(documents[0]) if len(documents) == 1 else f"{len(documents)} documents"
+        raise _damaged(path, "lines of `field: value`", found)
+    return documents[0]
 
 
 def _parse_result(path: Path) -> dict[str, Any]:
     try:
-        result = json.loads(_read_text(path.parent, path.name))
-    except json.JSONDecodeError as error:
+        result = parse_json(_read_text(path.parent, path.name))
+    except ValueError as error:
         raise _damaged(path, "JSON", str(error)) from None
     if not isinstance(result, dict):
-        raise _damaged(path, "a JSON object", f"{result!r:.60}")
+        raise _damaged(path, "a JSON object", shown(result))
     return result
 
 
 def _parse_metrics(text: str, path: Path) -> dict[str, list[float]]:
-    reader = csv.DictReader(text.splitlines())
-    columns: dict[str, list[float]] = {name: [] for name in reader.fieldnames or []}
-    if "epoch" not in columns:
-        raise _damaged(path, "a column named epoch", f"the columns {', '.join(columns) or '(none)'}")
-    for row in reader:
+    try:
+        names, rows = parse_csv(text)
+    except ValueError as error:
+        raise _damaged(path, "CSV", str(error)) from None
+    if "epoch" not in names:
+        raise _damaged(path, "a column named epoch", f"the columns {shown(', '.join(names))}")
+    columns: dict[str, list[float]] = {name: [] for name in names}
+    for line, row in enumerate(rows, start=2):
         for name, values in columns.items():
             try:
                 values.append(float(row[name]) if row[name] else math.nan)
             except ValueError:
-                raise _damaged(path, f"a number in line {reader.line_num}, {name}", repr(row[name])) from None
+                raise _damaged(path, f"a number in line {line}, {shown(name)}", shown(row[name])) from None
     return columns
 
 

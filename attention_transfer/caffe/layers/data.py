@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attention_transfer._extras import require
+from attention_transfer._reading import read_text
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.layers.base import Layer, register
 from attention_transfer.caffe.layers.fillers import fill
@@ -20,6 +21,8 @@ from attention_transfer.caffe.layers.records import datum_pixels, decode_image, 
 from attention_transfer.caffe.layers.transform import DRAWS, Transform
 
 Arrays = list[np.ndarray]
+
+HDF5_UNFOLDED, HDF5_SMALL = 64, 64 << 20  # a data set takes up to so many times the file, or so many bytes
 
 SKIP, FILES, ROWS, BATCH = range(4)  # tell the random streams of a layer apart
 
@@ -95,6 +98,13 @@ class DataLayer(Layer):
             remedy = "Paths are relative to the working directory."
             raise FileNotFoundError(str(self.error(f"{what} in {source}", "nothing there", remedy)))
         return Path(source)
+
+    def _listed(self, source: str, what: str) -> str:
+        path = self.existing(source, what)
+        try:
+            return read_text(path)
+        except ValueError as error:
+            raise self.error(f"{what} in {path}", str(error)) from None
 
 
 class _Ahead:
@@ -199,7 +209,7 @@ class ImageData(DataLayer):
         if bool(param.new_height) != bool(param.new_width):
             got = f"{param.new_height} and {param.new_width}"
             raise self.error("new_height and new_width both, or neither", got)
-        lines = self.existing(param.source, "a list of images").read_text(encoding="utf-8").splitlines()
+        lines = self._listed(param.source, "a list of images").splitlines()
         self._lines = [self._parse(line) for line in lines if line.strip()]
         if not self._lines:
             raise self.error(f"images in {param.source}", "none")
@@ -229,6 +239,8 @@ class ImageData(DataLayer):
     def _parse(self, line: str) -> tuple[str, int]:
         path, _, label = line.strip().rpartition(" ")
         try:
+            if "\0" in path:
+                raise ValueError("no path")
             return path, int(label)
         except ValueError:
             raise self.error("`PATH LABEL` on each line of the source", repr(line)) from None
@@ -262,7 +274,7 @@ class HDF5Data(DataLayer):
             raise self.error(
                 "no transform_param", "one", "HDF5Data gives what is stored: transform it there."
             )
-        listed = self.existing(param.source, "a list of HDF5 files").read_text(encoding="utf-8").split()
+        listed = self._listed(param.source, "a list of HDF5 files").split()
         if not listed:
             raise self.error(f"HDF5 files in {param.source}", "none")
         self._files = [self.existing(file, "an HDF5 file") for file in listed]
@@ -309,9 +321,29 @@ class HDF5Data(DataLayer):
         if file not in self._loaded:
             h5py = require("h5py", extra="caffe", user=self.type)
             with h5py.File(self._files[file], "r") as content:
-                arrays = [np.asarray(content[name]) for name in self.tops]
+                arrays = [self._values(content, name, self._files[file]) for name in self.tops]
             self._loaded = dict([*self._loaded.items()][-1:]) | {file: arrays}
         return self._loaded[file]
+
+    def _values(self, content: Any, name: str, path: Path) -> np.ndarray:
+        try:
+            return np.asarray(self._checked(content, name, path))
+        except (OSError, RuntimeError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise self.error(f"a whole HDF5 file in {path}", f"a damaged one ({reason})") from None
+
+    def _checked(self, content: Any, name: str, path: Path) -> Any:
+        """A data set of numbers which are in this very file, and no more of them than can be."""
+        h5py = require("h5py", extra="caffe", user=self.type)
+        link = content.get(name, getlink=True)
+        found = None if isinstance(link, h5py.ExternalLink) else content[name]
+        if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
+            raise self.error(f"a data set {name!r} inside {path}", "a link to elsewhere, or a group")
+        if found.dtype.kind not in "fiub" or found.shape is None:
+            raise self.error(f"numbers in {name!r} of {path}", f"the type {found.dtype}")
+        if found.nbytes > HDF5_UNFOLDED * path.stat().st_size + HDF5_SMALL:
+            raise self.error(f"a data set {name!r} that {path} can hold", f"one of {found.nbytes:,} bytes")
+        return found
 
     def _header(self, path: Path) -> tuple[int, list[tuple[int, ...]]]:
         """The number of rows of a file, and the shape of a row of each data set."""
@@ -323,9 +355,10 @@ class HDF5Data(DataLayer):
                     raise self.error(
                         f"a data set for each top in {path}", f"none for {', '.join(missing)}", remedy
                     )
-                shapes = [content[name].shape for name in self.tops]
-        except OSError:
-            raise self.error(f"an HDF5 file in {path}", "something else") from None
+                shapes = [self._checked(content, name, path).shape for name in self.tops]
+        except (OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+            got = f"something else, or a damaged one ({' '.join(str(error).split())[:120]})"
+            raise self.error(f"an HDF5 file in {path}", got) from None
         if len({shape[:1] for shape in shapes}) != 1 or not shapes[0] or not shapes[0][0]:
             raise self.error(f"data sets with as many rows, 1 or more, in {path}", shapes)
         return shapes[0][0], [shape[1:] for shape in shapes]

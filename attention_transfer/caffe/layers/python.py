@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from attention_transfer._reading import parse_json
 from attention_transfer.caffe.layers.base import Layer, register
 
 MODES = ("SUM", "BATCH_SIZE")
@@ -37,8 +37,11 @@ class Python(Layer):
         if len(bottoms) != self.known[param.layer]:
             raise self.error(f"{self.known[param.layer]} bottoms for {param.layer}", f"{len(bottoms)}")
         settings = self._settings()
-        self.beta = float(settings.pop("beta", 1.0))
-        self.eps = float(settings.pop("eps", 1e-10))
+        self.beta, self.eps = settings.pop("beta", 1.0), settings.pop("eps", 1e-10)
+        if not all(
+            isinstance(number, int | float) and abs(number) < 1e30 for number in (self.beta, self.eps)
+        ):
+            raise self.error("numbers as beta and eps in param_str", param.param_str)
         self.mode = settings.pop("normalization", "SUM")
         if settings or self.mode not in MODES:
             expected = f"beta, eps and a normalization out of {', '.join(MODES)} in param_str"
@@ -49,7 +52,7 @@ class Python(Layer):
     def _settings(self) -> dict[str, Any]:
         text = self.spec.python_param.param_str
         try:
-            settings = json.loads(text) if text.strip() else {}
+            settings = parse_json(text) if text.strip() else {}
         except ValueError:
             settings = None
         if not isinstance(settings, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from attention_transfer._extras import require
+from attention_transfer._pictures import open_picture
 from attention_transfer.caffe import schema
+from attention_transfer.caffe.files.lmdb import Pages
 from attention_transfer.caffe.schema import DecodeError
 
 USER = "Data"
@@ -25,32 +25,21 @@ class Database:
     """
 
     def __init__(self, path: Path) -> None:
-        lmdb = require("lmdb", extra="caffe", user=USER)
         self.path = path
+        file = path / "data.mdb" if path.is_dir() else path
         try:
-            self._lmdb = lmdb.open(str(path), readonly=True, lock=False, subdir=path.is_dir())
-            self._check_length()
-            with self._lmdb.begin() as transaction:
-                self.keys: list[bytes] = list(transaction.cursor().iternext(keys=True, values=False))
-        except lmdb.Error as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{USER}: expected an LMDB in {path}, got something else ({reason}).") from None
+            self._pages = Pages(file)
+        except ValueError as error:
+            raise ValueError(
+                f"{USER}: expected an LMDB in {path}, got something else, or a damaged one ({error}). "
+                "Copy or write it again."
+            ) from None
+        self.keys = [place.key for place in self._pages.places]
         if not self.keys:
             raise ValueError(f"{USER}: expected records in the LMDB {path}, got none. Write it again.")
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    def _check_length(self) -> None:
-        """Refuse a file that was cut off: to read beyond its end would end the process."""
-        file = self.path / "data.mdb" if self.path.is_dir() else self.path
-        pages = self._lmdb.info()["last_pgno"] + 1
-        needed, there = pages * self._lmdb.stat()["psize"], file.stat().st_size
-        if there < needed:
-            raise ValueError(
-                f"{USER}: expected {needed:,} bytes in the LMDB {file}, got {there:,}: it was cut off. "
-                "Copy or write it again."
-            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_database, (str(self.path),)  # a copy is the same, open, database
@@ -61,16 +50,15 @@ class Database:
         Raises:
             ValueError: if one is damaged; the message holds its key.
         """
-        with self._lmdb.begin(buffers=True) as transaction:
-            return [self._datum(transaction, self.keys[place]) for place in places]
+        return [self._datum(place) for place in places]
 
-    def _datum(self, transaction: Any, key: bytes) -> Any:
+    def _datum(self, place: int) -> Any:
         try:
-            return schema.Datum.FromString(bytes(transaction.get(key)))
+            return schema.Datum.FromString(self._pages.value(self._pages.places[place]))
         except DecodeError:
             raise ValueError(
-                f"{USER}: expected a Datum under the key {key!r} of {self.path}, got something else. "
-                "Write the LMDB again."
+                f"{USER}: expected a Datum under the key {self.keys[place]!r} of {self.path}, got something "
+                "else. Write the LMDB again."
             ) from None
 
     def name(self, place: int) -> str:
@@ -135,16 +123,11 @@ def decode_image(data: bytes, color: bool | None, what: str) -> np.ndarray:
     Raises:
         ValueError: if it cannot be decoded, is too large, or has not 8 bits a channel.
     """
-    pillow = require("PIL.Image", extra="caffe", user=USER)
     try:
-        image = pillow.open(io.BytesIO(data))
-        if pillow.MAX_IMAGE_PIXELS and image.width * image.height > pillow.MAX_IMAGE_PIXELS:
-            raise pillow.DecompressionBombError(f"{image.width} x {image.height} pixels are too many")
-        image.load()
-    except Exception as error:  # a broken file makes Pillow's decoders raise almost anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        image = open_picture(data, extra="caffe", user=USER)
+    except ValueError as error:
         raise ValueError(
-            f"{USER}: expected an image in {what}, got what cannot be decoded: {reason}."
+            f"{USER}: expected an image in {what}, got what cannot be decoded: {error}."
         ) from None
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"{USER}: expected 8 bits a channel in {what}, got the mode {image.mode}.")

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from attention_transfer._files import write_atomically
+from attention_transfer._reading import parse_csv, read_text
 from attention_transfer._tables import duration
 from attention_transfer.cli.caffe import VERBS
 from attention_transfer.cli.output import StatusLine
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from attention_transfer.caffe import Solver
 
+LARGEST_LOG = 1 << 30  # bytes
 SECONDS = 1.0  # between two lines of progress, and between two additions to the log
 
 
@@ -201,11 +203,13 @@ class _Log:
     def _rows_before(self, iteration: int) -> list[dict[str, str]]:
         if iteration == 0 or not self.path.is_file():
             return []
-        with self.path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != self._columns:
-                return []
-            return [row for row in reader if row["iteration"].isdigit() and int(row["iteration"]) < iteration]
+        try:
+            columns, rows = parse_csv(read_text(self.path, LARGEST_LOG))
+        except ValueError:  # the end of a row that a kill cut off, or another file
+            columns, rows = [], []
+        if columns != self._columns:
+            return []
+        return [row for row in rows if row["iteration"].isdecimal() and int(row["iteration"]) < iteration]
 
     def _train_columns(self) -> list[str]:
         net = self._solver.net

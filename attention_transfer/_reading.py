@@ -1,0 +1,125 @@
+"""Text, JSON, YAML and CSV out of files that anyone may have written: what is wrong ends in a ValueError."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from ._extras import require
+
+LARGEST = 64 << 20  # bytes of a text file: the metrics of 100,000 epochs take a third of it
+LARGEST_YAML = 1 << 20  # characters; a recipe takes 2,000, and PyYAML a second for 100,000
+DEEPEST = 32  # levels in JSON or YAML; what this package writes has 5
+SHOWN = 60  # characters of a value in an error
+
+
+def read_text(path: Path, limit: int = LARGEST) -> str:
+    """A file as UTF-8.
+
+    Raises:
+        ValueError: if it is larger than `limit` bytes, or something else.
+        OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"more than {limit:,} bytes")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text: byte {error.start:,} is {data[error.start]:#04x}") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: in one line, if it is damaged, or nested so deeply that nobody can have meant it.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {one_line(error)}") from None
+    if _depth_exceeds(value, DEEPEST):
+        raise ValueError("nested too deeply")
+    return value
+
+
+def _depth_exceeds(value: Any, limit: int) -> bool:
+    """Level by level, so that no depth is too much for this function itself."""
+    level = [value]
+    for _ in range(limit):
+        inner: list[Any] = []
+        for each in level:
+            if isinstance(each, dict):
+                inner += each.values()
+            elif isinstance(each, list):
+                inner += each
+        level = inner
+        if not level:
+            return False
+    return True
+
+
+def parse_yaml(text: str) -> list[Any]:
+    """The documents of a YAML text: plain values, of which no tag makes an object.
+
+    Aliases are refused, by which a few lines can stand for more values than fit into memory.
+
+    Raises:
+        ValueError: in one line, if it is damaged, too large, has aliases, or is nested deeply.
+    """
+    yaml = require("yaml", extra="train", user="parse_yaml", name="pyyaml")
+    if len(text) > LARGEST_YAML:
+        raise ValueError(f"more than {LARGEST_YAML:,} characters")
+    try:
+        _check_events(yaml, text)
+        return list(yaml.safe_load_all(text))
+    # PyYAML lets out what int(), datetime() and the like raise: ValueError, TypeError, KeyError, ...
+    except Exception as error:
+        raise ValueError(f"not plain YAML: {one_line(error)}") from None
+
+
+def _check_events(yaml: Any, text: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"the alias *{event.anchor}: write the value itself")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError("nested too deeply")
+
+
+def parse_csv(text: str) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns and the rows of a CSV text with a header; every row has a cell for each column.
+
+    Raises:
+        ValueError: if it is damaged: no header, a row with more or fewer cells, a byte that is no text.
+    """
+    try:
+        header, *lines = list(csv.reader(io.StringIO(text, newline=""), strict=True)) or [[]]
+    except csv.Error as error:
+        raise ValueError(f"not CSV: {one_line(error)}") from None
+    if not header or len(set(header)) < len(header):
+        raise ValueError("no header of different names")
+    for number, line in enumerate(lines, start=2):
+        if len(line) != len(header):
+            raise ValueError(f"{len(line)} cells in row {number}, not {len(header)}")
+    return header, [dict(zip(header, line, strict=True)) for line in lines]
+
+
+def one_line(error: object) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def shown(value: object) -> str:
+    """A value as it may stand in an error: on one line, printable, and not endlessly long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
