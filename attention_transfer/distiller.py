@@ -43,7 +43,7 @@ class Output:
 
     loss: Float[Tensor, ""]
     terms: dict[str, Float[Tensor, ""]]
-    logits: Float[Tensor, "b k"]
+    logits: Float[Tensor, "b k ..."]
 
 
 class Distiller(nn.Module):
@@ -53,7 +53,9 @@ class Distiller(nn.Module):
     follows `.to()` but is in neither `parameters()` nor `state_dict()`; these hold the student and the terms.
 
     Args:
-        student: gives logits (b, k): a tensor, an object with `.logits`, or a tuple that begins with them.
+        student: gives logits (b, k), or (b, k, h, w) of each pixel, then with labels (b, h, w) of which -100
+            do not count: a tensor, an object with `.logits`, a tuple that begins with them, or a dict with
+            them under "logits" or "out". What auxiliary heads give beside them is not used.
         teacher: any model of the same images. Its classes may differ unless a term compares logits. None for
             the student alone, or where each call is given the teacher's `Reading`, such as from a cache.
         pairs: "auto" lets `suggest_pairs` choose from `example_input`; or `Pair`s, or tuples of two names.
@@ -98,7 +100,7 @@ class Distiller(nn.Module):
     def teacher_transform(self) -> Callable[[Images], Images] | None:
         return self._outside[1]
 
-    def forward(self, x: Images, y: Int[Tensor, " b"], *, teacher: Reading | None = None) -> Output:
+    def forward(self, x: Images, y: Int[Tensor, "b ..."], *, teacher: Reading | None = None) -> Output:
         """One pass of student and teacher over a batch: loss, its terms by name, and the student's logits.
 
         Args:
@@ -118,7 +120,7 @@ class Distiller(nn.Module):
     def observe(
         self,
         x: Images,
-        y: Int[Tensor, " b"],
+        y: Int[Tensor, "b ..."],
         *,
         teacher: Reading | None = None,
         keep_features: bool = False,
@@ -200,7 +202,7 @@ class Distiller(nn.Module):
         """The layer pairs with shapes, resizing and weights; after `preflight`, with gradient shares too."""
         return self._plan
 
-    def preflight(self, x: Images, y: Int[Tensor, " b"], *, teacher: Reading | None = None) -> Preflight:
+    def preflight(self, x: Images, y: Int[Tensor, "b ..."], *, teacher: Reading | None = None) -> Preflight:
         """Check one real batch for every way in which distillation fails without a word.
 
         Nothing is changed by it: no gradient, statistic or random state. Run it before the first step.
@@ -219,7 +221,9 @@ class Distiller(nn.Module):
         self._plan = report.plan
         return report
 
-    def balance(self, x: Images, y: Int[Tensor, " b"], *, teacher: Reading | None = None) -> dict[str, float]:
+    def balance(
+        self, x: Images, y: Int[Tensor, "b ..."], *, teacher: Reading | None = None
+    ) -> dict[str, float]:
         """Find the weight of each term with weight "auto" on one batch, by name; nothing is changed by it.
 
         With that weight the gradient of the term with respect to the student's activations at the pairs has
@@ -397,7 +401,7 @@ def _read(
 ) -> Reading:
     """The model's logits, and what is read at each of `names`, which may repeat."""
     if not names:
-        return Reading(logits_of(model(x), user="Distiller"))
+        return Reading(logits_of(model(x), user="Distiller", dense=True))
 
     def read(features: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], _Layer]:
         passed, found = features, []
@@ -408,7 +412,7 @@ def _read(
         return passed, _Layer(found, features if keep_features else None, (c, h, w))
 
     with Taps(model, list(dict.fromkeys(names)), read=read) as taps:
-        logits = logits_of(model(x), user="Distiller")
+        logits = logits_of(model(x), user="Distiller", dense=True)
         found = taps.pop()
     layers = [found[name] for name in names]
     return Reading(
