@@ -153,7 +153,7 @@ class Distiller(nn.Module):
     def _ask_student(self, x: Images, y: Tensor, energies: list[Energy], keep_features: bool) -> Reading:
         names = [pair.student for pair in self.pairs]
         if not any(term.needs_input_gradient for term in self._terms()):
-            return _read(self.student, names, x, energies, keep_features)
+            return _read(self.student, names, x, energies, keep_features, dense=y.dim() > 1)
         check_double_backward(self.student, "Distiller")
         twice = torch.is_grad_enabled()
         flipped = any(term.needs_flip for term in self._terms())
@@ -397,11 +397,17 @@ class _Layer(NamedTuple):
 
 
 def _read(
-    model: nn.Module, names: list[str], x: Images, energies: list[Energy], keep_features: bool
+    model: nn.Module,
+    names: list[str],
+    x: Images,
+    energies: list[Energy],
+    keep_features: bool,
+    *,
+    dense: bool = True,
 ) -> Reading:
-    """The model's logits, and what is read at each of `names`, which may repeat."""
+    """The model's logits, if `dense` perhaps of each pixel, and what is read at each of `names`."""
     if not names:
-        return Reading(logits_of(model(x), user="Distiller", dense=True))
+        return Reading(logits_of(model(x), user="Distiller", dense=dense))
 
     def read(features: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], _Layer]:
         passed, found = features, []
@@ -412,7 +418,7 @@ def _read(
         return passed, _Layer(found, features if keep_features else None, (c, h, w))
 
     with Taps(model, list(dict.fromkeys(names)), read=read) as taps:
-        logits = logits_of(model(x), user="Distiller", dense=True)
+        logits = logits_of(model(x), user="Distiller", dense=dense)
         found = taps.pop()
     layers = [found[name] for name in names]
     return Reading(
