@@ -375,7 +375,7 @@ class Taps:
             if firing.layout is None and firing.output is not None:
                 layouts = self._layouts(tap, firing.output, hw)
                 kinds |= {layouts[0].kind} if len(layouts) == 1 else set()
-        return kinds - {"tokens"}
+        return kinds
 
     def _read_late(self, tap: _Tap, firing: _Firing, hw: tuple[int, int] | None, kinds: set[str]) -> Any:
         """The map of a firing, or what is read of it."""
@@ -482,10 +482,10 @@ class Taps:
     def _layout(
         self, tap: _Tap, tensor: Tensor, hw: tuple[int, int] | None, kinds: Collection[str] = ()
     ) -> Layout:
-        """The one way to read a map, or of several the one that is of the one kind in `kinds`."""
+        """The one way to read a map, or of several the one that is of a kind in `kinds`."""
         shape = tuple(tensor.shape)
         found = self._layouts(tap, tensor, hw)
-        if len(found) > 1 and len(kinds) == 1:
+        if len(found) > 1:
             found = [layout for layout in found if layout.kind in kinds] or found
         if len(found) == 1:
             return found[0]

@@ -184,8 +184,8 @@ def fpn(depth: int) -> nn.Module:
     return resnet_fpn_backbone(backbone_name=f"resnet{depth}", weights=None, trainable_layers=5)
 
 
-def features_only(name: str) -> nn.Module:
-    return timm.create_model(name, features_only=True)
+def features_only(name: str, **options: object) -> nn.Module:
+    return timm.create_model(name, features_only=True, **options)
 
 
 BACKBONES = {
@@ -193,6 +193,10 @@ BACKBONES = {
     "features_only": (
         lambda: (features_only("mobilenetv3_small_050"), features_only("mobilenetv3_small_075")),
         ["blocks.0", "blocks.1", "blocks.3", "blocks.4"],
+    ),
+    "features_only, of the last stage": (  # whose map is all there is, and no head
+        lambda: (features_only("resnet18", out_indices=[4]), features_only("resnet18", out_indices=[4])),
+        [f"layer{i}" for i in (1, 2, 3, 4)],
     ),
     "features_only, channels first and LayerNorm": (
         lambda: (features_only("convnext_atto"), features_only("convnext_femto")),
