@@ -263,7 +263,8 @@ class _Trace:
         """Rule 6 of `stage_ends`."""
         if call.shape is None or call.shape[0] != self.classes:
             return False
-        return not any(other.input is call.tensor for other in self.root.walk())
+        inside = set(call.walk())  # an in-place layer there was given the output too
+        return not any(other.input is call.tensor for other in self.root.walk() if other not in inside)
 
     def stage(self, call: _Call) -> Stage:
         assert call.shape is not None
