@@ -1,27 +1,39 @@
-"""The logits in what a model returns: a tensor, an object with `.logits`, or a tuple led by them."""
+"""The logits in what a model returns: a tensor, an object with `.logits`, a tuple led by them, or a dict."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from jaxtyping import Float
 from torch import Tensor
 
 
-def find_logits(output: object) -> Float[Tensor, "b k"] | None:
-    """The logits (b, k), or None if there are none."""
-    if isinstance(output, tuple | list) and output and not hasattr(output, "logits"):
+def find_logits(output: object, *, dense: bool = False) -> Float[Tensor, "b k ..."] | None:
+    """The logits (b, k), or None if there are none; if `dense`, those of each pixel (b, k, h, w) too.
+
+    In a dict they are under "logits" or, as torchvision's segmentation models have it, under "out".
+    """
+    if isinstance(output, Mapping):
+        output = output.get("logits", output.get("out"))
+    elif isinstance(output, tuple | list) and output and not hasattr(output, "logits"):
         output = output[0]
     logits = getattr(output, "logits", output)
-    return logits if isinstance(logits, Tensor) and logits.ndim == 2 else None
+    if not isinstance(logits, Tensor):
+        return None
+    return logits if logits.ndim == 2 or (dense and logits.ndim == 4) else None
 
 
-def logits_of(output: object, *, user: str) -> Float[Tensor, "b k"]:
-    """The logits (b, k) in an output, on behalf of `user`.
+def logits_of(output: object, *, user: str, dense: bool = False) -> Float[Tensor, "b k ..."]:
+    """The logits in an output, as `find_logits` finds them, on behalf of `user`.
 
     Raises:
         ValueError: if there are none.
     """
-    logits = find_logits(output)
+    logits = find_logits(output, dense=dense)
     if logits is None:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"{user}: expected a model that gives logits (b, k), got {got}. Give a classifier.")
+        wanted = "(b, k) or (b, k, h, w)" if dense else "(b, k)"
+        raise ValueError(
+            f"{user}: expected a model that gives logits {wanted}, got {got}. Give a classifier."
+        )
     return logits

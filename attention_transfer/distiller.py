@@ -43,7 +43,7 @@ class Output:
 
     loss: Float[Tensor, ""]
     terms: dict[str, Float[Tensor, ""]]
-    logits: Float[Tensor, "b k"]
+    logits: Float[Tensor, "b k ..."]
 
 
 class Distiller(nn.Module):
@@ -53,7 +53,9 @@ class Distiller(nn.Module):
     follows `.to()` but is in neither `parameters()` nor `state_dict()`; these hold the student and the terms.
 
     Args:
-        student: gives logits (b, k): a tensor, an object with `.logits`, or a tuple that begins with them.
+        student: gives logits (b, k), or (b, k, h, w) of each pixel, then with labels (b, h, w) of which -100
+            do not count: a tensor, an object with `.logits`, a tuple that begins with them, or a dict with
+            them under "logits" or "out". What auxiliary heads give beside them is not used.
         teacher: any model of the same images. Its classes may differ unless a term compares logits. None for
             the student alone, or where each call is given the teacher's `Reading`, such as from a cache.
         pairs: "auto" lets `suggest_pairs` choose from `example_input`; or `Pair`s, or tuples of two names.
@@ -98,7 +100,7 @@ class Distiller(nn.Module):
     def teacher_transform(self) -> Callable[[Images], Images] | None:
         return self._outside[1]
 
-    def forward(self, x: Images, y: Int[Tensor, " b"], *, teacher: Reading | None = None) -> Output:
+    def forward(self, x: Images, y: Int[Tensor, "b ..."], *, teacher: Reading | None = None) -> Output:
         """One pass of student and teacher over a batch: loss, its terms by name, and the student's logits.
 
         Args:
@@ -118,7 +120,7 @@ class Distiller(nn.Module):
     def observe(
         self,
         x: Images,
-        y: Int[Tensor, " b"],
+        y: Int[Tensor, "b ..."],
         *,
         teacher: Reading | None = None,
         keep_features: bool = False,
@@ -151,7 +153,7 @@ class Distiller(nn.Module):
     def _ask_student(self, x: Images, y: Tensor, energies: list[Energy], keep_features: bool) -> Reading:
         names = [pair.student for pair in self.pairs]
         if not any(term.needs_input_gradient for term in self._terms()):
-            return _read(self.student, names, x, energies, keep_features)
+            return _read(self.student, names, x, energies, keep_features, dense=y.dim() > 1)
         check_double_backward(self.student, "Distiller")
         twice = torch.is_grad_enabled()
         flipped = any(term.needs_flip for term in self._terms())
@@ -200,7 +202,7 @@ class Distiller(nn.Module):
         """The layer pairs with shapes, resizing and weights; after `preflight`, with gradient shares too."""
         return self._plan
 
-    def preflight(self, x: Images, y: Int[Tensor, " b"], *, teacher: Reading | None = None) -> Preflight:
+    def preflight(self, x: Images, y: Int[Tensor, "b ..."], *, teacher: Reading | None = None) -> Preflight:
         """Check one real batch for every way in which distillation fails without a word.
 
         Nothing is changed by it: no gradient, statistic or random state. Run it before the first step.
@@ -222,7 +224,7 @@ class Distiller(nn.Module):
     def balance(
         self,
         x: Images,
-        y: Int[Tensor, " b"],
+        y: Int[Tensor, "b ..."],
         *,
         teacher: Reading | None = None,
         share: float = 1.0,
@@ -413,11 +415,17 @@ class _Layer(NamedTuple):
 
 
 def _read(
-    model: nn.Module, names: list[str], x: Images, energies: list[Energy], keep_features: bool
+    model: nn.Module,
+    names: list[str],
+    x: Images,
+    energies: list[Energy],
+    keep_features: bool,
+    *,
+    dense: bool = True,
 ) -> Reading:
-    """The model's logits, and what is read at each of `names`, which may repeat."""
+    """The model's logits, if `dense` perhaps of each pixel, and what is read at each of `names`."""
     if not names:
-        return Reading(logits_of(model(x), user="Distiller"))
+        return Reading(logits_of(model(x), user="Distiller", dense=dense))
 
     def read(features: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], _Layer]:
         passed, found = features, []
@@ -428,7 +436,7 @@ def _read(
         return passed, _Layer(found, features if keep_features else None, (c, h, w))
 
     with Taps(model, list(dict.fromkeys(names)), read=read) as taps:
-        logits = logits_of(model(x), user="Distiller")
+        logits = logits_of(model(x), user="Distiller", dense=dense)
         found = taps.pop()
     layers = [found[name] for name in names]
     return Reading(

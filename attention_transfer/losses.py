@@ -54,7 +54,7 @@ class Reading:
         input_gradient_of_flipped: that of the mirrored images, as it comes: mirrored too.
     """
 
-    logits: Float[Tensor, "b _"]
+    logits: Float[Tensor, "b _ ..."]
     energies: Mappings[Energy, Sequence[Float[Tensor, "b _ _"]]] = field(default_factory=dict)
     features: Sequence[Float[Tensor, "b _ _ _"]] = ()
     shapes: Sequence[tuple[int, int, int]] = ()
@@ -87,7 +87,7 @@ class Observation:
     pairs: Sequence[Pair]
     student: Reading
     teacher: Reading | None
-    labels: Int[Tensor, " b"]
+    labels: Int[Tensor, "b ..."]
 
 
 def names_at_pairs(term: str, pairs: Sequence[Pair]) -> list[str]:

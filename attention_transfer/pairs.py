@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import taps
+from ._outputs import find_logits
 from ._untouched import untouched
 
 MAX_DEPTH_PAIRS = 4  # for two networks of one resolution each, such as two ViTs
@@ -126,11 +127,13 @@ def stage_ends(model: nn.Module, example_input: Float[Tensor, "b c h w"]) -> lis
        the 1x1 head. A block that begins in one resolution and ends in the next belongs to the next.
     2. Without blocks (VGG, AlexNet) it is the last weight layer with the norm and activation behind it.
     3. Pooling makes no stage of its own, nor does a map of 1x1 pixel. The stem, which is a single strided
-       layer or goes straight into pooling, makes none when blocks follow.
+       layer a resolution or goes straight into pooling, makes none when blocks follow.
     4. A network of a single resolution (ViT, Mixer) ends with the last of its repeated blocks.
     5. The name is the outermost module with that output ("layer1", not "layer1.1.relu"), short of one that
        spans other stages ("features"). An output that is overwritten in place later is never chosen: the
        in-place module itself is, or else the end before it.
+    6. The head of a model that answers with a dict of logits for each pixel makes none: what has a channel a
+       class, and goes into no further module.
 
     Raises:
         ValueError: if the model cannot run on the input, or returns no maps at all.
@@ -208,6 +211,7 @@ class _Call:
     number: int  # of this module's calls, from 0
     module: nn.Module
     parent: _Call | None
+    input: Tensor | None
     input_level: int | None
     children: list[_Call] = field(default_factory=list)
     tensor: Tensor | None = None
@@ -231,6 +235,11 @@ class _Call:
         return len(self.weighted()) >= 2
 
     @property
+    def adds_work(self) -> bool:
+        """Whether the output is more than that of the last module inside, as a residual sum is."""
+        return not isinstance(self.module, nn.Sequential) and not any(map(self.same_output, self.children))
+
+    @property
     def intact(self) -> bool:
         """Whether nobody has written into the output since."""
         return self.tensor is not None and taps.version(self.tensor) == self.version
@@ -248,6 +257,14 @@ def _is_weight_layer(call: _Call) -> bool:
 class _Trace:
     root: _Call
     calls: Counter[str]
+    classes: int | None  # of a model that gives a dict with logits for each pixel
+
+    def is_head(self, call: _Call) -> bool:
+        """Rule 6 of `stage_ends`."""
+        if call.shape is None or call.shape[0] != self.classes:
+            return False
+        inside = set(call.walk())  # an in-place layer there was given the output too
+        return not any(other.input is call.tensor for other in self.root.walk() if other not in inside)
 
     def stage(self, call: _Call) -> Stage:
         assert call.shape is not None
@@ -275,7 +292,7 @@ def _trace(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Trace:
                 "Pass example_input= (teacher_input=) of the size and channels it was built for."
             ) from error
     assert recorder.root is not None
-    return _Trace(recorder.root, recorder.calls)
+    return _Trace(recorder.root, recorder.calls, recorder.classes)
 
 
 class _Recorder:
@@ -284,6 +301,7 @@ class _Recorder:
     def __init__(self, input_shape: tuple[int, ...], has_layer_norm: bool) -> None:
         self.root: _Call | None = None
         self.calls: Counter[str] = Counter()
+        self.classes: int | None = None
         self._open: list[_Call] = []
         self._batch = input_shape[0]
         self._hw = (input_shape[2], input_shape[3])
@@ -292,8 +310,8 @@ class _Recorder:
     def enter(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             parent = self._open[-1] if self._open else None
-            level = self._measure(taps.first_tensor((*args, *kwargs.values())))[2]
-            call = _Call(name, self.calls[name], module, parent, level)
+            given = taps.first_tensor((*args, *kwargs.values()))
+            call = _Call(name, self.calls[name], module, parent, given, self._measure(given)[2])
             self.calls[name] += 1
             if parent is None:
                 self.root = call
@@ -308,17 +326,25 @@ class _Recorder:
         call.tensor = taps.first_tensor(output)
         call.version = 0 if call.tensor is None else taps.version(call.tensor)
         call.shape, call.stride, call.level = self._measure(call.tensor)
+        if call is self.root and isinstance(output, Mapping):
+            logits = find_logits(output, dense=True)
+            self.classes = None if logits is None or logits.dim() == 2 else logits.shape[1]
 
     def _measure(self, tensor: Tensor | None) -> tuple[tuple[int, int, int] | None, float, int | None]:
-        """Shape, stride and level of a map; a batch of windows or of heads is none."""
+        """Shape, stride and level of a map; a batch of windows or heads, or tokens by tokens, is none."""
         if tensor is None or tensor.dim() not in (3, 4) or len(tensor) != self._batch:
             return None, math.nan, None
         shape = tuple(tensor.shape)
         layouts = taps.possible_layouts(shape, self._hw, has_layer_norm=self._has_layer_norm)
-        if not layouts or math.prod(layouts[0].hw) <= 1:
+        if not layouts or math.prod(layouts[0].hw) <= 1 or not self._tokens().isdisjoint(layouts[0].hw):
             return None, math.nan, None
         stride = math.sqrt(math.prod(self._hw) / math.prod(layouts[0].hw))
         return layouts[0].shape(shape), stride, _level(stride)
+
+    def _tokens(self) -> set[int]:
+        """How many tokens the open calls were given: a side of the attention matrices in them."""
+        given = [call.input for call in self._open if call.input is not None]
+        return {tensor.shape[1] for tensor in given if tensor.dim() == 3}
 
 
 def _two_images(images: Tensor, model: nn.Module) -> Tensor:
@@ -333,7 +359,7 @@ def _two_images(images: Tensor, model: nn.Module) -> Tensor:
 
 def _ends(trace: _Trace) -> list[_Call]:
     """The stage ends in order of execution, by the rules of `stage_ends`."""
-    units = _units(trace.root)
+    units = [unit for unit in _units(trace.root) if not trace.is_head(unit)]
     by_level = defaultdict(list)
     for unit in units:
         if unit.level is not None:
@@ -344,12 +370,13 @@ def _ends(trace: _Trace) -> list[_Call]:
         end = next((call for call in safe if call is not None), None)
         if end is not None:
             ends[level] = end
-    if not ends:
-        return []
-    first, *later = ends.items()
-    if any(end.is_block for _, end in later) and _is_stem(first[0], by_level[first[0]], units):
-        return [end for _, end in later]
-    return list(ends.values())
+    order = {call: place for place, call in enumerate(trace.root.walk())}
+    levels = sorted(ends, key=lambda level: order[ends[level]])
+    while any(ends[level].is_block for level in levels[1:]) and _is_stem(
+        levels[0], by_level[levels[0]], units, first=len(levels) == len(ends)
+    ):
+        del levels[0]
+    return [ends[level] for level in levels]
 
 
 def _units(call: _Call) -> list[_Call]:
@@ -357,13 +384,15 @@ def _units(call: _Call) -> list[_Call]:
     if call.parent is not None and (not call.children or _within_one_stage(call)):
         return [call]
     inner = [unit for child in call.children for unit in _units(child)]
-    adds_work = not isinstance(call.module, nn.Sequential) and not any(map(call.same_output, call.children))
-    return [*inner, call] if call.parent is not None and adds_work else inner
+    return [*inner, call] if call.parent is not None and call.adds_work else inner
 
 
 def _within_one_stage(call: _Call) -> bool:
-    levels = {layer.level for layer in call.weighted()}
-    if isinstance(call.module, nn.Sequential):
+    layers = Counter(layer.level for layer in call.weighted())
+    levels = layers.keys()
+    # a stage that ends by entering the next one is no block of that one, if it adds nothing itself
+    leaves = not call.adds_work and layers[call.input_level] > layers[call.level]
+    if isinstance(call.module, nn.Sequential) or leaves:
         return levels <= {call.level}
     return call.level is not None and (not levels or call.level in levels <= {call.level, call.input_level})
 
@@ -390,11 +419,13 @@ def _safe(call: _Call, root: _Call) -> _Call | None:
     return next((other for other in root.walk() if other.tensor is call.tensor and other.intact), None)
 
 
-def _is_stem(level: int, here: list[_Call], units: list[_Call]) -> bool:
-    """A first stage that has left full resolution with one weight layer, or goes straight into pooling."""
+def _is_stem(level: int, here: list[_Call], units: list[_Call], *, first: bool) -> bool:
+    """A stage below full resolution of one weight layer; or the first, if it goes straight into pooling."""
     if level < 1:
         return False
     layers = [layer for unit in here for layer in unit.weighted() if layer.level == level]
+    if not first:
+        return len(layers) == 1
     after = next((unit for unit in units[units.index(here[-1]) + 1 :] if unit.level is not None), None)
     pooled = after is not None and (not after.weighted() or after.input_level != level)
     return len(layers) == 1 or pooled

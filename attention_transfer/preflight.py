@@ -20,6 +20,7 @@ from .plan import Plan
 
 DOMINANT_SHARE = 0.95  # of the gradient at a pair: beyond it the terms leave the labels no say there
 IDLE_SHARE = 0.005  # of the parameters' gradient: below it a term costs its time and does nothing
+IGNORED_PIXEL = -100  # as PyTorch's cross-entropy has it
 WORSE_THAN_CHANCE = 1.2  # times log(k), the cross-entropy of a guess
 
 
@@ -124,8 +125,16 @@ def _check_teacher(teacher: nn.Module | None) -> None:
 
 
 def _check_labels(seen: Observation) -> None:
-    classes = seen.student.logits.shape[1]
-    lowest, highest = int(seen.labels.min()), int(seen.labels.max())
+    batch, classes, *pixels = seen.student.logits.shape
+    if seen.labels.shape != (batch, *pixels):
+        raise ValueError(
+            f"preflight: expected labels of shape {(batch, *pixels)}, as the student's logits have, got "
+            f"{tuple(seen.labels.shape)}. Bring labels or logits to one size."
+        )
+    labels = seen.labels[seen.labels != IGNORED_PIXEL] if pixels else seen.labels
+    if not labels.numel():
+        raise ValueError("preflight: expected labels that count, got none. Pass another batch.")
+    lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0 or highest >= classes:
         raise ValueError(
             f"preflight: expected labels from 0 to {classes - 1}, as the student has {classes} outputs, got "

@@ -19,7 +19,7 @@ replaced by one that has passed through an autograd function.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, NamedTuple
@@ -229,6 +229,7 @@ class _Firing(NamedTuple):
     kind: str  # the type's name, for the message when there is no tensor in it
     version: int
     found: Any = None  # what was read of it on the spot
+    layout: Layout | None = None  # in which it was
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,8 @@ class Taps:
     **How the layout is told** (`layout="auto"`), given (H, W), the size of the first 4-D input of the model:
     1. Four axes: `nchw` if the last two axes have the aspect ratio of (H, W) to within one pixel, `nhwc` if
        the middle two have; the better fit wins. If both fit alike (c = h = w), or neither does: `nchw` for a
-       model without LayerNorm, otherwise an error that asks for `layout=`.
+       model without LayerNorm; else as the other tapped maps of four axes that leave no doubt, if they agree
+       (they are then read when they are popped); else an error that asks for `layout=`.
     2. Three axes: tokens (b, n, c). n = h * w + prefix with h = H / patch, w = W / patch for one whole patch
        size, and 0 to 8 prefix tokens (class, registers) in front, which are dropped. If no patch size that
        divides the image fits, one that cuts it off may, with a prefix of 0 or 1. Two possible grids: an
@@ -354,22 +356,35 @@ class Taps:
         self._forget()
         ends = ends if len(ends) == len(fired) else [0] * len(fired)
         final = {id(firing): end for firing, end in zip(fired, ends, strict=True)}
+        chosen = [
+            (tap, self._select(tap, [firing for firing in fired if firing.key == tap.path]))
+            for tap in self._taps
+        ]
+        kinds = self._certain_kinds(chosen, hw)
         maps = {}
-        for tap in self._taps:
-            firing = self._select(tap, [firing for firing in fired if firing.key == tap.path])
+        for tap, firing in chosen:
             if firing.output is not None:
                 _check_intact(tap.name, firing, final[id(firing)])
-            maps[tap.name] = self._read_late(tap, firing, hw) if firing.found is None else firing.found
+            maps[tap.name] = self._read_late(tap, firing, hw, kinds) if firing.found is None else firing.found
         return maps
 
-    def _read_late(self, tap: _Tap, firing: _Firing, hw: tuple[int, int] | None) -> Any:
+    def _certain_kinds(self, chosen: list[tuple[_Tap, _Firing]], hw: tuple[int, int] | None) -> set[str]:
+        """The layouts of the maps that can be read in one way only."""
+        kinds = {firing.layout.kind for _, firing in chosen if firing.layout is not None}
+        for tap, firing in chosen:
+            if firing.layout is None and firing.output is not None:
+                layouts = self._layouts(tap, firing.output, hw)
+                kinds |= {layouts[0].kind} if len(layouts) == 1 else set()
+        return kinds
+
+    def _read_late(self, tap: _Tap, firing: _Firing, hw: tuple[int, int] | None, kinds: set[str]) -> Any:
         """The map of a firing, or what is read of it."""
         if firing.output is None:
             raise ValueError(
                 f"Taps.pop: expected {tap.name!r} to return a tensor, or a tuple or dict with one, got "
                 f"{firing.kind}. Tap another module."
             )
-        view = self._layout(tap, firing.output, hw).view(firing.output)
+        view = self._layout(tap, firing.output, hw, kinds).view(firing.output)
         return view if self._read is None else self._read(view)[1]
 
     # Hooks: also traced by torch.compile, so they are plain appends and assignments to fresh lists.
@@ -416,12 +431,15 @@ class Taps:
         if tap is None:
             self._fired.append(_Firing(key, None, type(output).__name__, 0))
             return None
+        if len(self._layouts(tap, tensor, self._input_hw)) > 1:  # `pop` knows the others
+            self._fired.append(_Firing(key, tensor, type(output).__name__, version(tensor)))
+            return None
         layout = self._layout(tap, tensor, self._input_hw)
         view = layout.view(tensor)
         passed, found = self._read(view)
         # with a gradient, the tensor is kept anyway, and must be intact in the backward pass
         kept = tensor if tensor.requires_grad else None
-        self._fired.append(_Firing(key, kept, type(output).__name__, version(tensor), found))
+        self._fired.append(_Firing(key, kept, type(output).__name__, version(tensor), found, layout))
         return layout.restore(passed) if passed is not view and output is tensor else None
 
     def _set_forward(self, module: nn.Module, forward: Callable) -> None:
@@ -457,9 +475,18 @@ class Taps:
             )
         return calls[index]
 
-    def _layout(self, tap: _Tap, tensor: Tensor, hw: tuple[int, int] | None) -> Layout:
+    def _layouts(self, tap: _Tap, tensor: Tensor, hw: tuple[int, int] | None) -> list[Layout]:
         shape = tuple(tensor.shape)
-        found = possible_layouts(shape, hw, layout=tap.layout, has_layer_norm=self._has_layer_norm)
+        return possible_layouts(shape, hw, layout=tap.layout, has_layer_norm=self._has_layer_norm)
+
+    def _layout(
+        self, tap: _Tap, tensor: Tensor, hw: tuple[int, int] | None, kinds: Collection[str] = ()
+    ) -> Layout:
+        """The one way to read a map, or of several the one that is of a kind in `kinds`."""
+        shape = tuple(tensor.shape)
+        found = self._layouts(tap, tensor, hw)
+        if len(found) > 1:
+            found = [layout for layout in found if layout.kind in kinds] or found
         if len(found) == 1:
             return found[0]
         seen = f"got shape {shape} with {_describe_input(hw)}"

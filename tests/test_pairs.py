@@ -206,6 +206,63 @@ def test_an_output_overwritten_in_place_is_replaced_by_the_in_place_module() -> 
         taps.pop()
 
 
+class Merging(nn.Module):
+    """A stage of two residual blocks that ends by entering the next resolution, as in Hugging Face's Swin."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(InPlaceBlock(c_in, c_in) for _ in range(2))
+        self.down = conv(c_in, c_out, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x.clone())
+        return self.down(x.clone())
+
+
+def test_a_stage_that_ends_by_going_down_ends_before() -> None:
+    model = nn.Sequential(Merging(3, 8), Merging(8, 16), InPlaceBlock(16, 16), nn.AdaptiveAvgPool2d(1))
+    assert names(model, 16) == "0.blocks.1 1.blocks.1 2"
+
+
+class Attending(nn.Module):
+    """Patches of 2 pixels, and two blocks with a weight layer on their attention matrices, `keys` wide."""
+
+    def __init__(self, width: int = 8, keys: int = 64) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, 2, 2)
+        self.blocks = nn.ModuleList(self.Block(width, keys) for _ in range(2))
+
+    class Block(nn.Module):
+        def __init__(self, width: int, keys: int) -> None:
+            super().__init__()
+            self.keys = keys
+            self.value, self.heads, self.out = (
+                nn.Linear(width, width),
+                nn.Linear(2, 2),
+                nn.Linear(width, width),
+            )
+            self.norm = nn.LayerNorm(width)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            v = self.value(self.norm(x))
+            attention = (x @ v[:, : self.keys].mT)[..., None].expand(-1, -1, -1, 2)
+            weights = self.heads(attention).mean(-1).softmax(-1)
+            return x + self.out(weights @ v[:, : self.keys])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch(x).flatten(2).mT
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(1)
+
+
+@pytest.mark.parametrize("keys", [64, 16])
+def test_attention_matrices_are_no_maps(keys: int) -> None:
+    """Neither tokens by tokens nor tokens by fewer keys, as where these are pooled."""
+    assert names(Attending(keys=keys), 16) == "blocks.1"
+
+
 class HiddenInPlace(nn.Module):
     """The end of the first stage is overwritten by a function that no module stands for."""
 

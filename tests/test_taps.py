@@ -281,6 +281,45 @@ def test_cubes_are_nchw_without_layer_norm_and_doubtful_with_it() -> None:
     assert torch.equal(read(cube, nn.LayerNorm(8), layout={"inner": "nchw"}), cube)
 
 
+class Cubes(nn.Module):
+    """A model with LayerNorm whose modules return what they are given, the first of them a cube."""
+
+    def __init__(self, *values: Tensor) -> None:
+        super().__init__()
+        self.outputs = nn.ModuleList(Returns(value) for value in values)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> None:
+        for module in self.outputs:
+            module.inner()
+
+    def read(self, **options: object) -> list[object]:
+        with Taps(self, [f"outputs.{i}.inner" for i in range(len(self.outputs))], **options) as taps:
+            self(torch.zeros(2, 3, 32, 32))
+            return list(taps.pop().values())
+
+
+@pytest.mark.parametrize("kind", ["nchw", "nhwc"])
+def test_a_doubtful_map_is_read_as_the_others_are(kind: str) -> None:
+    cube, other = torch.randn(2, 8, 8, 8), torch.randn(2, 24, 4, 4)
+    tokens = torch.randn(2, 16, 24)  # have no say
+    seen = (cube, other, tokens) if kind == "nchw" else (cube, other.permute(0, 2, 3, 1), tokens)
+    expected = cube if kind == "nchw" else cube.permute(0, 3, 1, 2)
+    model = Cubes(*seen)
+    first, second, _ = model.read()
+    assert torch.equal(first, expected) and torch.equal(second, other)
+    first, *_ = model.read(read=lambda features: (features, features.clone()))
+    assert torch.equal(first, expected)
+
+
+def test_a_doubtful_map_stays_so_where_the_others_do_not_agree() -> None:
+    other = torch.randn(2, 24, 4, 4)
+    model = Cubes(torch.randn(2, 8, 8, 8), other, other.permute(0, 2, 3, 1))
+    for options in ({}, {"read": lambda features: (features, features.sum())}):
+        with pytest.raises(ValueError, match=r"one way to read 'outputs.0.inner', .* nchw or nhwc"):
+            model.read(**options)
+
+
 def test_a_doubtful_number_of_prefix_tokens() -> None:
     tokens = torch.randn(2, 9, 6)  # 3x3, or 2x2 and five registers
     with pytest.raises(ValueError, match=r"may be tokens\+0 or tokens\+5\. Pass layout="):

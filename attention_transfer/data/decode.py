@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._extras import require
 from .._pictures import open_picture
+from .._reading import one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
