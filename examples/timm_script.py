@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import attention_transfer as at
 
-SIZE = 64
+SIZE = 32
 
 
 class Digits(Dataset):
@@ -44,14 +44,15 @@ class Digits(Dataset):
 
 def loader(rows: slice, *, training: bool) -> DataLoader:
     return create_loader(
-        Digits(rows), (1, SIZE, SIZE), 50, is_training=training, use_prefetcher=False, num_workers=0,
-        mean=(0.3,), std=(0.4,), hflip=0.0, color_jitter=None, scale=(0.8, 1.0), crop_pct=1.0,
+        Digits(rows), (1, SIZE, SIZE), 25, is_training=training, use_prefetcher=False, num_workers=0,
+        mean=(0.3,), std=(0.4,), hflip=0.0, color_jitter=None, scale=(0.8, 1.0), ratio=(0.9, 1.1),
+        crop_pct=1.0,
     )  # fmt: skip
 
 
 def train(model: nn.Module, epochs: int, count: int, teacher: nn.Module | None = None) -> None:
     batches = loader(slice(0, count), training=True)
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=2e-3, weight_decay=0.05)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=5e-3, weight_decay=0.05)
     scheduler, epochs = create_scheduler_v2(
         optimizer,
         sched="cosine",
