@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -145,3 +146,26 @@ def test_maps_of_a_teacher_alone(
     assert capsys.readouterr().out == f"{picture}\n"
     with Image.open(picture) as file:
         assert file.size == (2 * 16 + 3 * 100 + 6 + 22, 2 * (100 + 2 * 6 + 20) + 2 * 16 + 2 * 20 - 6)
+
+
+NOTEBOOK = EXAMPLES / "attention_transfer.ipynb"
+
+
+def test_the_notebook_holds_no_outputs() -> None:
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) >= 5
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("imagenet")
+@pytest.mark.filterwarnings("default")  # of Jupyter's own, in this process; the cells run in another
+def test_the_notebook_runs() -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": EXAMPLES}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 2
+    assert "blocks.6 <- blocks.6" in "".join(output.get("text", "") for output in outputs)
