@@ -102,7 +102,7 @@ def main(folder: str = "runs/timm", epochs: int = 10) -> None:
         torch.manual_seed(0)
         models[title] = model = timm.create_model(name, num_classes=10, in_chans=1)
         taught = title == "student with attention transfer"
-        train(model, epochs, 900 if title == "teacher" else 200, models["teacher"] if taught else None)
+        train(model, epochs, 500 if title == "teacher" else 200, models["teacher"] if taught else None)
         print(f"  test error {validate(model):.1f} %")
         torch.save({"state_dict": model.state_dict()}, Path(folder) / f"{title}.pth")
 

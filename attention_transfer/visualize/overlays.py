@@ -120,10 +120,10 @@ def save_maps(
     tiles = [enlarge(shrink(as_rgb(image), largest), smallest) for image in images]
     columns = [(role, layer, batch) for role, layers in maps.items() for layer, batch in layers.items()]
     grid = _Grid.measure(tiles, maps, captioned=captions is not None)
-    for row, tile in enumerate(tiles):
-        grid.paste(tile, row, 0)
+    for row, pixels in enumerate(tiles):
+        grid.paste(pixels, row, 0)
         for column, (_, _, batch) in enumerate(columns, start=1):
-            grid.paste(overlay(tile, batch[row], alpha=alpha), row, column)
+            grid.paste(overlay(pixels, batch[row], alpha=alpha), row, column)
     grid.label(maps, captions)
     return grid.save(Path(path))
 
