@@ -181,6 +181,15 @@ def test_underscores_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
         (["pairs", "--student", "wrn-16-1", "--teacher", "wrn-161"], "build_model: "),
         (["pairs", "--student", "wrn-16-1", "--teacher", "wrn-16-2", "--input-size", "0"], "pairs: expected"),
         (["maps", "none.png", "--weights", "none.safetensors"], ""),
+        (["maps", "none.png"], "maps: expected --weights or --teacher-weights, got neither."),
+        (
+            ["maps", "none.png", "--teacher-weights", "w", "--model", "wrn-16-1"],
+            "maps: expected --weights beside --model, got none.",
+        ),
+        (
+            ["maps", "none.png", "--weights", "w", "--teacher", "wrn-16-1"],
+            "maps: expected --teacher-weights beside --teacher, got none.",
+        ),
         (["report", "nowhere"], "read_run: expected a run folder, got nowhere"),
         (["demo", "--what"], "demo: unknown argument --what."),
     ],
@@ -319,6 +328,38 @@ def test_maps(taught: Run, alone: Run, image_folder: Path, capsys: pytest.Captur
     both = size_of("maps/0-maps.png")
     output(capsys, "maps", image, "--weights", taught.folder, "--layers", "group1", "-o", "maps")
     assert size_of("maps/0-maps.png") < both
+
+
+def test_maps_of_all_images_in_one_picture(
+    taught: Run, image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [image_folder / "red" / f"{i}.png" for i in range(3)]
+    weights = ["--weights", taught.folder, "--layers", "group1"]
+    output(capsys, "maps", *images, *weights, "-o", "each")
+    assert output(capsys, "maps", *images, *weights, "-o", "all.png") == "all.png\n"
+    one, (width, height) = size_of("each/0-maps.png"), size_of("all.png")
+    assert len(list(Path("each").iterdir())) == 3
+    assert width == one[0] and height > 2 * one[1]
+    output(capsys, "maps", *images, *weights, "--tile", 32, "-o", "all.png")
+    assert size_of("all.png")[0] < width
+    assert "tile of 1 pixel or more, got 0" in refused(capsys, "maps", *images, *weights, "--tile", 0)
+
+
+def test_maps_take_the_size_that_pretrained_weights_say(
+    image_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("own_net.py").write_text(
+        "import attention_transfer as at\n"
+        "def build(pretrained):\n"
+        "    net = at.build_model('wrn-10-1')\n"
+        "    net.pretrained_cfg = {'input_size': (3, 176, 176)}\n"
+        "    return net\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    image = image_folder / "red" / "0.png"
+    options = ["--model", "own_net:build", "--weights", "pretrained", "--layers", "group2", "-o", "maps.png"]
+    output(capsys, "maps", image, *options)
+    assert size_of("maps.png")[0] == 2 * 16 + 2 * 176 + 22
 
 
 def size_of(path: str) -> tuple[int, int]:

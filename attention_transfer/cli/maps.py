@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attention_transfer._extras import require
 from attention_transfer._pictures import open_picture
@@ -12,6 +12,7 @@ from attention_transfer.cli.parsing import PROGRAM, UsageError, one_line, parse,
 from attention_transfer.training.recipe import parse_pairs
 
 if TYPE_CHECKING:
+    from jaxtyping import UInt8
     from torch import Tensor
 
     from attention_transfer.cli.loading import Loaded
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 def run(arguments: list[str]) -> None:
     parser = verb_parser("maps", f"{PROGRAM} maps cat.png --weights runs/cifar10-wrn-16-1-at-0 -o maps")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="Image files.")
-    parser.add_argument("--weights", required=True, help='A run folder, a weights file, or "pretrained".')
+    parser.add_argument("--weights", help='A run folder, a weights file, or "pretrained".')
     parser.add_argument("--model", help="The model's name, for weights that do not say it.")
-    parser.add_argument("--teacher-weights", help="The same for a teacher to show beside it.")
+    parser.add_argument("--teacher-weights", help="The same for a teacher, to show beside it or alone.")
     parser.add_argument("--teacher", help="The teacher's name, for weights that do not say it.")
     parser.add_argument("--layers", help="Layers, as in --pairs of train: a,b or a:teacher_a,b:teacher_b.")
     parser.add_argument(
@@ -31,29 +32,76 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "--image-size", type=int, help="Size of the images; that of training if known, or 224."
     )
-    parser.add_argument("-o", "--output", default="maps", help="Folder for the PNGs.")
+    parser.add_argument(
+        "--tile", type=int, help="Pixels of each image's longer side in the picture; 160 to 320, as it comes."
+    )
+    parser.add_argument(
+        "-o", "--output", default="maps", help="Folder for a PNG an image; or NAME.png for one of all images."
+    )
     flags = parse(parser, arguments)
-    if flags.teacher and not flags.teacher_weights:
-        raise UsageError(
-            'maps: expected --teacher-weights beside --teacher, got none. "pretrained" is a choice.'
-        )
-    from attention_transfer.cli.loading import load
-    from attention_transfer.visualize import attention_maps, save_maps
+    _check_sides(flags)
+    import torch
 
-    models = {"student": load(flags.weights, flags.model, flags.num_classes, 3)}
-    if flags.teacher_weights:
-        models = {"teacher": load(flags.teacher_weights, flags.teacher, flags.num_classes, 3), **models}
-    card = models["student"].card
-    channels = card.in_channels if card else 3
-    size = flags.image_size or (card.image_size[0] if card else 224)
-    pixels = [_read_image(path, channels, size) for path in flags.images]
+    from attention_transfer.visualize import attention_maps
+
+    models = _load_sides(flags)
+    main = models.get("student") or models["teacher"]
+    channels, size = _expected_images(main, flags.image_size)
+    images = torch.stack([_read_image(path, channels, size) for path in flags.images])
     layers = _map_layers(models, flags.layers, (2, channels, size, size))
-    for path, image in zip(flags.images, pixels, strict=True):
-        maps = {
-            role: attention_maps(loaded.model, layers[role], _normalise(loaded)(image[None]))
-            for role, loaded in models.items()
-        }
-        print(save_maps(Path(flags.output) / f"{Path(path).stem}-maps.png", [image], maps, captions=[path]))
+    maps = {
+        role: attention_maps(loaded.model, layers[role], _normalise(loaded)(images))
+        for role, loaded in models.items()
+    }
+    for path in _save(flags, images, maps):
+        print(path)
+
+
+def _check_sides(flags: Any) -> None:
+    if not (flags.weights or flags.teacher_weights):
+        raise UsageError("maps: expected --weights or --teacher-weights, got neither. Pass a run folder.")
+    for name, weights in (("model", "weights"), ("teacher", "teacher_weights")):
+        if getattr(flags, name) and not getattr(flags, weights):
+            flag = f"--{weights.replace('_', '-')}"
+            raise UsageError(f'maps: expected {flag} beside --{name}, got none. "pretrained" is a choice.')
+
+
+def _load_sides(flags: Any) -> dict[str, Loaded]:
+    """The models to show, by role, the teacher first."""
+    from attention_transfer.cli.loading import load
+
+    sides = {"teacher": (flags.teacher_weights, flags.teacher), "student": (flags.weights, flags.model)}
+    return {
+        role: load(weights, name, flags.num_classes, 3) for role, (weights, name) in sides.items() if weights
+    }
+
+
+def _expected_images(loaded: Loaded, size: int | None) -> tuple[int, int]:
+    """Channels and size of the images: those of the training, as far as the weights say it, or RGB at 224."""
+    if loaded.card:
+        return loaded.card.in_channels, size or loaded.card.image_size[0]
+    own = getattr(loaded.model, "pretrained_cfg", None) or {}
+    return 3, size or own.get("input_size", (3, 224, 224))[-1]
+
+
+def _save(flags: Any, images: UInt8[Tensor, "b c h w"], maps: dict[str, dict[str, Tensor]]) -> list[Path]:
+    """One picture of all images if the output is a PNG, else a folder with one for each."""
+    from attention_transfer.visualize import save_maps
+
+    output = Path(flags.output)
+    if output.suffix.lower() == ".png":
+        names = [Path(path).name for path in flags.images]
+        return [save_maps(output, images, maps, captions=names, tile=flags.tile)]
+    return [
+        save_maps(
+            output / f"{Path(path).stem}-maps.png",
+            images[i : i + 1],
+            {role: {name: m[i : i + 1] for name, m in layers.items()} for role, layers in maps.items()},
+            captions=[path],
+            tile=flags.tile,
+        )
+        for i, path in enumerate(flags.images)
+    ]
 
 
 def _map_layers(models: dict[str, Loaded], text: str | None, shape: tuple[int, ...]) -> dict[str, list[str]]:
@@ -62,15 +110,15 @@ def _map_layers(models: dict[str, Loaded], text: str | None, shape: tuple[int, .
 
     from attention_transfer.pairs import suggest_pairs
 
-    student = models["student"].model
     named = parse_pairs(text) if text else None
     if named is None:
-        teacher = models.get("teacher", models["student"]).model
-        named = [
-            (p.student, p.teacher, p.weight) for p in suggest_pairs(student, teacher, torch.zeros(shape))
-        ]
-    own, others = [pair[0] for pair in named], [pair[1] for pair in named]
-    return {"teacher": others, "student": own}
+        student, teacher = (
+            models.get(role) or models[other]
+            for role, other in (("student", "teacher"), ("teacher", "student"))
+        )
+        pairs = suggest_pairs(student.model, teacher.model, torch.zeros(shape))
+        named = [(pair.student, pair.teacher, pair.weight) for pair in pairs]
+    return {"student": [pair[0] for pair in named], "teacher": [pair[1] for pair in named]}
 
 
 def _normalise(loaded: Loaded) -> Callable[[Tensor], Tensor]:

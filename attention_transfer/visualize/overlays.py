@@ -99,6 +99,7 @@ def save_maps(
     *,
     captions: Sequence[str] | None = None,
     alpha: float = 0.6,
+    tile: int | None = None,
 ) -> Path:
     """Write a PNG grid: a row an image, and for each model (teacher, student, ...) a column a layer.
 
@@ -108,18 +109,21 @@ def save_maps(
         maps: for each model's name, its maps by layer, as `attention_maps` gives them.
         captions: a line under each image, such as its file name.
         alpha: how much of a map shows.
+        tile: pixels of an image's longer side in the grid; None keeps it, from 160 to 320. Small images are
+            enlarged by whole factors, to at least that.
 
     Raises:
-        ValueError: if there are no images or maps, or their numbers differ.
+        ValueError: if a tile has no pixel, there are no images or maps, or their numbers differ.
     """
-    _check_grid(images, maps, captions)
-    tiles = [enlarge(shrink(as_rgb(image), LARGEST_TILE), SMALLEST_TILE) for image in images]
+    _check_grid(images, maps, captions, tile)
+    smallest, largest = (tile, tile) if tile else (SMALLEST_TILE, LARGEST_TILE)
+    tiles = [enlarge(shrink(as_rgb(image), largest), smallest) for image in images]
     columns = [(role, layer, batch) for role, layers in maps.items() for layer, batch in layers.items()]
     grid = _Grid.measure(tiles, maps, captioned=captions is not None)
-    for row, tile in enumerate(tiles):
-        grid.paste(tile, row, 0)
+    for row, pixels in enumerate(tiles):
+        grid.paste(pixels, row, 0)
         for column, (_, _, batch) in enumerate(columns, start=1):
-            grid.paste(overlay(tile, batch[row], alpha=alpha), row, column)
+            grid.paste(overlay(pixels, batch[row], alpha=alpha), row, column)
     grid.label(maps, captions)
     return grid.save(Path(path))
 
@@ -128,7 +132,10 @@ def _check_grid(
     images: Array | Sequence[Array],
     maps: Mapping[str, Mapping[str, Tensor]],
     captions: Sequence[str] | None,
+    tile: int | None,
 ) -> None:
+    if tile is not None and tile < 1:
+        raise ValueError(f"save_maps: expected a tile of 1 pixel or more, got {tile}. Try tile=160.")
     if len(images) == 0 or not any(maps.values()):
         raise ValueError(
             f"save_maps: expected at least one image and one layer's maps, got {len(images)} images and "
