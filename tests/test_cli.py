@@ -455,6 +455,39 @@ def test_demo_composes_and_reuses(
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 
+# What is said
+
+
+def said_by_train(base: Recipe, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    Path("recipe.yaml").write_text(replace(base, method="none", epochs=2, output="run").to_yaml())
+    assert main(["train", "--config", "recipe.yaml", *flags]) == 0
+    return capsys.readouterr().out
+
+
+def test_json_for_scripts(base: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    events = [json.loads(line) for line in said_by_train(base, capsys, "--progress", "json").splitlines()]
+    epochs = [event for event in events if event["event"] == "epoch"]
+    assert [event["epoch"] for event in epochs] == [1, 2]
+    assert epochs[0]["seconds_left"] > 0 == epochs[1]["seconds_left"]
+    assert epochs[0]["train/loss"] == pytest.approx(float(Run(Path("run")).read_metrics()[0]["train/loss"]))
+    assert events[-1]["event"] == "result"
+    assert events[-1]["test_error"] == Run(Path("run")).result["test_error"]
+    assert Path(events[-1]["report"]).is_file()
+    assert {event["event"] for event in events} == {"note", "epoch", "result"}
+
+
+def test_quiet_says_nothing(base: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said_by_train(base, capsys, "--progress", "none") == ""
+    assert Run(Path("run")).finished
+
+
+def test_lines_say_the_time_that_is_left(base: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = said_by_train(base, capsys, "--progress", "lines").splitlines()
+    first, second = (line for line in lines if line.startswith("epoch "))
+    assert re.search(r"images/s  \d+ s left$", first)
+    assert second.endswith("images/s")
+
+
 # Ctrl-C
 
 

@@ -44,6 +44,19 @@ def test_no_logger_leaves_metrics_alone(recipe: Recipe) -> None:
     assert not run.tensorboard.exists()
 
 
+def test_tensorboard_shows_where_the_student_looks(recipe: Recipe) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train(recipe, say=silent)
+    events = EventAccumulator(str(run.tensorboard), size_guidance={"images": 0})
+    events.Reload()
+    shown = [tag for tag in events.Tags()["images"] if tag.startswith("maps/group2")]
+    assert len(shown) == 4  # images
+    seen = [(event.step, event.width, event.height) for event in events.Images(shown[0])]
+    assert seen == [(0, 16, 16), (5, 16, 16), (10, 16, 16)]
+    assert len({event.encoded_image_string for event in events.Images(shown[0])}) == 3
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_wandb_gets_every_epoch_in_one_run(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
@@ -58,6 +71,7 @@ def test_wandb_gets_every_epoch_in_one_run(recipe: Recipe, monkeypatch: pytest.M
     assert {folder.name.rpartition("-")[2] for folder in offline} == {identity}
     written = b"".join(path.read_bytes() for folder in offline for path in folder.glob("*.wandb"))
     assert b"train/loss" in written
+    assert list((run.folder / "wandb").rglob("maps/*.png"))
 
 
 @pytest.fixture
@@ -80,6 +94,7 @@ def test_mlflow_gets_every_epoch_in_one_run(recipe: Recipe, mlflow) -> None:  # 
     assert logged.data.params["student"] == "wrn-10-1"
     assert [each.value for each in client.get_metric_history(logged.info.run_id, "epoch")] == [1.0, 2.0]
     assert run.tensorboard.is_dir()
+    assert [item.path for item in client.list_artifacts(logged.info.run_id)] == ["images"]
 
 
 def test_a_logger_that_is_not_installed_names_its_extra(

@@ -15,8 +15,10 @@ from attention_transfer.cli.memory import add_memory_flag, govern_memory
 from attention_transfer.cli.parsing import PROGRAM, UsageError, one_line, parse, verb_parser
 from attention_transfer.training.recipe import PLACES, Recipe, field_types
 from attention_transfer.training.run import Interrupted, Run
+from attention_transfer.training.telling import Line, Progress, Say, teller
 
-_OPTIONS = ("config", "print_config", "resume", "overwrite", "keep_memory")  # flags that no recipe holds
+_OPTIONS = ("config", "print_config", "resume", "overwrite", "progress", "keep_memory")
+"""Flags that no recipe holds."""
 
 
 def run(arguments: list[str]) -> None:
@@ -26,18 +28,20 @@ def run(arguments: list[str]) -> None:
     if options["print_config"]:
         print(recipe.to_yaml(), end="")
         return
+    say = teller(options["progress"])
     if options["resume"]:
         _check_alone(arguments)
         folder = Path(options["resume"])
         places = {name: flags[name] for name in PLACES if _is_named(name, arguments)}
-        _start(folder, lambda: _resume(folder, options["keep_memory"], places))
+        _start(folder, lambda: _resume(folder, options["keep_memory"], places, say), say or print)
         return
-    _start(recipe.folder, lambda: _train_new(recipe, options["overwrite"], options["keep_memory"]))
+    new = (options["overwrite"], options["keep_memory"], say)
+    _start(recipe.folder, lambda: _train_new(recipe, *new), say or print)
 
 
 def _check_alone(arguments: list[str]) -> None:
     """A resumed run follows its own recipe: other flags would be ignored without a word."""
-    allowed = ("--resume", "--keep-memory", "--keep_memory", *(f"--{name}" for name in PLACES))
+    allowed = ("--resume", "--progress", "--keep-memory", "--keep_memory", *(f"--{name}" for name in PLACES))
     others = [word for word in arguments if word.startswith("--") and not word.startswith(allowed)]
     if others:
         raise UsageError(
@@ -50,26 +54,26 @@ def _is_named(name: str, arguments: list[str]) -> bool:
     return any(word.partition("=")[0] == f"--{name}" for word in arguments)
 
 
-def _train_new(recipe: Recipe, overwrite: bool, keep_memory: bool) -> Run:
+def _train_new(recipe: Recipe, overwrite: bool, keep_memory: bool, say: Say | None) -> Run:
     from attention_transfer.training.fit import train
 
     govern_memory(recipe, keep=keep_memory)
-    return train(recipe, overwrite=overwrite)
+    return train(recipe, overwrite=overwrite, say=say)
 
 
-def _resume(folder: Path, keep_memory: bool, places: dict[str, Any]) -> Run:
+def _resume(folder: Path, keep_memory: bool, places: dict[str, Any], say: Say | None) -> Run:
     run = Run(folder)
     recipe = replace(run.recipe, **places)  # an answer before the long imports
     if run.finished:
-        print(f"{folder} is finished; nothing is left to do.")
+        (say or print)(f"{folder} is finished; nothing is left to do.")
         return run
     from attention_transfer.training.fit import resume
 
     govern_memory(recipe, keep=keep_memory)
-    return resume(folder, **places)
+    return resume(folder, say=say, **places)
 
 
-def _start(folder: Path, work: Callable[[], Run]) -> None:
+def _start(folder: Path, work: Callable[[], Run], say: Say) -> None:
     """Train, report the outcome, and on Ctrl-C say how to go on."""
     try:
         run = work()
@@ -83,17 +87,23 @@ def _start(folder: Path, work: Callable[[], Run]) -> None:
         raise
     from attention_transfer.training.processes import is_first_process
 
-    if not is_first_process():
-        return
+    if is_first_process():
+        _say_outcome(run, say)
+
+
+def _say_outcome(run: Run, say: Say) -> None:
     result = run.result
-    print(f"test error {result['test_error']:.2f} %, {result['parameters']:,} parameters")
     rate, share = result["images_per_second"], result["data_share"]
-    print(f"{rate:,.0f} images/s; {share:.1%} of the training time was spent waiting for images")
-    alone = _same_student_alone(run)
-    for other in alone:
-        print(_against(other, result["test_error"]))
-    print(f"report: {_write_report(run, alone).absolute()}")
-    print(f"run folder: {run.folder.absolute()}")
+    alone = _same_student_alone(run, say)
+    lines = [
+        f"test error {result['test_error']:.2f} %, {result['parameters']:,} parameters",
+        f"{rate:,.0f} images/s; {share:.1%} of the training time was spent waiting for images",
+        *(_against(other, result["test_error"]) for other in alone),
+        f"report: {_write_report(run, alone).absolute()}",
+        f"run folder: {run.folder.absolute()}",
+    ]
+    paths = {"folder": str(run.folder.absolute()), "report": str(run.report.absolute())}
+    say(Line("\n".join(lines), "result", **paths, **result))
 
 
 def _write_report(run: Run, alone: Sequence[Run]) -> Path:
@@ -105,22 +115,22 @@ def _write_report(run: Run, alone: Sequence[Run]) -> Path:
     return write_report(folders, run.report, examples=collect(folders, SIMILARITY_IMAGES))
 
 
-def _same_student_alone(run: Run) -> list[Run]:
+def _same_student_alone(run: Run, say: Say) -> list[Run]:
     """Finished runs beside this one that differ from it only in having no teacher."""
     if run.recipe.method == "none":
         return []
     beside = [Run(folder) for folder in sorted(run.folder.absolute().parent.iterdir())]
     finished = [other for other in beside if other.exists and other.finished]
-    return [other for other in finished if _is_alone(other, run.recipe)]
+    return [other for other in finished if _is_alone(other, run.recipe, say)]
 
 
-def _is_alone(other: Run, recipe: Recipe) -> bool:
+def _is_alone(other: Run, recipe: Recipe, say: Say) -> bool:
     """Whether a finished run is that of the same student alone; one that cannot be read is left out."""
     try:
         _ = other.result
         return other.recipe.method == "none" and _alike_alone(other.recipe, recipe)
     except ValueError as error:
-        print(f"note: {error}")
+        say(f"note: {error}")
         return False
 
 
@@ -151,6 +161,13 @@ def _recipe_parser(defaults: Recipe) -> Any:
     parser.add_argument("--print-config", action="store_true", help="Print the recipe as YAML and stop.")
     parser.add_argument("--resume", help="Go on with this interrupted run folder.")
     parser.add_argument("--overwrite", action="store_true", help="Delete an earlier run in the same folder.")
+    parser.add_argument(
+        "--progress",
+        type=Progress,
+        default="auto",
+        help="What is said: a bar on a terminal and lines elsewhere (auto), lines, a JSON object a line for "
+        "scripts (json), or nothing but warnings and errors (none).",
+    )
     add_memory_flag(parser)
     parser.usage = f"{PROGRAM} train [flags]"  # the whole list would fill the screen
     recipe = parser.add_argument_group("recipe")

@@ -17,7 +17,6 @@ from attention_transfer.training.build import build_teacher, load_splits
 from attention_transfer.training.onlooker import Onlooker
 from attention_transfer.training.processes import (
     Processes,
-    Say,
     is_first_process,
     join,
     local_device,
@@ -26,6 +25,7 @@ from attention_transfer.training.processes import (
 )
 from attention_transfer.training.recipe import CACHED, IMAGES, VALIDATION, Recipe
 from attention_transfer.training.speed import choose_speed
+from attention_transfer.training.telling import Say
 
 SHARD_BYTES = 64 << 20  # seconds of work, so that a kill costs no more
 

@@ -31,7 +31,6 @@ from attention_transfer.training.card import ModelCard
 from attention_transfer.training.evaluation import evaluate_model
 from attention_transfer.training.processes import (
     Processes,
-    Say,
     count,
     is_first_process,
     join,
@@ -42,6 +41,7 @@ from attention_transfer.training.processes import (
 from attention_transfer.training.recipe import AUTO, Recipe
 from attention_transfer.training.run import Run
 from attention_transfer.training.speed import choose_speed, prepare, uncompiled
+from attention_transfer.training.telling import Say, say_above_the_bar
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -52,14 +52,6 @@ if TYPE_CHECKING:
     from attention_transfer.training.module import DistillationModule
 
 EVALUATION_BATCH = 250
-
-
-def _print(line: str) -> None:
-    """Print a line, above the progress bar if there is one."""
-    from tqdm import tqdm
-
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
 
 
 def train(recipe: Recipe, *, overwrite: bool = False, say: Say | None = None) -> Run:
@@ -89,7 +81,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, say: Say | None = None) ->
     recipe = replace(recipe, precision=speed.precision)  # what the folder keeps repeats the run anywhere
     if is_first_process():
         run.create(recipe, overwrite=overwrite)
-    only_first(say or _print)(str(speed))
+    only_first(say or say_above_the_bar)(str(speed))
     return _fit(run, recipe, splits, student, cached, _join(run, recipe), say)
 
 
@@ -113,7 +105,7 @@ def resume(folder: str | Path, *, say: Say | None = None, **places: Any) -> Run:
     _check_share(recipe)
     speed = choose_speed(recipe)
     recipe = replace(recipe, precision=speed.precision)
-    only_first(say or _print)(str(speed))
+    only_first(say or say_above_the_bar)(str(speed))
     return _fit(run, recipe, splits, student, cached, _join(run, recipe), say)
 
 
@@ -149,7 +141,7 @@ def _fit(
     from attention_transfer.training.checkpoints import checkpoint_to_resume, unusable
     from attention_transfer.training.module import DistillationModule
 
-    tell = only_first(say or _print)
+    tell = only_first(say or say_above_the_bar)
     if is_first_process():
         run.sweep()
     last = checkpoint_to_resume(run, tell)
@@ -211,7 +203,7 @@ def _train_teacher(run: Run, recipe: Recipe, splits: Splits, processes: Processe
     """Train the teacher inside the run folder, or go on with it, or take it as it is there."""
     if run.teacher.finished:
         return run.teacher
-    teacher_recipe, tell = recipe.for_teacher(), only_first(say or _print)
+    teacher_recipe, tell = recipe.for_teacher(), only_first(say or say_above_the_bar)
     tell(f"First the teacher: {recipe.teacher}, epochs: {teacher_recipe.epochs}")
     if is_first_process() and not run.teacher.holds_work:
         run.teacher.create(teacher_recipe)
@@ -291,7 +283,7 @@ def build_trainer(
         from attention_transfer.training.batchnorm import SharedBatchNorm
 
         plugins.append(SharedBatchNorm())
-    progress = [ProgressBar()] if say is _print and sys.stdout.isatty() else []
+    progress = [ProgressBar()] if say is say_above_the_bar and sys.stdout.isatty() else []
     return Trainer(
         accelerator=recipe.accelerator,
         devices=devices or "auto",

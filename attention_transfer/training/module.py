@@ -34,6 +34,7 @@ from attention_transfer.training.finite import (
 )
 from attention_transfer.training.recipe import Recipe
 from attention_transfer.training.speed import uncompiled
+from attention_transfer.training.telling import Line
 
 AUTO_BATCHES = 8  # first batches from which the weights that are left open are found
 
@@ -245,7 +246,7 @@ class DistillationModule(LightningModule):
                 warnings.simplefilter("ignore", PreflightWarning)
             plan = self.distiller.preflight(inputs, labels, teacher=teacher).plan
         if self.recipe.terms:
-            self.say(str(plan))
+            self.say(Line(str(plan), "plan", pairs=plan.as_dicts()))
 
     def _to_be_skipped(self, loss: Float[Tensor, ""], batch_idx: int, before: SavedBuffers | None) -> bool:
         """Look at a step's loss; `before` is there where a bad one is to leave no trace."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,7 @@ import torch
 from attention_transfer._extras import require
 from attention_transfer.training.recipe import Recipe
 from attention_transfer.training.speed import device_of
-
-Say = Callable[[str], None]
+from attention_transfer.training.telling import Say
 
 
 def is_first_process() -> bool:
