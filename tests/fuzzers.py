@@ -115,21 +115,21 @@ def read_card(path: Path) -> None:
 
 
 def _checkpoint(folder: Path) -> list[bytes]:
-    from attention_transfer.training.fit import CHECKPOINT
+    from attention_transfer.training.checkpoints import NEEDED
 
-    content: dict[str, Any] = dict.fromkeys(CHECKPOINT, 0) | {"state_dict": _net().state_dict()}
+    content: dict[str, Any] = dict.fromkeys(NEEDED, 0) | {"state_dict": _net().state_dict()}
     torch.save(content, folder / "last.ckpt")
     return [(folder / "last.ckpt").read_bytes()]
 
 
 @reader("checkpoint", "last.ckpt", _checkpoint)
 def read_checkpoint(path: Path) -> None:
-    from attention_transfer.training.fit import _checkpoint_to_resume
+    from attention_transfer.training.checkpoints import checkpoint_to_resume
     from attention_transfer.training.run import Run
 
     (path.parent / "checkpoints").mkdir(exist_ok=True)
     path.replace(path.parent / "checkpoints" / path.name)
-    _checkpoint_to_resume(Run(path.parent))
+    checkpoint_to_resume(Run(path.parent), lambda line: None)
 
 
 def _recipes(folder: Path) -> list[bytes]:

@@ -65,6 +65,8 @@ def _in_the_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     monkeypatch.syspath_prepend(str(workplace))
     monkeypatch.delenv("ATTENTION_TRANSFER_DEBUG", raising=False)
+    own = ("Verbose", "Random", "Branching")
+    monkeypatch.setenv("ATTENTION_TRANSFER_TRUST", ",".join(f"exported_models:{name}" for name in own))
 
 
 @pytest.fixture(scope="module")

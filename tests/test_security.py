@@ -44,7 +44,7 @@ from attention_transfer.models import build_model, load_weights, read_metadata, 
 from attention_transfer.pairs import Stage
 from attention_transfer.training.cached import name_teacher
 from attention_transfer.training.card import ModelCard
-from attention_transfer.training.fit import _checkpoint_to_resume
+from attention_transfer.training.checkpoints import checkpoint_to_resume
 from attention_transfer.training.recipe import Recipe
 from attention_transfer.training.run import Run
 from attention_transfer.visualize import write_report
@@ -123,7 +123,9 @@ def test_a_pickle_that_runs_code_is_no_weights_and_no_checkpoint(where: str, zip
     refused(
         lambda: load_weights(nn.Linear(2, 1), run.last_checkpoint), "load_weights: expected tensors alone"
     )
-    refused(lambda: _checkpoint_to_resume(run), "resume: expected a whole checkpoint, .*damaged or foreign")
+    refused(
+        lambda: checkpoint_to_resume(run, print), "resume: expected a whole checkpoint .*damaged or foreign"
+    )
     torch.load(run.last_checkpoint, weights_only=False)  # else the refusal would be no feat
     assert Path(MARKER).is_dir()
 
@@ -380,7 +382,10 @@ def test_parquet_that_unfolds_is_refused() -> None:
 def test_parquet_with_a_label_beyond_measure_is_refused(label: int) -> None:
     labels = pa.array([0, label], pa.uint64())
     pq.write_table(pa.table({"image": [png(), png()], "label": labels}), "train.parquet")
-    refused(lambda: load_data("train.parquet"), r"load_data: expected (labels below|class numbers)")
+    refused(
+        lambda: load_data("train.parquet"),
+        r"load_data: expected (labels that number the classes|class numbers)",
+    )
 
 
 @pytest.mark.parametrize(

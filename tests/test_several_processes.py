@@ -79,6 +79,7 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("ATTENTION_TRANSFER_TRUST", "several_student:student")
     Path("several_student.py").write_text(STUDENT)
     yield
     sys.modules.pop("several_student", None)
@@ -155,7 +156,7 @@ def test_two_processes_train_as_one(recipe: Recipe) -> None:
     ]
     assert said.count("processes: 2, each takes 5 of the 10 images of a batch") == 1
     assert said.count("test error") == said.count("pair: student <- teacher") == 1
-    assert checkpoints(two) == {"checkpoints/last.ckpt", "checkpoints/best.ckpt"}
+    assert checkpoints(two) == {f"checkpoints/{name}.ckpt" for name in ("last", "last.before", "best")}
     assert len(list(two.tensorboard.glob("events*"))) == 1
     saved = torch.load(two.last_checkpoint, weights_only=True)["state_dict"]
     assert saved.keys() == load_file(two.student_weights).keys()  # and nothing of the teacher
@@ -187,7 +188,8 @@ def test_a_stop_of_two_processes_is_saved_once_and_gone_on_with(recipe: Recipe) 
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
     lines = [line for line in done.stderr.splitlines() if line and not line.startswith("warning: ")]
-    assert lines == ["Stopped; nothing is lost. Go on with: attention-transfer train --resume run"]
+    how = "attention-transfer train --resume run --trust several_student:student"
+    assert lines == [f"Stopped; nothing is lost. Go on with: {how}"]
     run = Run(Path("run"))
     assert torch.load(run.last_checkpoint, weights_only=True)["global_step"] in (6, 7)
     assert len(run.read_metrics()) == 1

@@ -178,9 +178,7 @@ def test_no_whole_checkpoint_is_an_error(whole: Run, tmp_path: Path, monkeypatch
     run = stopped(whole, tmp_path / "run", monkeypatch)
     for path in run.checkpoints.glob("*.ckpt"):
         path.write_bytes(b"PK")
-    with pytest.raises(
-        ValueError, match=r"resume: expected a whole checkpoint in .*last\.ckpt \(.*--overwrite"
-    ):
+    with pytest.raises(ValueError, match=r"resume: expected a whole checkpoint .*last\.ckpt \(.*--overwrite"):
         resume(run.folder, say=silent)
 
 
