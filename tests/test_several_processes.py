@@ -167,7 +167,7 @@ import signal, sys
 from attention_transfer.cli import main
 from attention_transfer.training import callbacks, processes
 
-callbacks.STOP_CHECK_EVERY = 2
+callbacks.AGREE_EVERY = 2
 finish = callbacks.StopOnSignal.on_train_batch_end
 
 def hook(self, trainer, *rest):
@@ -193,7 +193,7 @@ def test_a_stop_of_two_processes_is_saved_once_and_gone_on_with(recipe: Recipe) 
     run = Run(Path("run"))
     assert torch.load(run.last_checkpoint, weights_only=True)["global_step"] in (6, 7)
     assert len(run.read_metrics()) == 1
-    assert checkpoints(run) == {"checkpoints/last.ckpt", "checkpoints/best.ckpt"}
+    assert checkpoints(run) == {f"checkpoints/{name}.ckpt" for name in ("last", "last.before", "best")}
     resumed = resume(run.folder, say=lambda line: None, devices=1)
     same(train(replace(recipe, output="whole"), say=lambda line: None), resumed)
 
