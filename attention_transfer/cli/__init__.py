@@ -18,9 +18,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from attention_transfer._reading import one_line
 from attention_transfer._tables import printable
 from attention_transfer._trust import trusted, trusting
-from attention_transfer.cli.parsing import PROGRAM, VERBS, UsageError, one_line, split_trust, suggest
+from attention_transfer.cli.parsing import PROGRAM, VERBS, UsageError, split_trust, suggest
 from attention_transfer.training.run import Interrupted
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from attention_transfer._machine import commit, device_name
+from attention_transfer._reading import one_line
 from attention_transfer._tables import format_table
 from attention_transfer.cli.loading import load, load_teacher
-from attention_transfer.cli.parsing import one_line
 from attention_transfer.data import Augment, Batches, Splits
 from attention_transfer.training.build import Teacher
 from attention_transfer.training.evaluation import Evaluation, evaluate_model

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from attention_transfer._extras import require
 from attention_transfer._pictures import open_picture
-from attention_transfer.cli.parsing import PROGRAM, UsageError, one_line, parse, verb_parser
+from attention_transfer._reading import one_line
+from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
 from attention_transfer.training.recipe import parse_pairs
 
 if TYPE_CHECKING:

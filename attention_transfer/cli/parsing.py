@@ -9,6 +9,7 @@ from typing import Any
 
 from attention_transfer._extras import require
 from attention_transfer._hints import did_you_mean
+from attention_transfer._reading import one_line
 from attention_transfer._trust import is_factory
 
 PROGRAM = "attention-transfer"
@@ -106,8 +107,3 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """Near matches of a misspelt word, or all that is known."""
     known = list(known)
     return did_you_mean(word, known) or f"Known: {', '.join(known)}."
-
-
-def one_line(text: str) -> str:
-    """The text with all white space made single blanks."""
-    return " ".join(text.split())

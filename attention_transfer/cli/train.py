@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from attention_transfer._extras import require
+from attention_transfer._reading import one_line
 from attention_transfer._trust import trusted
 from attention_transfer.cli.memory import add_memory_flag, govern_memory
-from attention_transfer.cli.parsing import PROGRAM, UsageError, one_line, parse, verb_parser
+from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
 from attention_transfer.training.recipe import PLACES, Recipe, field_types
 from attention_transfer.training.run import Interrupted, Run
 from attention_transfer.training.telling import Line, Progress, Say, teller

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from attention_transfer._reading import one_line
 from attention_transfer.cli.caffe import VERBS
-from attention_transfer.cli.parsing import PROGRAM, UsageError, one_line, parse, verb_parser
+from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
 
 VERB = "caffe convert"
 
