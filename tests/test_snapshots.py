@@ -140,8 +140,8 @@ def test_a_run_that_was_killed_goes_on_with_its_maps(
 
     record = MapRecorder._record
 
-    def killed(self: MapRecorder, epoch: int, module: object) -> None:
-        record(self, epoch, module)  # type: ignore[arg-type]
+    def killed(self: MapRecorder, epoch: int, *rest: object) -> None:
+        record(self, epoch, *rest)  # type: ignore[arg-type]
         if epoch == 2:
             raise Killed  # the maps are written, the checkpoint is not
 

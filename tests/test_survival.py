@@ -89,22 +89,34 @@ def lived(process: ForkServerProcess, seconds: float) -> bool:
     return process.exitcode == 0
 
 
+@pytest.fixture(scope="module")
+def undisturbed(base: Recipe, processes: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """As `whole`, by a process like those that are killed, once another has left the kernels compiled.
+
+    numba's machine code rounds otherwise, in the last bit, in the process that compiles it than in those that
+    load it from the disk.
+    """
+    for name in ("compiled", "undisturbed"):
+        recipe = replace(base, output=str(tmp_path_factory.mktemp("runs") / name), teacher_epochs=1)
+        assert lived(processes.Process(target=begin_or_go_on, args=(recipe,)), seconds=120)
+    return Run(recipe.folder)
+
+
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_the_weights_come_out_the_same(
-    whole: Run, base: Recipe, kills: int, processes: ForkServerContext, tmp_path: Path
+    undisturbed: Run, base: Recipe, kills: int, processes: ForkServerContext, tmp_path: Path
 ) -> None:
     """SIGKILL at random moments, the teacher's training among them; every step is a checkpoint."""
     draw = random.Random(kills)
     survived = finished = 0
     while survived < kills:
         recipe = replace(base, output=str(tmp_path / str(finished)), teacher_epochs=1)
-        while not lived(processes.Process(target=begin_or_go_on, args=(recipe,)), draw.uniform(0.1, 1.5)):
+        seconds = draw.uniform(0.1, 1.5)
+        while not lived(processes.Process(target=begin_or_go_on, args=(recipe,)), seconds):
             survived += 1
-            if survived >= kills:
-                begin_or_go_on(recipe)
-                break
-        assert equal(whole, Run(recipe.folder)), f"after {survived} kills"
-        assert equal(whole.teacher, Run(recipe.folder).teacher)
+            seconds = draw.uniform(0.1, 1.5) if survived < kills else 120
+        assert equal(undisturbed, Run(recipe.folder)), f"after {survived} kills"
+        assert equal(undisturbed.teacher, Run(recipe.folder).teacher)
         assert not list(recipe.folder.rglob("*.tmp"))
         finished += 1
 

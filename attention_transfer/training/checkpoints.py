@@ -24,8 +24,12 @@ class SafeCheckpointIO(TorchCheckpointIO):
     """Lightning's way of writing checkpoints, which a kill or a full disk cannot leave with half of one.
 
     Lightning's own writes into the system's folder for temporary files, from where a move to another disk is
-    a copy. What `path` held before is kept beside it, under the name that `former` gives.
+    a copy.
     """
+
+    def __init__(self, keeps: Path) -> None:
+        """`keeps` is the one checkpoint whose former state is kept."""
+        self._keeps = keeps
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -38,7 +42,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         buffer, path = io.BytesIO(), Path(path)
         torch.save(checkpoint, buffer)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, buffer.getbuffer(), keep=former(path))
+        write_atomically(path, buffer.getbuffer(), keep=former(path) if path == self._keeps else None)
 
 
 def former(path: Path) -> Path:

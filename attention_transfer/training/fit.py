@@ -278,7 +278,7 @@ def build_trainer(
     precision: Any = recipe.precision
     recorder = MapRecorder(run.maps, splits, recipe.epochs)
     devices, nodes = layout(recipe)
-    plugins: list[Any] = [SafeCheckpointIO()]
+    plugins: list[Any] = [SafeCheckpointIO(run.last_checkpoint)]
     if recipe.sync_batchnorm:
         from attention_transfer.training.batchnorm import SharedBatchNorm
 
