@@ -316,17 +316,19 @@ def test_a_teachers_run_is_exported_as_what_it_is(taught: Run, capsys: pytest.Ca
     assert "note:" not in export(capsys, taught.folder, "--format", "torch", "-o", "students")
 
 
+@pytest.mark.parametrize("teacher", ["/gone/teacher-run", "damaged"])
 def test_a_teacher_that_is_gone_stops_nothing(
-    taught: Run, base: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    teacher: str, taught: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "damaged").write_text("no weights")
     run = Run(tmp_path / "run")
-    recipe = replace(taught.recipe, teacher="/gone/teacher-run", output=str(run.folder))
+    recipe = replace(taught.recipe, teacher=str(tmp_path / teacher), output=str(run.folder))
     run.create(recipe)
     run.student_weights.write_bytes(taught.student_weights.read_bytes())
     run.write_result(taught.result)
     export(capsys, run.folder, "--format", "torch")
     text = (run.folder / "export" / "README.md").read_text()
-    assert "from a `teacher-run`" in text
+    assert f"from a `{Path(teacher).name}`" in text
     assert "/gone" not in text
 
 
