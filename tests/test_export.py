@@ -320,7 +320,8 @@ def test_a_teachers_run_is_exported_as_what_it_is(taught: Run, capsys: pytest.Ca
 def test_a_teacher_that_is_gone_stops_nothing(
     teacher: str, taught: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "damaged").write_text("no weights")
+    whole = taught.teacher.student_weights.read_bytes()
+    (tmp_path / "damaged").write_bytes(whole[:100])
     run = Run(tmp_path / "run")
     recipe = replace(taught.recipe, teacher=str(tmp_path / teacher), output=str(run.folder))
     run.create(recipe)
