@@ -6,10 +6,14 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from attention_transfer.training import Recipe
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -80,6 +84,25 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels[..., label] += 120
             Image.fromarray(pixels).save(root / name / f"{i}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny(image_folder: Path) -> Recipe:
+    """A student alone, in seconds, the same on every machine; tests change what they are about."""
+    from attention_transfer.training import Recipe
+
+    return Recipe(
+        student="wrn-10-1",
+        teacher=None,
+        method="none",
+        data=str(image_folder),
+        validation=0.2,
+        epochs=1,
+        batch_size=10,
+        pad=2,
+        accelerator="cpu",
+        precision="32-true",
+    )
 
 
 @pytest.fixture

@@ -32,19 +32,8 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def base(image_folder: Path) -> Recipe:
-    return Recipe(
-        student="wrn-10-1",
-        teacher=None,
-        method="none",
-        data=str(image_folder),
-        validation=0.2,
-        epochs=1,
-        batch_size=10,
-        pad=2,
-        accelerator="cpu",
-        precision="32-true",
-    )
+def base(tiny: Recipe) -> Recipe:
+    return tiny
 
 
 @pytest.fixture(scope="module")

@@ -70,20 +70,8 @@ def _in_the_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def base(image_folder: Path, workplace: Path) -> Recipe:
-    return Recipe(
-        student="wrn-10-1",
-        teacher=None,
-        method="none",
-        data=str(image_folder),
-        validation=0.0,
-        max_train=20,
-        epochs=1,
-        batch_size=10,
-        pad=2,
-        accelerator="cpu",
-        precision="32-true",
-    )
+def base(tiny: Recipe, workplace: Path) -> Recipe:
+    return replace(tiny, validation=0.0, max_train=20)
 
 
 @pytest.fixture(scope="module")

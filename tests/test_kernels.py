@@ -268,6 +268,38 @@ def test_the_compiled_backend_leaves_the_number_of_threads_of_torch_alone() -> N
     assert done.returncode == 0, done.stderr
 
 
+BITS = """
+import hashlib, torch
+import attention_transfer as at
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+digest = hashlib.sha256()
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for mapping in ("sum", "max"):
+        for memory in (torch.contiguous_format, torch.channels_last):
+            student, teacher = (
+                torch.randn(4, 32, 9, 8).to(dtype).contiguous(memory_format=memory) for _ in range(2)
+            )
+            student.requires_grad_()
+            loss = at.attention_transfer_loss(student, teacher, beta=1.0, mapping=mapping)
+            loss.backward()
+            digest.update(str(loss.item()).encode() + student.grad.double().contiguous().numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_compiling_and_loading_give_the_same_bits(tmp_path: Path) -> None:
+    """A run may be begun by the process that compiles the kernels, and resumed by one that loads them."""
+    pytest.importorskip("numba")
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore", "-c", BITS]
+    runs = [subprocess.run(command, capture_output=True, text=True, env=environment) for _ in range(2)]
+    assert [run.returncode for run in runs] == [0, 0], runs
+    assert list(tmp_path.rglob("*.nbc"))
+    assert runs[0].stdout == runs[1].stdout
+
+
 FORKED = """
 import os, torch
 from attention_transfer import kernels

@@ -75,21 +75,9 @@ def test_networks_take_turns_and_warm_up_first() -> None:
 
 
 @pytest.fixture(scope="module")
-def taught(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    recipe = Recipe(
-        student="wrn-10-1",
-        teacher="wrn-10-2",
-        method="at",
-        data=str(image_folder),
-        validation=0.0,
-        max_train=20,
-        epochs=1,
-        batch_size=10,
-        pad=2,
-        accelerator="cpu",
-        precision="32-true",
-        output=str(tmp_path_factory.mktemp("runs") / "taught"),
-    )
+def taught(tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("runs") / "taught"
+    recipe = replace(tiny, method="at", teacher="wrn-10-2", validation=0.0, max_train=20, output=str(folder))
     return train(recipe, say=lambda _: None)
 
 

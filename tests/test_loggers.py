@@ -19,18 +19,9 @@ def silent(line: str) -> None:
 
 
 @pytest.fixture
-def recipe(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+def recipe(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.chdir(tmp_path)
-    return Recipe(
-        student="wrn-10-1",
-        method="none",
-        data=str(image_folder),
-        epochs=2,
-        batch_size=10,
-        accelerator="cpu",
-        precision="32-true",
-        output=str(tmp_path / "run"),
-    )
+    return replace(tiny, validation=None, pad=None, epochs=2, output=str(tmp_path / "run"))
 
 
 def unfinished(run: Run) -> None:

@@ -31,20 +31,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def base(image_folder: Path) -> Recipe:
+def base(tiny: Recipe) -> Recipe:
     """Saves after every step."""
-    return Recipe(
-        student="wrn-10-1",
-        teacher="wrn-10-1",
-        data=str(image_folder),
-        validation=0.2,
-        epochs=2,
-        batch_size=10,
-        pad=2,
-        checkpoint_minutes=0.0,
-        accelerator="cpu",
-        precision="32-true",
-    )
+    return replace(tiny, method="at", teacher="wrn-10-1", epochs=2, checkpoint_minutes=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -89,22 +78,9 @@ def lived(process: ForkServerProcess, seconds: float) -> bool:
     return process.exitcode == 0
 
 
-@pytest.fixture(scope="module")
-def undisturbed(base: Recipe, processes: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """As `whole`, by a process like those that are killed, once another has left the kernels compiled.
-
-    numba's machine code rounds otherwise, in the last bit, in the process that compiles it than in those that
-    load it from the disk.
-    """
-    for name in ("compiled", "undisturbed"):
-        recipe = replace(base, output=str(tmp_path_factory.mktemp("runs") / name), teacher_epochs=1)
-        assert lived(processes.Process(target=begin_or_go_on, args=(recipe,)), seconds=120)
-    return Run(recipe.folder)
-
-
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_the_weights_come_out_the_same(
-    undisturbed: Run, base: Recipe, kills: int, processes: ForkServerContext, tmp_path: Path
+    whole: Run, base: Recipe, kills: int, processes: ForkServerContext, tmp_path: Path
 ) -> None:
     """SIGKILL at random moments, the teacher's training among them; every step is a checkpoint."""
     draw = random.Random(kills)
@@ -115,8 +91,8 @@ def test_killed_at_any_moment_the_weights_come_out_the_same(
         while not lived(processes.Process(target=begin_or_go_on, args=(recipe,)), seconds):
             survived += 1
             seconds = draw.uniform(0.1, 1.5) if survived < kills else 120
-        assert equal(undisturbed, Run(recipe.folder)), f"after {survived} kills"
-        assert equal(undisturbed.teacher, Run(recipe.folder).teacher)
+        assert equal(whole, Run(recipe.folder)), f"after {survived} kills"
+        assert equal(whole.teacher, Run(recipe.folder).teacher)
         assert not list(recipe.folder.rglob("*.tmp"))
         finished += 1
 

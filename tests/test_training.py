@@ -35,18 +35,8 @@ def silent(line: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def base(image_folder: Path) -> Recipe:
-    return Recipe(
-        student="wrn-10-1",
-        teacher="wrn-10-1",
-        data=str(image_folder),
-        validation=0.2,
-        epochs=2,
-        batch_size=10,
-        pad=2,
-        accelerator="cpu",
-        precision="32-true",
-    )
+def base(tiny: Recipe) -> Recipe:
+    return replace(tiny, method="at", teacher="wrn-10-1", epochs=2)
 
 
 @pytest.fixture(scope="module")

@@ -55,8 +55,12 @@ _process = os.getpid()
 
 
 def _inner(function: Callable) -> Callable:
-    """Compile what kernels call; the checks of array shapes, in tests, wrap every function first."""
-    return numba.njit(fastmath=REORDERED)(inspect.unwrap(function))
+    """Compile what kernels call; the checks of array shapes, in tests, wrap every function first.
+
+    Always inlined: a function with a symbol of its own is linked with one copy in the process that compiles
+    it, and with another, which may sum in another order, in those that load the kernel from the disk cache.
+    """
+    return numba.njit(fastmath=REORDERED, forceinline=True)(inspect.unwrap(function))
 
 
 @intrinsic

@@ -22,7 +22,7 @@ AGREE_EVERY = 10  # steps between which several processes agree whether to stop 
 
 
 class EpochLog(Callback):
-    """Writes each epoch into metrics.csv and TensorBoard, and says it in a line."""
+    """Writes each epoch into metrics.csv and the loggers, and says it in a line."""
 
     def __init__(self, run: Run, say: Callable[[str], None]) -> None:
         self.run, self.say = run, say
@@ -74,7 +74,7 @@ class Checkpoints(Checkpoint):
         self._before, self._started = 0.0, time.perf_counter()
         self._saved = self._started
         self._between_steps = False
-        self.started = False
+        self.training = False
 
     @property
     def wall_seconds(self) -> float:
@@ -82,7 +82,7 @@ class Checkpoints(Checkpoint):
         return self._before + time.perf_counter() - self._started
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.started = True
+        self.training = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, DistillationModule)
@@ -105,7 +105,10 @@ class Checkpoints(Checkpoint):
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._between_steps and trainer.world_size == 1 and isinstance(exception, Exception):
+        own = isinstance(exception, Exception) and not isinstance(
+            exception, Interrupted
+        )  # that one has saved
+        if self._between_steps and trainer.world_size == 1 and own:
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:

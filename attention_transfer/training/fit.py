@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -73,16 +73,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, say: Say | None = None) ->
     run = Run(recipe.folder)
     if is_first_process():
         run.check_free(overwrite=overwrite)
-    splits = load_splits(recipe)
-    student = build_student(recipe, splits)
-    cached = CachedTeacher.of(recipe, splits, student) if recipe.cache else None
-    _check_share(recipe)
-    speed = choose_speed(recipe)
-    recipe = replace(recipe, precision=speed.precision)  # what the folder keeps repeats the run anywhere
-    if is_first_process():
-        run.create(recipe, overwrite=overwrite)
-    only_first(say or say_above_the_bar)(str(speed))
-    return _fit(run, recipe, splits, student, cached, _join(run, recipe), say)
+    return _start(run, recipe, say, lambda recipe: run.create(recipe, overwrite=overwrite))
 
 
 def resume(folder: str | Path, *, say: Say | None = None, **places: Any) -> Run:
@@ -98,20 +89,33 @@ def resume(folder: str | Path, *, say: Say | None = None, **places: Any) -> Run:
     run = Run(Path(folder).absolute())
     if run.finished:
         return run
-    recipe = take_over(replace(run.recipe, **places, output=str(run.folder)))
+    return _start(run, take_over(replace(run.recipe, **places, output=str(run.folder))), say)
+
+
+def _start(run: Run, recipe: Recipe, say: Say | None, create: Callable[[Recipe], None] | None = None) -> Run:
+    """Build and check what can be before any other process is started; `create` makes the run folder."""
     splits = load_splits(recipe)
     student = build_student(recipe, splits)
     cached = CachedTeacher.of(recipe, splits, student) if recipe.cache else None
-    _check_share(recipe)
+    _check_processes(recipe)
     speed = choose_speed(recipe)
-    recipe = replace(recipe, precision=speed.precision)
-    only_first(say or say_above_the_bar)(str(speed))
-    return _fit(run, recipe, splits, student, cached, _join(run, recipe), say)
+    recipe = replace(recipe, precision=speed.precision)  # what the folder keeps repeats the run anywhere
+    if create and is_first_process():
+        create(recipe)
+    tell = only_first(say or say_above_the_bar)
+    tell(str(speed))
+    return _fit(run, recipe, splits, student, cached, _join(run, recipe), tell)
 
 
-def _check_share(recipe: Recipe) -> None:
-    """Raise ValueError if a batch cannot be shared, before any other process is started."""
-    Processes(size=count(recipe)).share_of(recipe.batch_size)
+def _check_processes(recipe: Recipe) -> None:
+    """Raise ValueError if a batch cannot be shared, or skipped, by the processes that there will be."""
+    size = count(recipe)
+    Processes(size=size).share_of(recipe.batch_size)
+    if recipe.not_finite == "skip" and size > 1:
+        raise ValueError(
+            f'train: not_finite "skip" works in one process, got {size}, of which each sees a part of the '
+            "batch. Leave --not-finite out, or pass --devices 1."
+        )
 
 
 def _join(run: Run, recipe: Recipe) -> Processes:
@@ -134,14 +138,13 @@ def _fit(
     student: nn.Module,
     cached: CachedTeacher | None,
     processes: Processes,
-    say: Say | None,
+    tell: Say,
 ) -> Run:
     """Train a built student in a run folder that is there, from its last checkpoint if it has one."""
     from attention_transfer.training.callbacks import Checkpoints
     from attention_transfer.training.checkpoints import checkpoint_to_resume, unusable
     from attention_transfer.training.module import DistillationModule
 
-    tell = only_first(say or say_above_the_bar)
     if is_first_process():
         run.sweep()
     last = checkpoint_to_resume(run, tell)
@@ -153,12 +156,11 @@ def _fit(
         tell(str(cached))
         distiller, weights = cached.distiller(recipe, student), cached.fingerprint
     else:
-        distiller, weights = _with_teacher(run, recipe, splits, student, processes, say)
+        distiller, weights = _with_teacher(run, recipe, splits, student, processes, tell)
     strategy = build_strategy(recipe, distiller, splits, processes)
     prepare(student, compiled=recipe.compile)
     checkpoints = Checkpoints(run, recipe.checkpoint_minutes)
     with quiet():
-        _check_skipping(recipe, processes)
         trainer = build_trainer(run, recipe, strategy, splits, checkpoints, tell)
         loaders = _Loaders(recipe, splits, processes, trainer.strategy.root_device)
         if loaders.train.drop_last:
@@ -178,7 +180,7 @@ def _fit(
             raise KeyboardInterrupt from None
         # what is missing in a checkpoint, or does not fit, ends in any exception before the first step
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
-            if last is None or checkpoints.started or str(error).startswith("train: "):
+            if last is None or checkpoints.training or str(error).startswith("train: "):
                 raise
             raise unusable(run, error) from error
     if trainer.is_global_zero:
@@ -188,10 +190,10 @@ def _fit(
 
 
 def _with_teacher(
-    run: Run, recipe: Recipe, splits: Splits, student: nn.Module, processes: Processes, say: Say | None
+    run: Run, recipe: Recipe, splits: Splits, student: nn.Module, processes: Processes, tell: Say
 ) -> tuple[Distiller, str | None]:
     """The student beside its teacher, which is trained first where need be, and the teacher's fingerprint."""
-    teacher = build_teacher(recipe, splits, lambda: _train_teacher(run, recipe, splits, processes, say))
+    teacher = build_teacher(recipe, splits, lambda: _train_teacher(run, recipe, splits, processes, tell))
     distiller = build_distiller(recipe, student, teacher, torch.zeros(2, *splits.shape))
     if teacher is None:
         return distiller, None
@@ -199,15 +201,15 @@ def _with_teacher(
     return distiller, fingerprint(teacher.model)
 
 
-def _train_teacher(run: Run, recipe: Recipe, splits: Splits, processes: Processes, say: Say | None) -> Run:
+def _train_teacher(run: Run, recipe: Recipe, splits: Splits, processes: Processes, tell: Say) -> Run:
     """Train the teacher inside the run folder, or go on with it, or take it as it is there."""
     if run.teacher.finished:
         return run.teacher
-    teacher_recipe, tell = recipe.for_teacher(), only_first(say or say_above_the_bar)
+    teacher_recipe = recipe.for_teacher()
     tell(f"First the teacher: {recipe.teacher}, epochs: {teacher_recipe.epochs}")
     if is_first_process() and not run.teacher.holds_work:
         run.teacher.create(teacher_recipe)
-    _fit(run.teacher, teacher_recipe, splits, build_student(teacher_recipe, splits), None, processes, say)
+    _fit(run.teacher, teacher_recipe, splits, build_student(teacher_recipe, splits), None, processes, tell)
     tell(f"Now the student: {recipe.student}, epochs: {recipe.epochs}")
     return run.teacher
 
@@ -301,14 +303,6 @@ def build_trainer(
         enable_progress_bar=bool(progress),
         default_root_dir=run.folder,
     )
-
-
-def _check_skipping(recipe: Recipe, processes: Processes) -> None:
-    if recipe.not_finite == "skip" and processes.size > 1:
-        raise ValueError(
-            f'train: not_finite "skip" works in one process, got {processes.size}, of which each sees a '
-            "part of the batch. Leave --not-finite out, or pass --devices 1."
-        )
 
 
 def _finish(
