@@ -477,6 +477,18 @@ def test_two_processes_of_two_workers_see_each_image_once(streamed: StreamedImag
         assert {n for rank in seen for n in rank[step]} == {source[row] for row in expected.tolist()}
 
 
+def test_each_process_knows_which_images_of_the_whole_batch_are_its_own(streamed: StreamedImages) -> None:
+    """By which it draws their flips, so that each image looks as it would in one process."""
+    whole = Batches(streamed, 16, shuffle=True)
+    for rank in range(2):
+        batches = Batches(streamed, 8, shuffle=True, rank=rank, world_size=2)
+        for epoch in (1, 0):
+            for index, (ours, all_of_them) in enumerate(
+                zip(batches.rows(epoch), whole.rows(epoch), strict=True)
+            ):
+                assert torch.equal(all_of_them[batches.share(epoch, index)], ours)
+
+
 def test_processes_read_other_stretches() -> None:
     """With windows of 4 stretches and 4 processes, each reads a quarter of them, and some more."""
     images = StreamedImages(_Placed(4000), torch.arange(4000), torch.zeros(4000, dtype=torch.int64), 6)

@@ -53,7 +53,7 @@ class Augment(nn.Module):
         generator: torch.Generator | None = None,
         *,
         whole: int | None = None,
-        share: slice = slice(None),
+        share: slice | Int64[Tensor, " b"] = slice(None),
     ) -> Float[Tensor, "b c h w"]:
         """Augment and normalise; `generator` (on the CPU) defaults to torch's global one.
 

@@ -87,6 +87,7 @@ class Batches:
         self._resume_at = 0  # where the next pass starts: not 0 only after load_state_dict
         self._on_device: tuple[Tensor, Tensor] | None = None
         self._layout = images.layout() if isinstance(images, StreamedImages) else None
+        self._latest: tuple[int, tuple[Tensor, ...], Layout | None] | None = None
         self._check()
 
     def __len__(self) -> int:
@@ -142,10 +143,17 @@ class Batches:
 
     def rows(self, epoch: int) -> list[Int64[Tensor, " _"]]:
         """The positions in `images` of each batch of this rank."""
-        order, layout = self._order(epoch)
-        if self.drop_last:
-            order = order[: len(self) * self.batch_size * self.world_size]
-        return [self._share(chunk, layout) for chunk in order.split(self.batch_size * self.world_size)]
+        whole, layout = self._whole_batches(epoch)
+        return [rows[self._share(rows, layout)] for rows in whole]
+
+    def share(self, epoch: int, index: int) -> slice | Int64[Tensor, " _"]:
+        """Which images of the batch of all ranks are this rank's, in an epoch's batch `index`."""
+        if self._layout is None or self.world_size == 1:
+            return slice(self.rank, None, self.world_size)
+        if self._latest is None or self._latest[0] != epoch:  # an order of millions is not for every step
+            self._latest = epoch, *self._whole_batches(epoch)
+        _, whole, layout = self._latest
+        return self._share(whole[index], layout)
 
     def fetch(self, rows: Sequence[Int64[Tensor, " _"]]) -> Iterator[Batch]:
         """The images at these rows as they are in the present epoch, a batch for each entry."""
@@ -162,10 +170,17 @@ class Batches:
             return torch.randperm(len(self.images), generator=generator), None
         return self._layout.shuffle(generator)
 
-    def _share(self, chunk: Int64[Tensor, " _"], layout: Layout | None) -> Int64[Tensor, " _"]:
+    def _whole_batches(self, epoch: int) -> tuple[tuple[Int64[Tensor, " _"], ...], Layout | None]:
+        """The batches of all ranks together, and how their images lie in that order."""
+        order, layout = self._order(epoch)
+        if self.drop_last:
+            order = order[: len(self) * self.batch_size * self.world_size]
+        return order.split(self.batch_size * self.world_size), layout
+
+    def _share(self, rows: Int64[Tensor, " _"], layout: Layout | None) -> slice | Int64[Tensor, " _"]:
         if layout is None or self.world_size == 1:
-            return chunk[self.rank :: self.world_size]
-        return layout.share(chunk, self.rank, self.world_size)
+            return slice(self.rank, None, self.world_size)
+        return layout.share(rows, self.rank, self.world_size)
 
     def _advance_to(self, delivered: int) -> None:
         if delivered == len(self):

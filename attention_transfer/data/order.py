@@ -27,6 +27,5 @@ class Layout:
         return order, Layout(place, self.window)
 
     def share(self, rows: Int64[Tensor, " b"], rank: int, world_size: int) -> Int64[Tensor, " share"]:
-        """A rank's share of a global batch: neighbours, so that each rank reads other stretches."""
-        near = rows[self.stretch[rows].argsort(stable=True)]
-        return near.tensor_split(world_size)[rank]
+        """Which of a global batch a rank takes: neighbours, so that each rank reads other stretches."""
+        return self.stretch[rows].argsort(stable=True).tensor_split(world_size)[rank]

@@ -163,7 +163,7 @@ class DistillationModule(LightningModule):
         self, images: UInt8[Tensor, "b c h w"], batch_idx: int, *rows: Int64[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
         if self.views is None:
-            ours = slice(self.batches.rank, None, self.batches.world_size)
+            ours = self.batches.share(self.current_epoch, batch_idx)
             return self.augment(images, whole=self.batches.whole(batch_idx), share=ours)
         return self.augment.view(images, rows[0], self.views, self.views.of_epoch(self.current_epoch))
 
@@ -275,8 +275,8 @@ class DistillationModule(LightningModule):
         where = "another process" if bad is None else f"batch {bad + 1}, which is in {self._dump(bad)}"
         raise FloatingPointError(
             f"train: expected a finite loss, got none in epoch {self.current_epoch + 1}, {where}; "
-            "checkpoints/ holds an earlier state. "
-            "Lower --lr, pass --gradient-clip 1 or --precision 32-true or, for bad images, --not-finite skip."
+            "checkpoints/ holds an earlier state. Lower --lr, pass --gradient-clip 1 or --precision 32-true "
+            "or, for bad images, --not-finite skip."
         )
 
     def _dump(self, batch_idx: int) -> Path:
@@ -312,14 +312,10 @@ class Totals:
     def means(self, reduce: Any = None) -> dict[str, float]:
         """The means by name; `reduce` sums a tensor over processes."""
         sums, count = self._together(reduce)
-        return (
-            {
-                name: total / count
-                for name, total in zip(sums, torch.stack([*sums.values()]).tolist(), strict=True)
-            }
-            if sums
-            else {}
-        )
+        if not sums:
+            return {}
+        totals = torch.stack([*sums.values()]).tolist()
+        return {name: total / count for name, total in zip(sums, totals, strict=True)}
 
     def state_dict(self, reduce: Any = None) -> dict[str, Any]:
         """The sums of all processes, so that any number of them can go on."""
