@@ -145,6 +145,53 @@ def test_a_frame_of_a_strip_fills_its_tile(browser: Browser, tmp_path: Path) -> 
     assert abs(int(pixels[12, 12].sum()) - int(pixels[-13, -13].sum())) < 20
 
 
+VALUES = "[...document.querySelectorAll('.pointed .tile')].map((e) => e.dataset.value)"
+
+
+def test_values_of_the_maps_under_the_pointer_and_by_keyboard(browser: Browser, tmp_path: Path) -> None:
+    """Of teacher and student at one place of the image, each in its own resolution and scale."""
+    folder = make_run(tmp_path / "at", "at")
+    snapshots = Snapshots.start(
+        torch.zeros(1, 1, 16, 32, dtype=torch.uint8), torch.tensor([0]), ["a"], ["layer1"]
+    )
+    snapshots = snapshots.with_teacher([torch.tensor([[[0.0, 0.0], [0.0, 3.0]]])])
+    first, last = torch.rand(2, 1, 4, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    snapshots.add(0, [first]).add(1, [last]).save(folder / "maps.safetensors")
+    browser.open(write_report([folder], tmp_path / "r.html"), width=500)
+
+    def cell(values: torch.Tensor, row: int, column: int) -> str:
+        return f"{values[0, row, column] / values.max():.2f}"
+
+    browser.evaluate("document.querySelector('.strip').scrollIntoView({ block: 'center' })")
+    box = "(() => { const b = document.querySelector('.strip').getBoundingClientRect();"
+    x, y, width, height = browser.evaluate(f"{box} return [b.x, b.y, b.width, b.height]; }})()")
+    assert width == pytest.approx(2 * height, rel=0.02)
+    move = {"type": "mouseMoved", "button": "none"}
+    for row, column in [(0, 0), (3, 7), (2, 5), (0, 6)]:
+        at = {"x": x + (column + 0.5) * width / 8, "y": y + (row + 0.5) * height / 4}
+        browser.call("Input.dispatchMouseEvent", **move, **at)
+        browser.evaluate("new Promise((done) => setTimeout(done, 60))")
+        of_teacher, of_student = browser.evaluate(VALUES)
+        assert float(of_student) == pytest.approx(float(cell(last, row, column)), abs=0.011)
+        assert (of_teacher == "1.00") == ((row, column) == (3, 7))
+    browser.call("Input.dispatchMouseEvent", **move, x=1, y=1)
+    assert browser.evaluate(VALUES) == []
+
+    browser.evaluate("document.querySelector('.maps').focus()")
+    browser.press("ArrowRight")
+    assert float(browser.evaluate(VALUES)[1]) == pytest.approx(float(cell(last, 2, 4)), abs=0.011)
+    for _ in range(9):
+        browser.press("ArrowDown")
+        browser.press("ArrowRight")
+    assert float(browser.evaluate(VALUES)[1]) == pytest.approx(float(cell(last, 3, 7)), abs=0.011)
+    said = browser.evaluate("document.querySelector('output.unseen').textContent")
+    assert said.startswith("100 % from the left, 100 % from the top; Attention of the teacher at layer1")
+    assert "1.00; Attention of" in said
+    slide = "(s) => { s.value = 0; s.dispatchEvent(new Event('input')); }"
+    browser.evaluate(f"({slide})(document.getElementById('epoch'))")
+    assert float(browser.evaluate(VALUES)[1]) == pytest.approx(float(cell(first, 3, 7)), abs=0.011)
+
+
 def shot(browser: Browser, box: list[float]):
     import base64
     import io

@@ -25,6 +25,82 @@
     strength.addEventListener("input", () => root.style.setProperty("--strength", strength.value));
   }
 
+  // The values of an image's maps at one place, under the pointer or chosen with the arrow keys: the level of
+  // the colour that the map's own pixel has.
+  const hex = document.querySelector("main").dataset.colours;
+  const levels = new Map(hex.match(/.{6}/g).map((colour, level) => [Number.parseInt(colour, 16), level]));
+  const loaded = new Map();
+  let place = null; // { table, x, y }, both from 0 to 1
+
+  const pixelsOf = (map) => {
+    if (!loaded.has(map)) {
+      loaded.set(map, null);
+      const image = new Image();
+      image.src = map.src ?? getComputedStyle(map).backgroundImage.slice(5, -2); // url("...")
+      image.decode().then(() => {
+        const context = new OffscreenCanvas(image.width, image.height).getContext("2d");
+        context.drawImage(image, 0, 0);
+        loaded.set(map, context.getImageData(0, 0, image.width, image.height));
+        read();
+      });
+    }
+    return loaded.get(map);
+  };
+  const valueOf = (map, x, y) => {
+    const pixels = pixelsOf(map);
+    if (!pixels) return "";
+    const own = (name, otherwise) => Number(map.style.getPropertyValue(name) || otherwise);
+    const [width, height, frame] = [own("--w", pixels.width), own("--h", pixels.height), own("--f", 0)];
+    const border = (pixels.height - height) / 2;
+    const within = (share, size) => border + Math.min(size - 1, Math.floor(share * size));
+    const at = 4 * (within(y, height) * pixels.width + frame * (width + 2 * border) + within(x, width));
+    const [red, green, blue] = pixels.data.slice(at, at + 3);
+    return (levels.get((red << 16) | (green << 8) | blue) / 255).toFixed(2);
+  };
+  const mapsOf = (table) => [...table.querySelectorAll(".tile > *")];
+  const read = () => {
+    if (!place) return;
+    const { table, x, y } = place;
+    for (const map of mapsOf(table)) map.parentElement.dataset.value = valueOf(map, x, y);
+    table.classList.add("pointed");
+    table.classList.toggle("low", y > 0.5);
+    table.style.setProperty("--x", x);
+    table.style.setProperty("--y", y);
+  };
+  const leave = () => {
+    place?.table.classList.remove("pointed");
+    place = null;
+  };
+  const point = (table, x, y) => {
+    if (place?.table !== table) leave();
+    const inside = (share) => Math.max(0, Math.min(1, share));
+    place = { table, x: inside(x), y: inside(y) };
+    read();
+  };
+  for (const table of document.querySelectorAll(".scroll.maps")) {
+    for (const kind of ["pointerdown", "pointermove"])
+      table.addEventListener(kind, (event) => {
+        const box = event.target.closest(".tile")?.getBoundingClientRect();
+        if (box) point(table, (event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height);
+      });
+    table.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") leave(); });
+    table.addEventListener("blur", leave);
+    const said = document.createElement("output");
+    said.className = "unseen";
+    table.before(said);
+    table.addEventListener("keydown", (event) => {
+      const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+      if (!step) return;
+      const from = place?.table === table ? place : { x: 0.5, y: 0.5 };
+      point(table, from.x + step[0] / 16, from.y + step[1] / 16);
+      if (place.x === from.x && place.y === from.y) return; // at the edge the key scrolls, as ever
+      event.preventDefault();
+      const where = `${Math.round(100 * place.x)} % from the left, ${Math.round(100 * place.y)} % from the top`;
+      const values = mapsOf(table).map((map) => `${map.alt ?? map.ariaLabel}: ${map.parentElement.dataset.value}`);
+      said.textContent = [where, ...values].join("; ");
+    });
+  }
+
   // The epoch whose maps are shown: of each run the last that was kept up to then.
   const slider = document.getElementById("epoch");
   if (slider) {
@@ -39,6 +115,7 @@
         const frame = Math.max(0, own.findLastIndex((kept) => kept <= epoch));
         for (const strip of row.querySelectorAll(".strip")) strip.style.setProperty("--f", frame);
       }
+      read();
     };
     slider.closest(".controls").hidden = false;
     slider.addEventListener("input", move);

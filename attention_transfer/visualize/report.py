@@ -90,6 +90,7 @@ def _page(groups: Sequence[Group], examples: Examples | None) -> dict[str, Any]:
         "examples": looking.section(examples) if examples else None,
         "moving": movement.section(groups),
         "scale": [f"rgb({r} {g} {b})" for r, g, b in overlays.colour_table()[::51].tolist()],
+        "colours": overlays.colour_table().tobytes().hex(),
         "width": charts.WIDTH,
         "height": charts.HEIGHT,
         "frame": {
