@@ -50,6 +50,7 @@ ALLOWED = {
 }
 HELPERS = {
     "_choices",
+    "_colours",
     "_extras",
     "_files",
     "_hints",

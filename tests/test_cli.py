@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -18,6 +19,7 @@ from PIL import Image
 
 from attention_transfer.cli import VERBS, main
 from attention_transfer.training import Recipe, Run, train
+from attention_transfer.training.telling import say_text
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::attention_transfer.preflight.PreflightWarning"),
@@ -499,3 +501,30 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_colours_are_for_terminals(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"NO_COLOR": "", "TERM": "xterm", **environment}.items():
+        monkeypatch.setenv(name, value)
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "attention_transfer", "no-such-verb"]
+    assert subprocess.run(command, stderr=theirs, stdout=subprocess.DEVNULL).returncode == 2
+    with monkeypatch.context() as patch, os.fdopen(theirs, "w") as terminal:
+        patch.setattr(sys, "stdout", terminal)
+        say_text("a line\nwarning: of a warning:")
+    said = os.read(ours, 10_000).decode()
+    os.close(ours)
+    if environment:
+        assert "\033" not in said
+    else:
+        assert "\033[31mattention-transfer:\033[0m unknown verb" in said
+        assert "a line\r\n\033[33mwarning:\033[0m of a warning:\r\n" in said
+
+
+def test_a_pipe_gets_no_colours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    assert main(["no-such-verb"]) == 2
+    say_text("warning: a")
+    said = capsys.readouterr()
+    assert said.err.startswith("attention-transfer: unknown verb") and said.out == "warning: a\n"

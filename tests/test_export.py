@@ -236,10 +236,14 @@ def test_what_is_printed(taught: Run, capsys: pytest.CaptureFixture[str]) -> Non
     assert card == "model card, with a snippet for each file: printed/README.md"
 
 
-def test_a_timm_folder_says_what_images_it_wants(base: Recipe, workplace: Path) -> None:
+def test_a_timm_folder_says_what_images_it_wants(
+    base: Recipe, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import timm
 
-    run = alone(base, "timm:test_resnet", workplace)
+    monkeypatch.setattr("attention_transfer.data.loading.IN_MEMORY_BYTES", 0)
+    recipe = replace(base, student="timm:test_resnet", image_size=16, epochs=1, output=str(tmp_path / "run"))
+    run = train(recipe, say=str)
     export_run(run.folder, ["timm"], "described")
     config = json.loads(Path("described/timm/config.json").read_text())
     assert config["architecture"] == "test_resnet"
@@ -248,7 +252,8 @@ def test_a_timm_folder_says_what_images_it_wants(base: Recipe, workplace: Path) 
     model = timm.create_model("local-dir:described/timm", pretrained=True)
     wanted, card = timm.data.resolve_model_data_config(model), ModelCard.read(run.folder)
     assert card is not None
-    assert (wanted["input_size"], wanted["crop_pct"]) == ((3, 16, 16), 1.0)
+    assert (wanted["input_size"], wanted["crop_pct"]) == ((3, 16, 16), 0.875)
+    assert "central square of 87.5 % of the shorter side" in Path("described/README.md").read_text()
     assert (list(wanted["mean"]), list(wanted["std"])) == (card.mean, card.std)
 
 

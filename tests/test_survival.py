@@ -19,6 +19,7 @@ import torch
 from test_training import equal, interrupted, silent, weights
 from torch import Tensor, nn
 
+from attention_transfer._files import write_atomically
 from attention_transfer.data import Batches
 from attention_transfer.training import Recipe, Run, resume, train
 from attention_transfer.training.callbacks import Checkpoints
@@ -170,6 +171,17 @@ def test_no_whole_checkpoint_is_an_error(whole: Run, tmp_path: Path, monkeypatch
         resume(run.folder, say=silent)
 
 
+def test_a_momentum_of_other_parameters_is_an_error(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped(whole, tmp_path / "run", monkeypatch)
+    state = torch.load(run.last_checkpoint, weights_only=True)
+    next(iter(state["optimizer_states"][0]["state"].values()))["momentum_buffer"] = torch.zeros(7)
+    torch.save(state, run.last_checkpoint)
+    with pytest.raises(ValueError, match=r"resume: expected a whole checkpoint.*a momentum of \(7,\) for \("):
+        resume(run.folder, say=silent)
+
+
 # --- disks, files and workers -------------------------------------------------------------------------------
 
 
@@ -196,6 +208,19 @@ def test_a_full_disk_midway_loses_nothing(
     assert torch.load(run.last_checkpoint, weights_only=True)["global_step"] == 5
     assert not list(run.checkpoints.glob(".*"))
     assert equal(whole, resume(run.folder, say=silent))
+
+
+def test_whoever_reads_a_file_that_is_written_anew_has_the_old_one_whole(tmp_path: Path) -> None:
+    """As whoever looks after a kill, at any moment of the writing: the new one takes its place at once."""
+    path, kept = tmp_path / "file", tmp_path / "kept"
+    write_atomically(path, "old" * 1000, keep=kept)
+    assert not kept.exists()
+    with path.open() as reader:
+        write_atomically(path, "new")
+        assert reader.read() == "old" * 1000
+    write_atomically(path, b"newest", keep=kept)
+    assert (path.read_text(), kept.read_text()) == ("newest", "new")
+    assert sorted(tmp_path.iterdir()) == [path, kept]
 
 
 def test_a_log_that_cannot_be_written_loses_nothing(whole: Run, tmp_path: Path) -> None:

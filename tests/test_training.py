@@ -303,6 +303,8 @@ def test_images_that_do_not_fit_in_memory_are_streamed(
     recipe = replace(base, epochs=1, image_size=16, num_workers=workers, output=str(tmp_path / "run"))
     assert train(recipe, say=said.append).result["method"] == "at"
     assert any("streamed" in line for line in said)
+    card = ModelCard.read(recipe.folder)
+    assert card is not None and card.crop == 0.875
 
 
 def test_teacher_of_other_classes(base: Recipe, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from attention_transfer._colours import coloured
 from attention_transfer._reading import one_line
 from attention_transfer._tables import printable
 from attention_transfer._trust import trusted, trusting
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or bool(os.environ.get("ATTENTION_TRANSFER_DEBUG"))
     arguments = [argument for argument in arguments if argument != "--debug"]
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(one_line(str(message)))}\n"
+    warnings.formatwarning = _format_warning
     try:
         arguments, factories = split_trust(arguments)
         _open_current_folder(factories)
@@ -46,8 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug or not _is_bad_input(error):
             raise
-        print(f"{PROGRAM}: {printable(_describe(error))}", file=sys.stderr)
+        print(coloured(f"{PROGRAM}: {printable(_describe(error))}", sys.stderr), file=sys.stderr)
         return 2
+
+
+def _format_warning(message: Warning | str, *_: object, **__: object) -> str:
+    return coloured(f"warning: {printable(one_line(str(message)))}\n", sys.stderr)
 
 
 def _status(stopped: int) -> int:

@@ -13,6 +13,7 @@ from attention_transfer.cli.loading import load, load_teacher
 from attention_transfer.data import Splits
 from attention_transfer.training.build import Teacher, load_splits
 from attention_transfer.training.run import Run
+from attention_transfer.training.telling import say_text
 from attention_transfer.visualize import Examples, collect_examples
 
 
@@ -28,7 +29,7 @@ def collect(runs: Sequence[Path], images: int) -> Examples | None:
     splits = load_splits(taught.recipe)
     teacher = load_teacher(taught, splits)
     if teacher is None:
-        print(f"note: the teacher of {taught.folder} is not at hand, so no maps are shown")
+        say_text(f"note: the teacher of {taught.folder} is not at hand, so no maps are shown")
         return None
     models, normalise = _models(taught, teacher, found, splits)
     test = splits.test.select(_spread_evenly(len(splits.test), images))

@@ -10,6 +10,7 @@ from attention_transfer._choices import ExportFormat, ProgramInput
 from attention_transfer._tables import format_table
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, suggest, verb_parser
 from attention_transfer.training.run import Run
+from attention_transfer.training.telling import say_text
 
 if TYPE_CHECKING:
     from attention_transfer.export import Export, Written
@@ -81,7 +82,7 @@ def _show(done: Export) -> None:
     parameters, error = result["parameters"], result["test_error"]
     print(f"{student.card.model}: {parameters:,} parameters, test error {error:.2f} %")
     if taught := _whose_teacher(student.run):
-        print(f"note: this is the teacher of {taught}. Its student: {PROGRAM} export {taught}")
+        say_text(f"note: this is the teacher of {taught}. Its student: {PROGRAM} export {taught}")
     print(format_table(["format", "file", "MB", "difference", "allowed"], [*map(_row, done.written)]))
     from attention_transfer.export.student import BATCHES
 

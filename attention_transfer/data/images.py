@@ -39,6 +39,11 @@ class Images:
         """The images at these positions, in this order."""
         return Images(self.images[rows], self.labels[rows])
 
+    @property
+    def crop(self) -> float:
+        """The share of each image's shorter side whose central square was made the pixels."""
+        return 1.0
+
     def decoded(self) -> UInt8[Tensor, "n c h w"]:
         """All the pixels."""
         return self.images
@@ -65,6 +70,11 @@ class StreamedImages:
     def shape(self) -> tuple[int, int, int]:
         """(c, h, w) of every image once decoded."""
         return 3, self.image_size, self.image_size
+
+    @property
+    def crop(self) -> float:
+        """The share of each image's shorter side whose central square becomes the pixels in evaluation."""
+        return EVALUATION_SHARE
 
     def select(self, rows: Int64[Tensor, " m"], *, train: bool = False) -> StreamedImages:
         """The images at these positions, in this order, for training or for evaluation."""
@@ -107,7 +117,7 @@ class StreamedImages:
         if self.train:
             box = random_crop(image.width, image.height, keyed_generator(seed, epoch, position))
             return to_tensor(image.resize(size, resample=_bilinear(), box=box))
-        return to_tensor(resize_and_crop(image, self.image_size, share=EVALUATION_SHARE))
+        return to_tensor(resize_and_crop(image, self.image_size, share=self.crop))
 
 
 def _bilinear() -> int:

@@ -81,9 +81,11 @@ def _input(student: Student) -> str:
         if student.input == "pixels"
         else "The programs (onnx, torch-export) take normalised images, float32, as the weights do."
     )
+    share = f" of {100 * card.crop:g} % of the shorter side" if card.crop < 1 else ""
+    square = f" Of a larger one, the central square{share}, resized." if height == width else ""
     return (
-        f"Images (b, {card.in_channels}, {height}, {width}), {colours}, any b from 1 up. A normalised image "
-        f"is (pixels / 255 - mean) / std, by channel, with\n\n"
+        f"Images (b, {card.in_channels}, {height}, {width}), {colours}, any b from 1 up.{square} "
+        "A normalised image is (pixels / 255 - mean) / std, by channel, with\n\n"
         f"```\nmean = {card.mean}\nstd = {card.std}\n```\n\n"
         f"{programs} What comes out are logits (b, {len(card.classes)}), before any softmax."
     )

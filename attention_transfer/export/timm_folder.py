@@ -64,7 +64,7 @@ def _input(student: Student) -> dict[str, Any]:
         "input_size": (card.in_channels, *card.image_size),
         "mean": tuple(card.mean),
         "std": tuple(card.std),
-        "crop_pct": 1.0,
+        "crop_pct": card.crop,
         "crop_mode": "center",
         "interpolation": "bilinear",
     }

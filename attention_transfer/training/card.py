@@ -38,12 +38,16 @@ _FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "mean": (lambda v: _is_list(v, int | float, lambda each: abs(each) < 1e9), "a list of numbers"),
     "std": (lambda v: _is_list(v, int | float, lambda each: abs(each) < 1e9), "a list of numbers"),
+    "crop": (lambda v: isinstance(v, int | float) and 0 < v <= 1, "above 0, and at most 1"),
 }
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """A model's name and classes, and the images it expects: channels, size, mean and std in [0, 1]."""
+    """A model's name and classes, and the images it expects: channels, size, mean and std in [0, 1].
+
+    `crop` is the share of an image's shorter side that it was tested on: the central square of that, resized.
+    """
 
     model: str
     classes: list[str]
@@ -51,6 +55,7 @@ class ModelCard:
     image_size: list[int]
     mean: list[float]
     std: list[float]
+    crop: float = 1.0
 
     def __post_init__(self) -> None:
         for name, (holds, expected) in _FACTS.items():

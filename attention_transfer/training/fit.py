@@ -362,6 +362,7 @@ def _card(recipe: Recipe, splits: Splits) -> ModelCard:
         image_size=list(splits.shape[1:]),
         mean=list(splits.mean),
         std=list(splits.std),
+        crop=splits.test.crop,
     )
 
 

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
+from attention_transfer._colours import coloured
+
 Say = Callable[[str], None]
 Progress = Literal["auto", "lines", "json", "none"]
 
@@ -30,7 +32,7 @@ def teller(progress: Progress) -> Say | None:
 
 
 def say_text(line: str) -> None:
-    print(line, flush=True)
+    print(coloured(line, sys.stdout), flush=True)
 
 
 def say_nothing(line: str) -> None:
@@ -47,7 +49,7 @@ def say_above_the_bar(line: str) -> None:
     """Print a line, above the progress bar if there is one."""
     from tqdm import tqdm
 
-    tqdm.write(line, file=sys.stdout)
+    tqdm.write(coloured(line, sys.stdout), file=sys.stdout)
     sys.stdout.flush()
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from attention_transfer._colours import coloured
 from attention_transfer._reading import one_line
 from attention_transfer.cli.caffe import VERBS
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
@@ -67,7 +68,7 @@ def _forth(flags: Any) -> None:
         flags.net, flags.weights, folder, phase=flags.phase, output=flags.output, onnx=flags.onnx
     )
     for line in done.differences():
-        print(f"warning: {line}", file=sys.stderr)
+        print(coloured(f"warning: {line}", sys.stderr), file=sys.stderr)
     gives = ", ".join(done.source.outputs)
     print(f"{done.source.name}: {', '.join(done.source.inputs)} -> {gives}; same numbers as the net.")
     print(*(folder / name for name in written), sep="\n")

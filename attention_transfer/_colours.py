@@ -1,0 +1,22 @@
+"""Colours for terminals; a file, a pipe and NO_COLOR (https://no-color.org) get none."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TextIO
+
+_COLOURS = {
+    "warning:": "33",
+    "note:": "36",
+    "test error": "1",
+    "attention-transfer:": "31",
+}  # yellow, cyan, bold, red
+_FIRST = re.compile("^({})".format("|".join(_COLOURS)), re.MULTILINE)
+
+
+def coloured(text: str, stream: TextIO) -> str:
+    """The text with the words that say what a line is in colour, if `stream` is a terminal."""
+    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return _FIRST.sub(lambda found: f"\033[{_COLOURS[found[0]]}m{found[0]}\033[0m", text)
