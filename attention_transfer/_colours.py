@@ -15,8 +15,8 @@ _COLOURS = {
 _FIRST = re.compile("^({})".format("|".join(_COLOURS)), re.MULTILINE)
 
 
-def coloured(text: str, stream: TextIO) -> str:
+def coloured(text: str, stream: TextIO | None) -> str:
     """The text with the words that say what a line is in colour, if `stream` is a terminal."""
-    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+    if stream is None or not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return _FIRST.sub(lambda found: f"\033[{_COLOURS[found[0]]}m{found[0]}\033[0m", text)
