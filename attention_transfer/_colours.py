@@ -17,6 +17,7 @@ _FIRST = re.compile("^({})".format("|".join(_COLOURS)), re.MULTILINE)
 
 def coloured(text: str, stream: TextIO | None) -> str:
     """The text with the words that say what a line is in colour, if `stream` is a terminal."""
-    if stream is None or not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+    unwanted = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if unwanted or stream is None or not stream.isatty():
         return text
     return _FIRST.sub(lambda found: f"\033[{_COLOURS[found[0]]}m{found[0]}\033[0m", text)
