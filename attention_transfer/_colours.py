@@ -7,11 +7,11 @@ import re
 from typing import TextIO
 
 _COLOURS = {
-    "warning:": "33",
-    "note:": "36",
-    "test error": "1",
-    "attention-transfer:": "31",
-}  # yellow, cyan, bold, red
+    "attention-transfer:": "31",  # red: an error
+    "warning:": "33",  # yellow
+    "note:": "36",  # cyan
+    "test error": "1",  # bold
+}
 _FIRST = re.compile("^({})".format("|".join(_COLOURS)), re.MULTILINE)
 
 

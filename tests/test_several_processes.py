@@ -35,6 +35,7 @@ from attention_transfer.training.processes import (
     local_device,
     only_first,
 )
+from attention_transfer.visualize.snapshots import FILE, Snapshots
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::attention_transfer.preflight.PreflightWarning"),
@@ -139,6 +140,14 @@ def same(one: Run, other: Run) -> None:
         torch.testing.assert_close(ours[name], value, rtol=TOLERANCE, atol=1e-9)
 
 
+def same_maps(one: Run, other: Run) -> None:
+    """The maps that are kept for the report, in half precision."""
+    mine, theirs = (Snapshots.read(run.folder / FILE) for run in (one, other))
+    assert theirs.shows_images_of(mine) and theirs.epochs == mine.epochs == [0, 1, 2]
+    for ours, others in zip(mine.maps + mine.teacher, theirs.maps + theirs.teacher, strict=True):
+        torch.testing.assert_close(others, ours, rtol=0, atol=1e-3)
+
+
 def checkpoints(run: Run) -> set[str]:
     return {str(path.relative_to(run.folder)) for path in run.folder.rglob("*.ckpt")}
 
@@ -149,7 +158,9 @@ def test_two_processes_train_as_one(recipe: Recipe) -> None:
     words = ["train", "--config", "recipe.yaml", "--output", "two", "--devices", 2, "--sync-batchnorm"]
     said = run_command(*words).stdout
     two = Run(Path("two"))
-    same(train(replace(recipe, output="one"), say=lambda line: None), two)
+    one = train(replace(recipe, output="one"), say=lambda line: None)
+    same(one, two)
+    same_maps(one, two)
     assert [line.split("  ")[0] for line in said.splitlines() if line.startswith("epoch ")] == [
         "epoch 1/2",
         "epoch 2/2",
@@ -178,6 +189,24 @@ def hook(self, trainer, *rest):
 callbacks.StopOnSignal.on_train_batch_end = hook
 sys.exit(main(sys.argv[1:]))
 """
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_reaches_both_and_is_saved_once(recipe: Recipe) -> None:
+    Path("recipe.yaml").write_text(replace(recipe, epochs=500).to_yaml())
+    words = ["train", "--config", "recipe.yaml", "--output", "run", "--devices", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    going = subprocess.Popen([*COMMAND, *words], start_new_session=True, **pipes)
+    assert going.stdout is not None
+    assert any(line.startswith("epoch 2/500") for line in going.stdout)
+    os.killpg(going.pid, signal.SIGINT)
+    _, said = going.communicate(timeout=120)
+    assert going.returncode == 130, said
+    lines = [line for line in said.splitlines() if line and not line.startswith("warning: ")]
+    how = "attention-transfer train --resume run --trust several_student:student"
+    assert lines == [f"Stopped; nothing is lost. Go on with: {how}"]
+    step = torch.load(Run(Path("run")).last_checkpoint, weights_only=True)["global_step"]
+    assert 8 <= step < 2000
 
 
 def test_a_stop_of_two_processes_is_saved_once_and_gone_on_with(recipe: Recipe) -> None:

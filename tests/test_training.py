@@ -20,6 +20,7 @@ from attention_transfer.training.callbacks import StopOnSignal
 from attention_transfer.training.card import ModelCard
 from attention_transfer.training.module import Totals, build_schedule, seed_generators, step_seed
 from attention_transfer.training.recipe import field_types, parse_pairs
+from attention_transfer.visualize.snapshots import Snapshots
 
 # A teacher of one epoch knows less than chance, and the preflight rightly says so.
 pytestmark = [
@@ -305,6 +306,8 @@ def test_images_that_do_not_fit_in_memory_are_streamed(
     assert any("streamed" in line for line in said)
     card = ModelCard.read(recipe.folder)
     assert card is not None and card.crop == 0.875
+    kept = Snapshots.read(recipe.folder / "maps.safetensors")
+    assert kept.epochs == [0, 1] and kept.images.float().std() > 1 and len(kept.teacher) == len(kept.maps)
 
 
 def test_teacher_of_other_classes(base: Recipe, tmp_path: Path) -> None:
