@@ -42,6 +42,7 @@ from attention_transfer.cli import main
 from attention_transfer.data import load_data
 from attention_transfer.models import build_model, load_weights, read_metadata, save_weights, trusting
 from attention_transfer.pairs import Stage
+from attention_transfer.training import train
 from attention_transfer.training.cached import name_teacher
 from attention_transfer.training.card import ModelCard
 from attention_transfer.training.checkpoints import checkpoint_to_resume
@@ -209,6 +210,21 @@ def test_a_cache_names_no_factory(capsys: Any) -> None:
     weights_naming("wrn-10-1")
     assert "the factory hostile:build" in fails(capsys, "cache", "build", "--resume", ".")
     refused(lambda: name_teacher(Recipe(cache=".", teacher=None)), "got the factory hostile:build")
+
+
+def test_code_that_names_a_factory_in_a_recipe_has_named_it(tiny: Recipe) -> None:
+    """The teacher's card, which the run itself writes, does not ask for it again; nobody else is let in."""
+    recipe = replace(
+        tiny, teacher="hostile:build", method="kd", teacher_epochs=1, max_train=20, output="taught"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(".")
+        assert train(recipe, say=lambda line: None).finished
+    Path(MARKER).unlink()
+    sys.modules.pop("hostile")
+    card = ModelCard.read("taught/teacher")
+    assert card is not None
+    refused(lambda: card.build("taught/teacher"), "got the factory hostile:build")
 
 
 def test_a_factory_that_the_user_names_too_is_built(image_folder: Path, capsys: Any) -> None:
@@ -386,6 +402,16 @@ def test_parquet_with_a_label_beyond_measure_is_refused(label: int) -> None:
         lambda: load_data("train.parquet"),
         r"load_data: expected (labels that number the classes|class numbers)",
     )
+
+
+def test_parquet_whose_columns_have_no_readable_names_is_refused() -> None:
+    """Arrow itself gives up on such a name, long after it has opened the file."""
+    table = pa.table({"image": [{"bytes": png(), "path": "a"}] * 2, "label": [0, 1]})
+    pq.write_table(table, "train.parquet", store_schema=False)
+    data = Path("train.parquet").read_bytes()
+    at = data.rindex(b"bytes")
+    Path("train.parquet").write_bytes(data[: at + 1] + b"\xd3" + data[at + 2 :])
+    refused(lambda: load_data("train.parquet"), "cannot read train.parquet .'utf-8' codec")
 
 
 @pytest.mark.parametrize(

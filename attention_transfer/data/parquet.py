@@ -125,7 +125,10 @@ class _RowGroup:
     def bytes(self) -> int:
         """Of the images, once decompressed."""
         leaves = (self._metadata.column(i) for i in range(self._metadata.num_columns))
-        return sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema == self.column.name)
+        with _readable(self.column.path):
+            return sum(
+                leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema == self.column.name
+            )
 
     def read(self) -> pa.ChunkedArray:
         """The encoded images.

@@ -15,6 +15,7 @@ from torch import nn
 
 from attention_transfer._extras import require
 from attention_transfer._machine import commit, device_name
+from attention_transfer._trust import is_factory, trusting
 from attention_transfer.data import Batches, Splits
 from attention_transfer.models import fingerprint, load_weights, save_weights
 from attention_transfer.training.build import (
@@ -69,11 +70,13 @@ def train(recipe: Recipe, *, overwrite: bool = False, say: Say | None = None) ->
         Interrupted: after Ctrl-C, when the state is saved.
     """
     require("lightning", extra="train", user="train")
+    named = filter(is_factory, (recipe.student, recipe.teacher))
     recipe = take_over(recipe.resolved())
     run = Run(recipe.folder)
     if is_first_process():
         run.check_free(overwrite=overwrite)
-    return _start(run, recipe, say, lambda recipe: run.create(recipe, overwrite=overwrite))
+    with trusting(*named):  # the card of a teacher that is trained first names it too
+        return _start(run, recipe, say, lambda recipe: run.create(recipe, overwrite=overwrite))
 
 
 def resume(folder: str | Path, *, say: Say | None = None, **places: Any) -> Run:

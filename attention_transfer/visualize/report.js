@@ -27,7 +27,7 @@
 
   // The values of an image's maps at one place, under the pointer or chosen with the arrow keys: the level of
   // the colour that the map's own pixel has.
-  const hex = document.querySelector("main").dataset.colours;
+  const hex = root.dataset.colours;
   const levels = new Map(hex.match(/.{6}/g).map((colour, level) => [Number.parseInt(colour, 16), level]));
   const loaded = new Map();
   let place = null; // { table, x, y }, both from 0 to 1
