@@ -404,14 +404,19 @@ def test_parquet_with_a_label_beyond_measure_is_refused(label: int) -> None:
     )
 
 
-def test_parquet_whose_columns_have_no_readable_names_is_refused() -> None:
-    """Arrow itself gives up on such a name, long after it has opened the file."""
+def test_parquet_whose_statistics_are_of_another_type_is_refused() -> None:
+    """To ask pyarrow for such a column's size ends the process."""
     table = pa.table({"image": [{"bytes": png(), "path": "a"}] * 2, "label": [0, 1]})
-    pq.write_table(table, "train.parquet", store_schema=False)
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["a", "b"]}}
+    pq.write_table(
+        table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}),
+        "train.parquet",
+    )
     data = Path("train.parquet").read_bytes()
-    at = data.rindex(b"bytes")
-    Path("train.parquet").write_bytes(data[: at + 1] + b"\xd3" + data[at + 2 :])
-    refused(lambda: load_data("train.parquet"), "cannot read train.parquet .'utf-8' codec")
+    binary, double = b"\x15\x0c%\x02\x18\x05bytes", b"\x15\x0a%\x02\x18\x05bytes"
+    assert data.count(binary) == 1
+    Path("train.parquet").write_bytes(data.replace(binary, double))
+    refused(lambda: load_data("train.parquet"), "load_data: ")
 
 
 @pytest.mark.parametrize(

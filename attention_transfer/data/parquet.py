@@ -123,12 +123,12 @@ class _RowGroup:
 
     @property
     def bytes(self) -> int:
-        """Of the images, once decompressed."""
-        leaves = (self._metadata.column(i) for i in range(self._metadata.num_columns))
-        with _readable(self.column.path):
-            return sum(
-                leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema == self.column.name
-            )
+        """Of all columns, once decompressed.
+
+        A column's own size stays unasked: on damaged metadata pyarrow's `RowGroupMetaData.column` ends the
+        process (its C++ exception is not caught).
+        """
+        return self._metadata.total_byte_size
 
     def read(self) -> pa.ChunkedArray:
         """The encoded images.
