@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import tarfile
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -260,6 +261,26 @@ def read_shard(path: Path) -> None:
     cache.read_maps(torch.arange(3), 0, ["block1"])
 
 
+def _kept_maps(folder: Path) -> list[bytes]:
+    from attention_transfer.visualize.snapshots import Snapshots
+
+    maps = torch.rand(2, 3, 4)
+    images = torch.zeros(2, 1, 6, 8, dtype=torch.uint8)
+    kept = Snapshots.start(images, torch.tensor([0, 1]), ["a", "b"], ["group0"]).with_teacher([maps])
+    kept.add(0, [maps]).add(1, [maps]).save(folder / "kept")
+    return [(folder / "kept").read_bytes()]
+
+
+@reader("kept maps", "maps.safetensors", _kept_maps)
+def read_kept_maps(path: Path) -> None:
+    run = path.parent
+    from attention_transfer.visualize import write_report
+
+    (run / "recipe.yaml").write_text("student: wrn-10-1\nmethod: at\nteacher: wrn-10-1\n")
+
+    write_report([run], run / "report.html")
+
+
 # Data
 
 
@@ -312,6 +333,47 @@ def read_parquet(path: Path) -> None:
     from attention_transfer.data import load_data
 
     load_data(path, validation=0)
+
+
+def _tar(folder: Path) -> bytes:
+    (image, *_) = _pictures(folder)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in {
+            "a.png": image,
+            "a.cls": b"0",
+            "ü/b.png": image,
+            "ü/b.json": b'{"label": 1}',
+        }.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@reader("tar", "train.tar", lambda folder: [_tar(folder)])
+def read_tar(path: Path) -> None:
+    from attention_transfer.data.loading import find_source
+
+    images = find_source(str(path), None, False).splits["train"].content
+    for row in range(len(images)):
+        images.name(row)
+        images.read(row)
+
+
+def _indexes(folder: Path) -> list[bytes]:
+    from attention_transfer.data.tar_index import INDEX
+
+    read_index(folder / INDEX)
+    return [(folder / INDEX).read_bytes()]
+
+
+@reader("index of tars", "attention-transfer-index.safetensors", _indexes)
+def read_index(path: Path) -> None:
+    tar = path.with_name("train.tar")
+    tar.write_bytes(_tar(path.parent))
+    os.utime(tar, ns=(0, 0))  # as the index says
+    read_tar(tar)
 
 
 def _idx(folder: Path) -> list[bytes]:

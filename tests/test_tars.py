@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from attention_transfer.cli import main
 from attention_transfer.data import (
@@ -238,6 +241,66 @@ def test_a_damaged_index_is_made_anew(tmp_path: Path, damage: bytes | None) -> N
     index.write_bytes(index.read_bytes()[:500] if damage is None else damage)
     assert len(load_data(tmp_path, validation=0).train) == 96
     assert index.stat().st_size > 1000
+
+
+def no_rows(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    facts["shards"][0][3] = -1
+
+
+def more_rows(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    facts["shards"][0][3] = 1 << 40
+
+
+def beyond(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    arrays["sizes"][5] = 1 << 50
+
+
+def before(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    arrays["offsets"][5] = -512
+
+
+def broken_number(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    arrays["labels"] = arrays["labels"] / 2
+
+
+def one_name_less(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    arrays["names"][-1] = 65
+
+
+def of_two_axes(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    arrays["offsets"] = arrays["offsets"][None]
+
+
+def without_labels(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    del arrays["labels"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        no_rows,
+        more_rows,
+        beyond,
+        before,
+        broken_number,
+        one_name_less,
+        of_two_axes,
+        without_labels,
+    ],
+)
+def test_an_index_that_contradicts_itself_or_its_files_is_no_index(tmp_path: Path, change: Any) -> None:
+    """It comes with the data, from anyone; the shards' stamps fit, so that nothing else would be looked at."""
+    expected = load_data(make_shards(tmp_path), validation=0).train
+    index = tmp_path / INDEX
+    right = index.read_bytes()
+    with safe_open(index, framework="np") as file:
+        facts = json.loads(file.metadata()[tar_index.KEY])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(facts, arrays)
+    index.write_bytes(save(arrays, {tar_index.KEY: json.dumps(facts)}))
+    found = load_data(tmp_path, validation=0).train
+    assert torch.equal(found.labels, expected.labels) and torch.equal(found.images, expected.images)
+    assert index.read_bytes() == right
 
 
 def test_what_was_looked_through_before_an_error_is_kept(tmp_path: Path) -> None:

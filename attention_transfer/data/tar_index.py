@@ -8,7 +8,6 @@ import io
 import json
 import sys
 import tarfile
-import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,14 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from .._files import write_atomically
+from .._reading import parse_json
 from .folder import IMAGE_SUFFIXES
 from .sources import LABEL_NAMES
 from .stamps import Stamp
 
-INDEX = "attention-transfer-index.npz"
-VERSION = 1
+INDEX = "attention-transfer-index.safetensors"
+KEY = "attention_transfer_index"  # of its metadata
+VERSION = 2
+NUMBERS = ("offsets", "sizes", "labels")  # of each image
 THREADS = 8  # each waits for its own file
 LABEL_ENDINGS = ("cls", "json")
 LABEL_BYTES = 1 << 20  # of a .cls or .json member, which is read whole
@@ -114,7 +118,7 @@ class _Index:
     def _files(self) -> list[Path]:
         """Where it may be kept: the first one that can be written to is used."""
         name = hashlib.sha256(str(self.place.resolve()).encode()).hexdigest()[:16]
-        return [self.place / INDEX, Path.home() / ".cache" / "attention-transfer" / f"tar-{name}.npz"]
+        return [self.place / INDEX, Path.home() / ".cache" / "attention-transfer" / f"tar-{name}.safetensors"]
 
     def key(self, path: Path) -> str:
         return path.relative_to(self.place).as_posix()
@@ -136,47 +140,54 @@ def _pack(shards: dict[str, Shard], label_field: str | None) -> bytes:
     facts = {
         "version": VERSION,
         "label_field": label_field,
-        "shards": [[key, *_astuple(shard.stamp), len(shard.labels)] for key, shard in shards.items()],
+        "shards": [
+            [key, shard.stamp.size, shard.stamp.changed, len(shard.labels)] for key, shard in shards.items()
+        ],
     }
     parts = shards.values()
-    arrays: dict[str, Any] = {
+    arrays = {
         name: np.concatenate([getattr(shard, name) for shard in parts] or [np.empty(0, np.int64)])
-        for name in ("offsets", "sizes", "labels")
+        for name in NUMBERS
     }
-    buffer = io.BytesIO()
-    arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     arrays["names"] = np.frombuffer(b"".join(shard.names for shard in parts), np.uint8)
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
-
-
-def _astuple(stamp: Stamp) -> tuple[int, int]:
-    return stamp.size, stamp.changed
+    return save(arrays, {KEY: json.dumps(facts)})
 
 
 def _unpack(file: Path, label_field: str | None) -> dict[str, Shard]:
+    """What `_pack` wrote, of which anyone may have made something else: then nothing."""
     try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-            facts = json.loads(arrays["facts"].tobytes())
+        with safe_open(file, framework="np") as opened:
+            facts = parse_json((opened.metadata() or {})[KEY])
             if (facts["version"], facts["label_field"]) != (VERSION, label_field):
                 return {}
-            return dict(_shards_of(facts["shards"], {name: arrays[name] for name in arrays.files}))
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError):
+            arrays = {name: opened.get_tensor(name) for name in (*NUMBERS, "names")}
+        return dict(_shards_of(facts["shards"], arrays))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, OverflowError):
         return {}
 
 
 def _shards_of(rows: list[Any], arrays: dict[str, np.ndarray]) -> Iterator[tuple[str, Shard]]:
+    """The shards one by one.
+
+    Raises:
+        ValueError: if numbers contradict each other, or speak of places that are not in the file.
+    """
     ends = np.flatnonzero(arrays["names"] == 0) + 1  # of names
-    start = 0
-    for key, size, changed, count in rows:
-        part = slice(start, start + count)
-        text = slice(int(ends[start - 1]) if start else 0, int(ends[start + count - 1]))
-        names = arrays["names"][text].tobytes()
-        yield (
-            key,
-            Shard(Stamp(size, changed), names, *(arrays[n][part] for n in ("offsets", "sizes", "labels"))),
-        )
-        start += count
+    counts = [count for _, _, _, count in rows]
+    if any(type(count) is not int or count < 1 for count in counts) or arrays["names"].dtype != np.uint8:
+        raise ValueError("no numbers of images")
+    if any(array.shape != (sum(counts),) for array in (ends, *(arrays[name] for name in NUMBERS))):
+        raise ValueError("not as many as there are images")
+    stops = np.cumsum(counts).tolist()
+    for (key, size, changed, count), stop in zip(rows, stops, strict=True):
+        offsets, sizes, labels = (arrays[name][stop - count : stop] for name in NUMBERS)
+        if any(array.dtype != np.int64 for array in (offsets, sizes, labels)):
+            raise ValueError("no whole numbers")
+        if min(offsets.min(), sizes.min()) < 0 or (sizes > size - offsets).any():
+            raise ValueError("outside of the file")
+        start = ends[stop - count - 1] if stop > count else 0
+        names = arrays["names"][start : ends[stop - 1]].tobytes()
+        yield key, Shard(Stamp(size, changed), names, offsets, sizes, labels)
 
 
 # Tar files

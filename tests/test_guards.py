@@ -1,0 +1,212 @@
+"""Proof that the tests of failures, hostile files and several processes can fail.
+
+Each line takes one guard out of a copy of the package, and names a test that must then fail, be killed, or
+not come to its end.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "attention_transfer"
+PATIENCE = 150  # seconds; each test takes less than 30
+MEMORY = 24 << 30  # bytes of addresses: what unfolds without its guard must not take the machine with it
+
+
+class Guard(NamedTuple):
+    """Code, what stands in its place without the guard, and which test of which file finds out."""
+
+    file: str
+    code: str
+    without: str
+    test: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.code.strip()}"
+
+
+KILLED = [
+    Guard(
+        "_files.py",
+        "temporary.replace(path)",
+        "temporary.unlink(path.write_bytes(temporary.read_bytes()) < 0)",
+        "survival whoever_reads",
+    ),
+    Guard("data/batches.py", '_resume_at = state["position"]', "_resume_at = 0", "survival killed_at"),
+    Guard(
+        "training/checkpoints.py", "former(run.last_checkpoint), run", "run", "survival damaged_checkpoint"
+    ),
+    Guard("training/checkpoints.py", "keep=former(path)", "keep=None", "survival damaged_checkpoint"),
+    Guard("training/checkpoints.py", "(part := archive.testzip())", "(part := None)", "survival flip_a_byte"),
+    Guard("training/callbacks.py", "momentum.shape != parameter.shape", "False", "survival a_momentum"),
+    Guard("training/callbacks.py", "trainer.world_size == 1 and own", "False", "survival vanishes"),
+    Guard("training/callbacks.py", "self._saved >= 60 * self.minutes", "self._saved < 0", "survival often"),
+    Guard("training/module.py", "        before.restore()\n", "", "survival skipped_without"),
+    Guard("training/module.py", "self._skipped_in_a_row > MOST_IN_A_ROW", "False", "survival broken"),
+    Guard("training/finite.py", "(before < 0) & ~torch", "~torch", "survival first_bad"),
+    Guard("training/fit.py", "        run.sweep()\n", "        pass\n", "survival before_its_first"),
+    Guard("data/batches.py", "in _or_the_reason(loader):", "in loader:", "survival worker_that_dies"),
+    Guard(
+        "training/module.py",
+        "before != self.teacher_fingerprint",
+        "False",
+        "training other_teacher_on_resume",
+    ),
+]
+
+HOSTILE = [
+    Guard("models/weights.py", "weights_only=True", "weights_only=False", "security a_pickle_that_runs"),
+    Guard("models/weights.py", "entry.compress_type != zipfile.ZIP_STORED", "False", "security a_compressed"),
+    Guard("models/weights.py", "for _ in range(DEEPEST):", "while True:", "security contains_itself"),
+    Guard("models/weights.py", "if not _is_plain(tensor):", "if False:", "security tensors_that_are_none"),
+    Guard("training/card.py", "check_trusted(self.model, weights)", "pass", "security a_weights_file_names"),
+    Guard(
+        "training/card.py", "if not holds(getattr(self, name)):", "if False:", "security a_card_of_nonsense"
+    ),
+    Guard("training/recipe.py", "check_models(values, path)", "pass", "security a_recipe_and_a_run"),
+    Guard("training/cached.py", 'check_models(named, recipe.cache or "")', "pass", "security a_cache_names"),
+    Guard("cli/__init__.py", "(factories or trusted()) and ", "", "security a_module_in_the_current"),
+    Guard("cli/__init__.py", "printable(_describe(error))", "_describe(error)", "security escape_sequence"),
+    Guard("_reading.py", "isinstance(event, yaml.AliasEvent)", "False", "security yaml_makes_no"),
+    Guard("_reading.py", "if _depth_exceeds(value, DEEPEST):", "if False:", "security deep_json"),
+    Guard("_pictures.py", "for name in FORMATS:", 'for name in (*FORMATS, "EPS"):', "security postscript"),
+    Guard("_pictures.py", "limit is not None and pixels > limit", "False", "security an_image_bomb"),
+    Guard("data/parquet.py", "if held > limit:", "if False:", "security parquet_that_unfolds"),
+    Guard(
+        "data/parquet.py",
+        "self._metadata.total_byte_size",
+        "self._metadata.column(0).total_uncompressed_size",
+        "security statistics_are_of_another",
+    ),
+    Guard("data/named.py", "file.read(promised + 1)", "file.read()", "security a_gzip_bomb"),
+    Guard(
+        "caffe/layers/data.py", " or found.external or found.is_virtual", "", "security hdf5_reads_nothing"
+    ),
+    Guard("caffe/layers/data.py", "found.nbytes > HDF5_UNFOLDED", "0 > HDF5_UNFOLDED", "security huge"),
+    Guard("caffe/files/lmdb.py", "page in self._seen or ", "", "security a_damaged_lmdb"),
+    Guard(
+        "cache/shards.py",
+        "path.resolve().is_relative_to(folder.resolve())",
+        "True",
+        "security nothing_outside",
+    ),
+    Guard(
+        "cache/manifest.py",
+        "not all(_is_count(count) for count in (*counts, len(layers)))",
+        "False",
+        "security manifest",
+    ),
+    Guard("visualize/report.py", "autoescape=True", "autoescape=False", "security the_report_escapes"),
+    Guard(
+        "cli/train.py",
+        "except ValueError as error:\n        say",
+        "except KeyError as error:\n        say",
+        "security damaged_run_beside",
+    ),
+]
+
+DAMAGED = [
+    Guard("data/parquet.py", "UnicodeDecodeError, OverflowError, MemoryError", "MemoryError", "fuzz parquet"),
+    Guard("_pictures.py", "except Exception as error:", "except OSError as error:", "fuzz image"),
+    Guard("_reading.py", "except csv.Error as error:", "except KeyError as error:", "fuzz metrics"),
+    Guard("data/tar_index.py", "except (tarfile.TarError, ", "except (", "fuzz tar"),
+    Guard("data/tar_index.py", " or (sizes > size - offsets).any()", "", "tars contradicts"),
+]
+
+SHARED = [
+    Guard("training/module.py", "out.loss if share == 1 else out.loss * share", "out.loss", "several as_one"),
+    Guard("training/module.py", "if reduce is None or not self.sums:", "if True:", "several train_as_one"),
+    Guard("training/module.py", ", share=ours)\n", ")\n", "several train_as_one"),
+    Guard(
+        "training/module.py",
+        'self.trainer.strategy.reduce(ours, reduce_op="mean")',
+        "ours",
+        "several train_as_one",
+    ),
+    Guard("training/module.py", "first=self.global_rank == 0", "first=True", "several a_stop_of_two"),
+    Guard("training/fit.py", '"rank": processes.rank,', '"rank": 0,', "several train_as_one"),
+    Guard("training/batchnorm.py", "        dist.all_reduce(tensor)\n", "", "several train_as_one"),
+    Guard(
+        "training/batchnorm.py",
+        "return _Sum.apply(gradient.contiguous())",
+        "return gradient",
+        "several train_as_one",
+    ),
+    Guard(
+        "training/processes.py",
+        "return say if is_first_process() else lambda line: None",
+        "return say",
+        "several train_as_one",
+    ),
+    Guard(
+        "training/caching.py",
+        "missing[processes.rank :: processes.size]",
+        "missing[:1]",
+        "several cache_of_one",
+    ),
+]
+GUARDS = KILLED + HOSTILE + DAMAGED + SHARED
+
+
+@pytest.mark.parametrize("guard", GUARDS, ids=str)
+def test_each_guard_is_in_its_place(guard: Guard) -> None:
+    assert (ROOT / PACKAGE / guard.file).read_text().count(guard.code) == 1
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package and its tests where they may be changed, in which every named test passes as it is."""
+    folder = tmp_path_factory.mktemp("copy") / "main"
+    for name in (PACKAGE, "tests", "reproductions", "examples"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    for module in {guard.test.split()[0] for guard in GUARDS}:
+        names = [guard.test.split()[1] for guard in GUARDS if guard.test.startswith(f"{module} ")]
+        done = run(folder, module, " or ".join(names), patience=10 * PATIENCE)
+        assert done.returncode == 0, done.stdout[-3000:]
+    return folder
+
+
+def run(
+    folder: Path, module: str, names: str, *, patience: int = PATIENCE
+) -> subprocess.CompletedProcess[str]:
+    (file,) = (folder / "tests").glob(f"test_{module}*.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file), "-k", names]
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=patience,
+        preexec_fn=_within_memory,
+    )
+
+
+def _within_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guard", GUARDS, ids=str)
+def test_without_it_a_test_fails(guard: Guard, copy: Path) -> None:
+    file = copy / PACKAGE / guard.file
+    whole = file.read_text()
+    file.write_text(whole.replace(guard.code, guard.without))
+    try:
+        done = run(copy, *guard.test.split())
+    except subprocess.TimeoutExpired:
+        return  # it unfolds, or goes round, without end
+    finally:
+        file.write_text(whole)
+    failed = done.returncode == 1 and "failed" in done.stdout.splitlines()[-1]
+    assert failed or done.returncode < 0, done.stdout[-3000:]
