@@ -289,7 +289,7 @@ def without_labels(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> None
     ],
 )
 def test_an_index_that_contradicts_itself_or_its_files_is_no_index(tmp_path: Path, change: Any) -> None:
-    """It comes with the data, from anyone; the shards' stamps fit, so that nothing else would be looked at."""
+    """It comes with the data, from anyone; the stamps fit, so nothing else would be looked at."""
     expected = load_data(make_shards(tmp_path), validation=0).train
     index = tmp_path / INDEX
     right = index.read_bytes()

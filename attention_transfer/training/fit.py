@@ -70,7 +70,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, say: Say | None = None) ->
         Interrupted: after Ctrl-C, when the state is saved.
     """
     require("lightning", extra="train", user="train")
-    named = filter(is_factory, (recipe.student, recipe.teacher))
+    named = [name for name in (recipe.student, recipe.teacher) if name and is_factory(name)]
     recipe = take_over(recipe.resolved())
     run = Run(recipe.folder)
     if is_first_process():
