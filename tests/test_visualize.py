@@ -504,7 +504,7 @@ def test_welch_interval_where_the_seeds_differ(tmp_path):
 
 
 def test_paired_interval_where_the_seeds_are_the_same(tmp_path):
-    """Differences -1, -2, -3: mean -2, deviation 1; 4.30 / sqrt(3) = 2.48 does not leave out zero."""
+    """Differences -1, -2, -3: mean -2, deviation 1; 4.3027 / sqrt(3) = 2.48 does not leave out zero."""
     for spread, clear in ((1.0, False), (0.5, True)):
         errors = {"none": [30.0, 20.0, 10.0], "at": [28.0 + spread, 18.0, 8.0 - spread]}
         folders = [
@@ -513,7 +513,7 @@ def test_paired_interval_where_the_seeds_are_the_same(tmp_path):
         before, after = (group for group in groups_of(folders) if group.role != "teacher")
         change = compare(after, before, "test_error")
         assert change.points == pytest.approx(-2.0)
-        assert change.interval == pytest.approx(4.30 * spread / 3**0.5)
+        assert change.interval == pytest.approx(4.302653 * spread / 3**0.5)
         assert change.is_clear is clear
 
 

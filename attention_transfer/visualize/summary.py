@@ -7,10 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from attention_transfer._extras import require
 from attention_transfer.visualize.runs import TEACHER, Group, Spread
-
-# Two-sided 95 % quantiles of Student's t for 1, 2, 3, ... degrees of freedom; 2.0 is close beyond them.
-_T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 
 METRICS = {"test_error": "test error", "validation_error": "validation error"}
 
@@ -141,7 +139,9 @@ def _welch_change(after: Spread, before: Spread) -> Change:
 
 
 def _quantile(freedom: float) -> float:
-    return _T95[int(freedom) - 1] if freedom < len(_T95) + 1 else 2.0
+    """Half the width of a 95 % interval, in standard errors."""
+    stats = require("scipy.stats", extra="plots", user="write_report", name="scipy")
+    return float(stats.t.ppf(0.975, freedom))
 
 
 def _spread(group: Group, metric: str) -> Spread:
