@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -283,6 +284,31 @@ def test_torchrun_trains_as_one_process(recipe: Recipe) -> None:
     said = run_command(*words, launcher=TORCHRUN).stdout
     assert said.count("processes: 2, each takes 5 of the 10 images of a batch") == 1
     assert said.count("test error") == 1
+    same(train(replace(recipe, output="one"), say=lambda line: None), Run(Path("two")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "by hand"])
+def test_two_machines_train_as_one_process(recipe: Recipe, launcher: str) -> None:
+    """Two on this one: each is started by itself, and finds the other by an address and a port."""
+    Path("recipe.yaml").write_text(recipe.to_yaml())
+    words = ["train", "--config", "recipe.yaml", "--output", "two", "--sync-batchnorm"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    machines = []
+    for rank in ("0", "1"):
+        own = {"NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [*COMMAND, *words, "--devices", "1", "--nodes", "2"]
+        if launcher == "torchrun":
+            place = [f"--node-rank={rank}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+            run = [*TORCHRUN[:3], "--nnodes=2", "--nproc-per-node=1", *place, "-m", "attention_transfer"]
+            own, command = {}, [*run, *words]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        machines.append(subprocess.Popen(command, env={**os.environ, **own}, **pipes))
+    said = [machine.communicate(timeout=300) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert [out.count("test error") for out, _ in said] == [1, 0]
     same(train(replace(recipe, output="one"), say=lambda line: None), Run(Path("two")))
 
 
