@@ -26,7 +26,9 @@ def write_atomically(path: Path, data: bytes | memoryview | str, *, keep: Path |
         if keep is not None and path.exists():
             path.replace(keep)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # a full disk is said without a name
+            error.filename = str(path)
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise

@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "attention_transfer"
-PATIENCE = 150  # seconds; each test takes less than 30
+PATIENCE = 100  # seconds; each test takes less than 40
 MEMORY = 24 << 30  # bytes of addresses: what unfolds without its guard must not take the machine with it
 
 

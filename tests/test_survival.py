@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -20,6 +21,7 @@ from test_training import equal, interrupted, silent, weights
 from torch import Tensor, nn
 
 from attention_transfer._files import write_atomically
+from attention_transfer.cli import main
 from attention_transfer.data import Batches
 from attention_transfer.training import Recipe, Run, resume, train
 from attention_transfer.training.callbacks import Checkpoints
@@ -185,10 +187,9 @@ def test_a_momentum_of_other_parameters_is_an_error(
 # --- disks, files and workers -------------------------------------------------------------------------------
 
 
-def test_a_full_disk_midway_loses_nothing(
-    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A process that from its sixth step on may not write files as large as a checkpoint."""
+@contextmanager
+def full_from_the_sixth_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """From then on this process may not write files as large as a checkpoint."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     original = Checkpoints._save
 
@@ -200,11 +201,23 @@ def test_a_full_disk_midway_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "_save", save)
         try:
-            with pytest.raises(OSError, match="File too large"):
-                train(taught(whole, tmp_path / "run"), say=silent)
+            yield
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_midway_loses_nothing(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Run(tmp_path / "run")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(taught(whole, run.folder).to_yaml())
+    with full_from_the_sixth_step(monkeypatch):
+        assert main(["train", "--config", str(recipe)]) == 2
+    *_, how, what = capsys.readouterr().err.splitlines()
+    assert how.startswith("Stopped by an error; what is saved is not lost.")
+    assert how.endswith(f": attention-transfer train --resume {run.folder}")
+    assert what == f"attention-transfer: File too large: {run.last_checkpoint}"
     assert torch.load(run.last_checkpoint, weights_only=True)["global_step"] == 5
     assert not list(run.checkpoints.glob(".*"))
     assert equal(whole, resume(run.folder, say=silent))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -75,21 +76,38 @@ def _resume(folder: Path, keep_memory: bool, places: dict[str, Any], say: Say | 
 
 
 def _start(folder: Path, work: Callable[[], Run], say: Say) -> None:
-    """Train, report the outcome, and on Ctrl-C say how to go on."""
+    """Train, and report the outcome; where that ends early say how to go on."""
+    start = time.time()
     try:
         run = work()
     except (Interrupted, KeyboardInterrupt):
-        from attention_transfer.training.processes import is_first_process
-
-        if Run(folder).exists and is_first_process():
-            own = "".join(f" --trust {name}" for name in sorted(trusted()))
-            command = f"{PROGRAM} train --resume {folder}{own}"
-            print(f"\nStopped; nothing is lost. Go on with: {command}", file=sys.stderr)
+        if Run(folder).exists:
+            _say_how_to_go_on(folder, "\nStopped; nothing is lost. Go on with")
+        raise
+    except (OSError, ValueError):
+        if _saved_since(start, folder):
+            _say_how_to_go_on(
+                folder, "Stopped by an error; what is saved is not lost. Go on, once it is mended, with"
+            )
         raise
     from attention_transfer.training.processes import is_first_process
 
     if is_first_process():
         _say_outcome(run, say)
+
+
+def _saved_since(start: float, folder: Path) -> bool:
+    """Whether the run, or the teacher before it, has saved a state."""
+    states = (run.last_checkpoint for run in (Run(folder), Run(folder).teacher))
+    return any(state.is_file() and state.stat().st_mtime >= start for state in states)
+
+
+def _say_how_to_go_on(folder: Path, how: str) -> None:
+    from attention_transfer.training.processes import is_first_process
+
+    if is_first_process():
+        own = "".join(f" --trust {name}" for name in sorted(trusted()))
+        print(f"{how}: {PROGRAM} train --resume {folder}{own}", file=sys.stderr)
 
 
 def _say_outcome(run: Run, say: Say) -> None:
