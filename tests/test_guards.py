@@ -77,6 +77,7 @@ HOSTILE = [
     Guard("cli/__init__.py", "(factories or trusted()) and ", "", "security a_module_in_the_current"),
     Guard("cli/__init__.py", "printable(_describe(error))", "_describe(error)", "security escape_sequence"),
     Guard("_reading.py", "isinstance(event, yaml.AliasEvent)", "False", "security yaml_makes_no"),
+    Guard("_reading.py", "except RecursionError:", "except ZeroDivisionError:", "security deep_json"),
     Guard("_reading.py", "if _depth_exceeds(value, DEEPEST):", "if False:", "security deep_json"),
     Guard("_pictures.py", "for name in FORMATS:", 'for name in (*FORMATS, "EPS"):', "security postscript"),
     Guard("_pictures.py", "limit is not None and pixels > limit", "False", "security an_image_bomb"),
@@ -92,7 +93,7 @@ HOSTILE = [
         "caffe/layers/data.py", " or found.external or found.is_virtual", "", "security hdf5_reads_nothing"
     ),
     Guard("caffe/layers/data.py", "found.nbytes > HDF5_UNFOLDED", "0 > HDF5_UNFOLDED", "security huge"),
-    Guard("caffe/files/lmdb.py", "page in self._seen or ", "", "security a_damaged_lmdb"),
+    Guard("caffe/files/lmdb.py", "page in self._seen or depth > DEEPEST or ", "", "security damaged_lmdb"),
     Guard(
         "cache/shards.py",
         "path.resolve().is_relative_to(folder.resolve())",
@@ -115,9 +116,8 @@ HOSTILE = [
 ]
 
 DAMAGED = [
-    Guard("data/parquet.py", "UnicodeDecodeError, OverflowError, MemoryError", "MemoryError", "fuzz parquet"),
-    Guard("_pictures.py", "except Exception as error:", "except OSError as error:", "fuzz image"),
-    Guard("_reading.py", "except csv.Error as error:", "except KeyError as error:", "fuzz metrics"),
+    Guard("data/parquet.py", "pa.ArrowException, OSError, ", "", "fuzz parquet"),
+    Guard("_reading.py", "except Exception as error:", "except ValueError as error:", "fuzz recipe"),
     Guard("data/tar_index.py", "except (tarfile.TarError, ", "except (", "fuzz tar"),
     Guard("data/tar_index.py", " or (sizes > size - offsets).any()", "", "tars contradicts"),
 ]

@@ -302,14 +302,15 @@ def test_yaml_makes_no_objects_and_does_not_unfold(kind: str, capsys: Any) -> No
 DEEP = "[" * 100_000
 
 
-def test_deep_json_is_refused() -> None:
-    Path("result.json").write_text(DEEP)
-    Path("cache.json").write_text(DEEP)
+@pytest.mark.parametrize("text", [DEEP, "[" * 40 + "]" * 40], ids=["endless", "40 levels"])
+def test_deep_json_is_refused(text: str) -> None:
+    Path("result.json").write_text(text)
+    Path("cache.json").write_text(text)
     refused(lambda: Run(Path.cwd()).result, "nested too deeply")
     refused(lambda: Manifest.read(Path.cwd()), "which is not JSON")
-    save_weights(nn.Linear(1, 1), "w.safetensors", {"attention_transfer": DEEP})
+    save_weights(nn.Linear(1, 1), "w.safetensors", {"attention_transfer": text})
     refused(lambda: ModelCard.read("w.safetensors"), "nested too deeply")
-    layer = f'layer {{ name: "p" type: "Python" bottom: "x" top: "y" python_param {{ layer: "Normalize" param_str: "{DEEP}" }} }}'
+    layer = f'layer {{ name: "p" type: "Python" bottom: "x" top: "y" python_param {{ layer: "Normalize" param_str: "{text}" }} }}'
     Path("net.prototxt").write_text(INPUT + layer)
     with pytest.raises(ValueError, match="a JSON object as param_str"):
         at.caffe.Net("net.prototxt")

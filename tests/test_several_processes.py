@@ -24,7 +24,7 @@ from attention_transfer.cache import Cache
 from attention_transfer.data import Augment
 from attention_transfer.distiller import Distiller
 from attention_transfer.models import build_model, save_weights
-from attention_transfer.training import Recipe, Run, build_cache, resume, train
+from attention_transfer.training import Recipe, Run, build_cache, train
 from attention_transfer.training.build import has_unused_parameters, load_splits
 from attention_transfer.training.fit import build_strategy
 from attention_transfer.training.module import Totals
@@ -210,8 +210,9 @@ def test_ctrl_c_in_a_terminal_reaches_both_and_is_saved_once(recipe: Recipe) -> 
     assert 8 <= step < 2000
 
 
-def test_a_stop_of_two_processes_is_saved_once_and_gone_on_with(recipe: Recipe) -> None:
-    """SIGTERM to the first of two; the rest of the run by one process; as if nothing had happened."""
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_stop_of_two_processes_is_saved_once_and_gone_on_with(recipe: Recipe, devices: int) -> None:
+    """SIGTERM to the first of two; the rest by one process or by two; as if nothing had happened."""
     Path("recipe.yaml").write_text(replace(recipe, sync_batchnorm=True).to_yaml())
     Path("stopped.py").write_text(STOPPED)
     words = ["stopped.py", "train", "--config", "recipe.yaml", "--output", "run", "--devices", "2"]
@@ -224,8 +225,8 @@ def test_a_stop_of_two_processes_is_saved_once_and_gone_on_with(recipe: Recipe) 
     assert torch.load(run.last_checkpoint, weights_only=True)["global_step"] in (6, 7)
     assert len(run.read_metrics()) == 1
     assert checkpoints(run) == {f"checkpoints/{name}.ckpt" for name in ("last", "last.before", "best")}
-    resumed = resume(run.folder, say=lambda line: None, devices=1)
-    same(train(replace(recipe, output="whole"), say=lambda line: None), resumed)
+    run_command("train", "--resume", "run", "--devices", devices)
+    same(train(replace(recipe, output="whole"), say=lambda line: None), run)
 
 
 def flags(recipe: Recipe) -> list[object]:
@@ -269,6 +270,7 @@ def test_two_processes_build_the_cache_of_one(recipe: Recipe, monkeypatch: pytes
     assert " on 2 processes" in said
     alone = cached(recipe, 2, monkeypatch)
     assert contents("cache") == contents("alone")
+    Cache.read("cache").require(2)
     there = Cache.read("cache").manifest
     assert (there.identity, there.views) == (alone.manifest.identity, 2)
     assert "devices" not in there.settings  # it may be gone on with anywhere
