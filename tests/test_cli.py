@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -513,13 +514,24 @@ def test_colours_are_for_terminals(environment: dict[str, str], monkeypatch: pyt
     with monkeypatch.context() as patch, os.fdopen(theirs, "w") as terminal:
         patch.setattr(sys, "stdout", terminal)
         say_text("a line\nwarning: of a warning:")
-    said = os.read(ours, 10_000).decode()
-    os.close(ours)
+    said = ""
+    with suppress(OSError), os.fdopen(ours, "rb", buffering=0) as terminal:  # its end, once nobody writes
+        while part := terminal.read(1000):
+            said += part.decode()
     if environment:
         assert "\033" not in said
     else:
         assert "\033[31mattention-transfer:\033[0m unknown verb" in said
         assert "a line\r\n\033[33mwarning:\033[0m of a warning:\r\n" in said
+
+
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK"])
+def test_errors_say_which_process_speaks(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "1")
+    assert main(["no-such-verb"]) == 2
+    assert capsys.readouterr().err.startswith("attention-transfer: process 1: unknown verb")
 
 
 def test_a_pipe_gets_no_colours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,9 @@ HOSTILE = [
     Guard("training/recipe.py", "check_models(values, path)", "pass", "security a_recipe_and_a_run"),
     Guard("training/cached.py", 'check_models(named, recipe.cache or "")', "pass", "security a_cache_names"),
     Guard("cli/__init__.py", "(factories or trusted()) and ", "", "security a_module_in_the_current"),
-    Guard("cli/__init__.py", "printable(_describe(error))", "_describe(error)", "security escape_sequence"),
+    Guard(
+        "cli/__init__.py", "{printable(_describe(error))}", "{_describe(error)}", "security escape_sequence"
+    ),
     Guard("_reading.py", "isinstance(event, yaml.AliasEvent)", "False", "security yaml_makes_no"),
     Guard("_reading.py", "except RecursionError:", "except ZeroDivisionError:", "security deep_json"),
     Guard("_reading.py", "if _depth_exceeds(value, DEEPEST):", "if False:", "security deep_json"),

@@ -145,7 +145,16 @@ def test_a_frame_of_a_strip_fills_its_tile(browser: Browser, tmp_path: Path) -> 
     assert abs(int(pixels[12, 12].sum()) - int(pixels[-13, -13].sum())) < 20
 
 
-VALUES = "[...document.querySelectorAll('.pointed .tile')].map((e) => e.dataset.value)"
+# At the place that is pointed at, once the maps are decoded.
+VALUES = """
+new Promise((done) => {
+  const look = () => {
+    const values = [...document.querySelectorAll(".pointed .tile")].map((e) => e.dataset.value);
+    if (values.every((value) => value)) done(values);
+    else requestAnimationFrame(look);
+  };
+  look();
+})"""
 
 
 def test_values_of_the_maps_under_the_pointer_and_by_keyboard(browser: Browser, tmp_path: Path) -> None:
@@ -170,7 +179,6 @@ def test_values_of_the_maps_under_the_pointer_and_by_keyboard(browser: Browser, 
     for row, column in [(0, 0), (3, 7), (2, 5), (0, 6)]:
         at = {"x": x + (column + 0.5) * width / 8, "y": y + (row + 0.5) * height / 4}
         browser.call("Input.dispatchMouseEvent", **move, **at)
-        browser.evaluate("new Promise((done) => setTimeout(done, 60))")
         of_teacher, of_student = browser.evaluate(VALUES)
         assert float(of_student) == pytest.approx(float(cell(last, row, column)), abs=0.011)
         assert (of_teacher == "1.00") == ((row, column) == (3, 7))

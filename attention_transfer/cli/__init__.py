@@ -47,12 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug or not _is_bad_input(error):
             raise
-        print(coloured(f"{PROGRAM}: {printable(_describe(error))}", sys.stderr), file=sys.stderr)
+        print(coloured(f"{PROGRAM}: {_place()}{printable(_describe(error))}", sys.stderr), file=sys.stderr)
         return 2
 
 
 def _format_warning(message: Warning | str, *_: object, **__: object) -> str:
     return coloured(f"warning: {printable(one_line(str(message)))}\n", sys.stderr)
+
+
+def _place() -> str:
+    """Which of several processes speaks, if it is not the first."""
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+    return "" if rank == "0" else f"process {printable(rank)}: "
 
 
 def _status(stopped: int) -> int:
