@@ -108,6 +108,7 @@ HOSTILE = [
         "False",
         "security manifest",
     ),
+    Guard("visualize/snapshots.py", "            kept._check()\n", "", "security kept_maps"),
     Guard("visualize/report.py", "autoescape=True", "autoescape=False", "security the_report_escapes"),
     Guard(
         "cli/train.py",

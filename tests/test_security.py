@@ -32,7 +32,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import attention_transfer as at
@@ -49,6 +49,7 @@ from attention_transfer.training.checkpoints import checkpoint_to_resume
 from attention_transfer.training.recipe import Recipe
 from attention_transfer.training.run import Run
 from attention_transfer.visualize import write_report
+from attention_transfer.visualize.snapshots import Snapshots
 
 MARKER = "marker"
 FACTORY = f"""
@@ -609,6 +610,45 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.handlers += [name for name, _ in attrs if name.startswith("on")]
+
+
+CONTRADICTIONS: dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]] = {
+    "an epoch too many": lambda facts, parts: facts.update(epochs=[0, 1, 2]),
+    "epochs as text": lambda facts, parts: facts.update(epochs=["0", "1"]),
+    "epochs that go back": lambda facts, parts: facts.update(epochs=[1, 0]),
+    "classes as a number": lambda facts, parts: facts.update(classes=3),
+    "layers as numbers": lambda facts, parts: facts.update(layers=[1]),
+    "an image too few": lambda facts, parts: parts.update(images=parts["images"][:1]),
+    "images of two channels": lambda facts, parts: parts.update(images=parts["images"].repeat(1, 2, 1, 1)),
+    "images of floats": lambda facts, parts: parts.update(images=parts["images"].float()),
+    "labels of floats": lambda facts, parts: parts.update(labels=parts["labels"].float()),
+    "maps without epochs": lambda facts, parts: parts.update({"student.0": parts["student.0"][0].clone()}),
+    "maps that are nan": lambda facts, parts: parts["student.0"].fill_(float("nan")),
+    "maps below zero": lambda facts, parts: parts["teacher.0"].fill_(-1),
+    "a teacher's map too few": lambda facts, parts: parts.update(
+        {"teacher.0": parts["teacher.0"][:1].clone()}
+    ),
+    "maps of no pixel": lambda facts, parts: parts.update({"teacher.0": torch.zeros(2, 0, 4)}),
+}
+
+
+@pytest.mark.parametrize("kind", CONTRADICTIONS)
+def test_kept_maps_that_contradict_themselves_are_refused(kind: str, capsys: Any) -> None:
+    run = Path("run")
+    run.mkdir()
+    (run / "recipe.yaml").write_text("student: wrn-10-1\nmethod: at\nteacher: wrn-10-1\n")
+    maps = torch.rand(2, 3, 4)
+    images, labels = torch.zeros(2, 1, 6, 8, dtype=torch.uint8), torch.tensor([0, 1])
+    kept = Snapshots.start(images, labels, ["a", "b"], ["group0"]).with_teacher([maps])
+    kept.add(0, [maps]).add(1, [maps]).save(run / "maps.safetensors")
+    assert main(["report", "run", "-o", "r.html"]) == 0
+    facts = json.loads(read_metadata(run / "maps.safetensors")["attention_transfer_maps"])
+    parts = load_file(run / "maps.safetensors")
+    CONTRADICTIONS[kind](facts, parts)
+    save_file(parts, run / "maps.safetensors", {"attention_transfer_maps": json.dumps(facts)})
+    assert "Snapshots.read: expected the maps that `train` keeps, got the damaged" in fails(
+        capsys, "report", "run", "-o", "r.html"
+    )
 
 
 def test_the_report_escapes_every_name() -> None:

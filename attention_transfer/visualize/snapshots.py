@@ -124,14 +124,35 @@ class Snapshots:
             layers, taught = facts["layers"], "teacher.0" in tensors
             maps = [tensors[f"student.{i}"] for i in range(len(layers))]
             teacher = [tensors[f"teacher.{i}"] for i in range(len(layers) * taught)]
-            return cls(
+            kept = cls(
                 tensors["images"], tensors["labels"], facts["classes"], layers, teacher, facts["epochs"], maps
             )
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            kept._check()
+            return kept
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"Snapshots.read: expected the maps that `train` keeps, got the damaged {path} ({error}). "
                 "Delete it: the report then leaves these maps out."
             ) from None
+
+    def _check(self) -> None:
+        """Raise a ValueError for parts that contradict each other, or are not what they are taken for."""
+        images, epochs = len(self.labels), self.epochs
+        if not all(isinstance(text, str) for text in (*self.classes, *self.layers)):
+            raise ValueError("names that are no text")
+        if not all(type(epoch) is int for epoch in epochs) or epochs != sorted(set(epochs)):
+            raise ValueError("no epochs")
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] not in (1, 3):
+            raise ValueError("no images")
+        if not 0 < images == len(self.images) or self.labels.dtype != torch.int64 or self.labels.ndim != 1:
+            raise ValueError("no label for each image")
+        expected = [(self.maps, (len(epochs), images)), (self.teacher, (images,))]
+        for maps, leading in expected:
+            for each in maps:
+                if each.ndim != len(leading) + 2 or each.shape[: len(leading)] != leading or not each.numel():
+                    raise ValueError("no map for each image")
+                if not each.is_floating_point() or not each.isfinite().all() or (each < 0).any():
+                    raise ValueError("maps with values that maps do not have")
 
 
 def _kept(maps: Float[Tensor, "n h w"]) -> Float16[Tensor, "n _ _"]:
