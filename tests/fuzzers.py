@@ -273,11 +273,10 @@ def _kept_maps(folder: Path) -> list[bytes]:
 
 @reader("kept maps", "maps.safetensors", _kept_maps)
 def read_kept_maps(path: Path) -> None:
-    run = path.parent
     from attention_transfer.visualize import write_report
 
+    run = path.parent
     (run / "recipe.yaml").write_text("student: wrn-10-1\nmethod: at\nteacher: wrn-10-1\n")
-
     write_report([run], run / "report.html")
 
 

@@ -61,6 +61,7 @@ HELPERS = {
     "_patterns",
     "_quiet",
     "_pictures",
+    "_ranks",
     "_reading",
     "_tables",
     "_trust",

@@ -45,20 +45,10 @@ def silent(line: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def live(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+def live(tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A student and its trained teacher, on two fixed views."""
     folder = tmp_path_factory.mktemp("runs") / "teacher"
-    alone = Recipe(
-        student="wrn-10-1",
-        method="none",
-        data=str(image_folder),
-        validation=0.2,
-        epochs=2,
-        batch_size=10,
-        pad=2,
-        accelerator="cpu",
-        precision="32-true",
-    )
+    alone = replace(tiny, epochs=2)
     train(replace(alone, epochs=1, output=str(folder)), say=silent)
     return replace(alone, method="at+kd", teacher=str(folder), views=2, split_seed=0)
 

@@ -35,36 +35,15 @@ def silent(line: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def teacher(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def teacher(tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A trained teacher of three classes."""
     folder = tmp_path_factory.mktemp("runs") / "teacher"
-    recipe = Recipe(
-        student="wrn-10-1",
-        method="none",
-        data=str(image_folder),
-        epochs=1,
-        batch_size=10,
-        pad=2,
-        accelerator="cpu",
-        precision="32-true",
-        output=str(folder),
-    )
-    return train(recipe, say=silent)
+    return train(replace(tiny, output=str(folder)), say=silent)
 
 
 @pytest.fixture(scope="module")
-def base(image_folder: Path, teacher: Run) -> Recipe:
-    return Recipe(
-        student="wrn-10-1",
-        teacher=str(teacher.folder),
-        data=str(image_folder),
-        validation=0.2,
-        pad=2,
-        batch_size=10,
-        accelerator="cpu",
-        precision="32-true",
-        views=2,
-    )
+def base(tiny: Recipe, teacher: Run) -> Recipe:
+    return replace(tiny, method="at", teacher=str(teacher.folder), views=2)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -249,20 +250,9 @@ def test_the_command_draws_maps(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_training_between_hugging_face_models(image_folder: Path, tmp_path: Path) -> None:
-    recipe = Recipe(
-        student="small_models:resnet",
-        teacher="small_models:wide_resnet",
-        method="at+kd",
-        data=str(image_folder),
-        validation=0.2,
-        epochs=1,
-        batch_size=10,
-        pad=2,
-        accelerator="cpu",
-        precision="32-true",
-        output=str(tmp_path / "run"),
-    )
+def test_training_between_hugging_face_models(tiny: Recipe, tmp_path: Path) -> None:
+    pair = {"student": "small_models:resnet", "teacher": "small_models:wide_resnet"}
+    recipe = replace(tiny, **pair, method="at+kd", output=str(tmp_path / "run"))
     run = train(recipe, say=lambda _: None)
     assert (run.folder / "student.safetensors").is_file()
     assert 0 <= run.result["test_error"] <= 100

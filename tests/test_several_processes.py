@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from attention_transfer._ranks import is_first_process
 from attention_transfer.cache import Cache
 from attention_transfer.data import Augment
 from attention_transfer.distiller import Distiller
@@ -31,7 +32,6 @@ from attention_transfer.training.module import Totals
 from attention_transfer.training.processes import (
     Processes,
     count,
-    is_first_process,
     layout,
     local_device,
     only_first,

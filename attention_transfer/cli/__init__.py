@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attention_transfer._colours import coloured
+from attention_transfer._ranks import is_first_process, process_name
 from attention_transfer._reading import one_line
 from attention_transfer._tables import printable
 from attention_transfer._trust import trusted, trusting
@@ -47,18 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug or not _is_bad_input(error):
             raise
-        print(coloured(f"{PROGRAM}: {_place()}{printable(_describe(error))}", sys.stderr), file=sys.stderr)
+        place = f"{printable(name)}: " if (name := process_name()) else ""
+        print(coloured(f"{PROGRAM}: {place}{printable(_describe(error))}", sys.stderr), file=sys.stderr)
         return 2
 
 
 def _format_warning(message: Warning | str, *_: object, **__: object) -> str:
     return coloured(f"warning: {printable(one_line(str(message)))}\n", sys.stderr)
-
-
-def _place() -> str:
-    """Which of several processes speaks, if it is not the first."""
-    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
-    return "" if rank == "0" else f"process {printable(rank)}: "
 
 
 def _status(stopped: int) -> int:
@@ -67,8 +63,6 @@ def _status(stopped: int) -> int:
     Lightning kills the first as soon as one that it started leaves with another status than 0, be it that
     the first still has something to say.
     """
-    from attention_transfer.training.processes import is_first_process
-
     return stopped if is_first_process() else 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from attention_transfer._choices import Stored
+from attention_transfer._ranks import is_first_process
 from attention_transfer._tables import format_table
 from attention_transfer.cli.memory import add_memory_flag, govern_memory
 from attention_transfer.cli.output import StatusLine
@@ -75,16 +76,12 @@ def _start(folder: Path, recipe: Recipe, layers: list[str] | None, dtype: Stored
         govern_memory(recipe, keep=keep_memory)
         cache = build_cache(recipe, folder, layers=layers, dtype=dtype, say=line.print, progress=line.show)
     except KeyboardInterrupt:
-        from attention_transfer.training.processes import is_first_process
-
         line.clear()
         if (folder / "cache.json").exists() and is_first_process():
             command = f"{PROGRAM} cache build --resume {folder}"
             print(f"\nStopped; nothing is lost. Go on with: {command}", file=sys.stderr)
         raise
     line.clear()
-    from attention_transfer.training.processes import is_first_process
-
     if not is_first_process():
         return
     print(f"cache: {folder.absolute()}, {_state(cache)}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attention_transfer._extras import require
+from attention_transfer._ranks import is_first_process
 from attention_transfer._reading import one_line
 from attention_transfer._trust import trusted
 from attention_transfer.cli.memory import add_memory_flag, govern_memory
@@ -90,8 +91,6 @@ def _start(folder: Path, work: Callable[[], Run], say: Say) -> None:
                 folder, "Stopped by an error; what is saved is not lost. Go on, once it is mended, with"
             )
         raise
-    from attention_transfer.training.processes import is_first_process
-
     if is_first_process():
         _say_outcome(run, say)
 
@@ -103,8 +102,6 @@ def _saved_since(start: float, folder: Path) -> bool:
 
 
 def _say_how_to_go_on(folder: Path, how: str) -> None:
-    from attention_transfer.training.processes import is_first_process
-
     if is_first_process():
         own = "".join(f" --trust {name}" for name in sorted(trusted()))
         print(f"{how}: {PROGRAM} train --resume {folder}{own}", file=sys.stderr)

@@ -174,15 +174,15 @@ def _shards_of(rows: list[Any], arrays: dict[str, np.ndarray]) -> Iterator[tuple
     """
     ends = np.flatnonzero(arrays["names"] == 0) + 1  # of names
     counts = [count for _, _, _, count in rows]
-    if any(type(count) is not int or count < 1 for count in counts) or arrays["names"].dtype != np.uint8:
+    if any(type(count) is not int or count < 1 for count in counts):
         raise ValueError("no numbers of images")
+    if arrays["names"].dtype != np.uint8 or any(arrays[name].dtype != np.int64 for name in NUMBERS):
+        raise ValueError("no whole numbers")
     if any(array.shape != (sum(counts),) for array in (ends, *(arrays[name] for name in NUMBERS))):
         raise ValueError("not as many as there are images")
     stops = np.cumsum(counts).tolist()
     for (key, size, changed, count), stop in zip(rows, stops, strict=True):
         offsets, sizes, labels = (arrays[name][stop - count : stop] for name in NUMBERS)
-        if any(array.dtype != np.int64 for array in (offsets, sizes, labels)):
-            raise ValueError("no whole numbers")
         if min(offsets.min(), sizes.min()) < 0 or (sizes > size - offsets).any():
             raise ValueError("outside of the file")
         start = ends[stop - count - 1] if stop > count else 0

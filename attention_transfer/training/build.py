@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attention_transfer._outputs import logits_of
+from attention_transfer._ranks import is_first_process
 from attention_transfer._untouched import untouched
 from attention_transfer.data import Augment, Splits, Views, load_data
 from attention_transfer.distiller import Distiller, InputTransform
@@ -29,7 +30,6 @@ from attention_transfer.models import build_model, load_weights, pretrained_stat
 from attention_transfer.pairs import Pair
 from attention_transfer.schedules import Schedule, parse_schedules
 from attention_transfer.training.card import ModelCard
-from attention_transfer.training.processes import is_first_process
 from attention_transfer.training.recipe import TERMS, VALIDATION, Recipe, parse_pairs
 from attention_transfer.training.run import Run
 

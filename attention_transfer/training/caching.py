@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from attention_transfer._choices import Stored
+from attention_transfer._ranks import is_first_process
 from attention_transfer._tables import duration
 from attention_transfer.cache import Cache, Filler, Layout, Manifest, Shard, megabytes
 from attention_transfer.data import Batches, Splits, Views, data_fingerprint
@@ -17,7 +18,6 @@ from attention_transfer.training.build import build_teacher, load_splits
 from attention_transfer.training.onlooker import Onlooker
 from attention_transfer.training.processes import (
     Processes,
-    is_first_process,
     join,
     local_device,
     only_first,

@@ -115,10 +115,8 @@ class Checkpoints(Checkpoint):
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        own = isinstance(exception, Exception) and not isinstance(
-            exception, Interrupted
-        )  # that one has saved
-        if self._between_steps and trainer.world_size == 1 and own:
+        has_saved = isinstance(exception, Interrupted) or not isinstance(exception, Exception)
+        if self._between_steps and trainer.world_size == 1 and not has_saved:
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:

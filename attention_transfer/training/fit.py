@@ -15,6 +15,7 @@ from torch import nn
 
 from attention_transfer._extras import require
 from attention_transfer._machine import commit, device_name
+from attention_transfer._ranks import is_first_process
 from attention_transfer._trust import is_factory, trusting
 from attention_transfer.data import Batches, Splits
 from attention_transfer.models import fingerprint, load_weights, save_weights
@@ -33,7 +34,6 @@ from attention_transfer.training.evaluation import evaluate_model
 from attention_transfer.training.processes import (
     Processes,
     count,
-    is_first_process,
     join,
     layout,
     only_first,

@@ -17,18 +17,10 @@ from typing import Any
 import torch
 
 from attention_transfer._extras import require
+from attention_transfer._ranks import is_first_process
 from attention_transfer.training.recipe import Recipe
 from attention_transfer.training.speed import device_of
 from attention_transfer.training.telling import Say
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one of several that writes and prints; the environment tells."""
-    if "RANK" in os.environ:  # torchrun
-        return os.environ["RANK"] == "0"
-    if "LOCAL_RANK" in os.environ or "NODE_RANK" in os.environ:  # Lightning's own launcher
-        return all(os.environ.get(name, "0") == "0" for name in ("NODE_RANK", "LOCAL_RANK"))
-    return os.environ.get("SLURM_PROCID", "0") == "0"
 
 
 def only_first(say: Say) -> Say:

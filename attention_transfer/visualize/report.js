@@ -30,7 +30,7 @@
   const hex = root.dataset.colours;
   const levels = new Map(hex.match(/.{6}/g).map((colour, level) => [Number.parseInt(colour, 16), level]));
   const loaded = new Map();
-  let place = null; // { table, x, y }, both from 0 to 1
+  let place = null; // { table, x, y, said }: x and y from 0 to 1, said tells the values to who cannot see them
 
   const pixelsOf = (map) => {
     if (!loaded.has(map)) {
@@ -55,26 +55,31 @@
     const within = (share, size) => border + Math.min(size - 1, Math.floor(share * size));
     const at = 4 * (within(y, height) * pixels.width + frame * (width + 2 * border) + within(x, width));
     const [red, green, blue] = pixels.data.slice(at, at + 3);
-    return (levels.get((red << 16) | (green << 8) | blue) / 255).toFixed(2);
+    const level = levels.get((red << 16) | (green << 8) | blue); // none where a browser blurs what it reads
+    return level === undefined ? "" : (level / 255).toFixed(2);
   };
   const mapsOf = (table) => [...table.querySelectorAll(".tile > *")];
   const read = () => {
     if (!place) return;
-    const { table, x, y } = place;
+    const { table, x, y, said } = place;
     for (const map of mapsOf(table)) map.parentElement.dataset.value = valueOf(map, x, y);
     table.classList.add("pointed");
     table.classList.toggle("low", y > 0.5);
     table.style.setProperty("--x", x);
     table.style.setProperty("--y", y);
+    if (!said) return;
+    const where = `${Math.round(100 * x)} % from the left, ${Math.round(100 * y)} % from the top`;
+    const values = mapsOf(table).map((map) => `${map.alt ?? map.ariaLabel}: ${map.parentElement.dataset.value}`);
+    said.textContent = [where, ...values].join("; ");
   };
   const leave = () => {
     place?.table.classList.remove("pointed");
     place = null;
   };
-  const point = (table, x, y) => {
+  const point = (table, x, y, said) => {
     if (place?.table !== table) leave();
     const inside = (share) => Math.max(0, Math.min(1, share));
-    place = { table, x: inside(x), y: inside(y) };
+    place = { table, x: inside(x), y: inside(y), said };
     read();
   };
   for (const table of document.querySelectorAll(".scroll.maps")) {
@@ -92,12 +97,8 @@
       const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
       if (!step) return;
       const from = place?.table === table ? place : { x: 0.5, y: 0.5 };
-      point(table, from.x + step[0] / 16, from.y + step[1] / 16);
-      if (place.x === from.x && place.y === from.y) return; // at the edge the key scrolls, as ever
-      event.preventDefault();
-      const where = `${Math.round(100 * place.x)} % from the left, ${Math.round(100 * place.y)} % from the top`;
-      const values = mapsOf(table).map((map) => `${map.alt ?? map.ariaLabel}: ${map.parentElement.dataset.value}`);
-      said.textContent = [where, ...values].join("; ");
+      point(table, from.x + step[0] / 16, from.y + step[1] / 16, said);
+      if (place.x !== from.x || place.y !== from.y) event.preventDefault(); // at the edge the key scrolls, as ever
     });
   }
 
