@@ -18,7 +18,7 @@ from attention_transfer.cli.memory import add_memory_flag, govern_memory
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
 from attention_transfer.training.recipe import PLACES, Recipe, field_types
 from attention_transfer.training.run import Interrupted, Run
-from attention_transfer.training.telling import Line, Progress, Say, teller
+from attention_transfer.training.telling import Line, Progress, Say, say_text, teller
 
 _OPTIONS = ("config", "print_config", "resume", "overwrite", "progress", "keep_memory")
 """Flags that no recipe holds."""
@@ -36,10 +36,10 @@ def run(arguments: list[str]) -> None:
         _check_alone(arguments)
         folder = Path(options["resume"])
         places = {name: flags[name] for name in PLACES if _is_named(name, arguments)}
-        _start(folder, lambda: _resume(folder, options["keep_memory"], places, say), say or print)
+        _start(folder, lambda: _resume(folder, options["keep_memory"], places, say), say or say_text)
         return
     new = (options["overwrite"], options["keep_memory"], say)
-    _start(recipe.folder, lambda: _train_new(recipe, *new), say or print)
+    _start(recipe.folder, lambda: _train_new(recipe, *new), say or say_text)
 
 
 def _check_alone(arguments: list[str]) -> None:
@@ -68,7 +68,7 @@ def _resume(folder: Path, keep_memory: bool, places: dict[str, Any], say: Say | 
     run = Run(folder)
     recipe = replace(run.recipe, **places)  # an answer before the long imports
     if run.finished:
-        (say or print)(f"{folder} is finished; nothing is left to do.")
+        (say or say_text)(f"{folder} is finished; nothing is left to do.")
         return run
     from attention_transfer.training.fit import resume
 
