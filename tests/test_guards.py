@@ -212,8 +212,10 @@ def test_without_it_a_test_fails(guard: Guard, copy: Path) -> None:
     try:
         done = run(copy, *guard.test.split())
     except subprocess.TimeoutExpired:
-        assert guard.endless
-        return
+        if guard.endless:
+            return
+        # a worker of PyTorch's DataLoader that is killed while it holds a lock leaves the loader waiting: rare
+        done = run(copy, *guard.test.split())
     finally:
         file.write_text(whole)
     failed = done.returncode == 1 and "failed" in done.stdout.splitlines()[-1]
