@@ -214,7 +214,7 @@ def test_without_it_a_test_fails(guard: Guard, copy: Path) -> None:
     except subprocess.TimeoutExpired:
         if guard.endless:
             return
-        # a worker of PyTorch's DataLoader that is killed while it holds a lock leaves the loader waiting: rare
+        # rare: a worker of PyTorch's DataLoader, killed while it holds a lock, leaves the loader waiting
         done = run(copy, *guard.test.split())
     finally:
         file.write_text(whole)
