@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -21,6 +21,21 @@ def find_logits(output: object, *, dense: bool = False) -> Float[Tensor, "b k ..
     if not isinstance(logits, Tensor):
         return None
     return logits if logits.ndim == 2 or (dense and logits.ndim == 4) else None
+
+
+def check_finite(finite: Bool[Tensor, " n"], *, user: str, model: str) -> None:
+    """Make sure that all images have finite logits, as said of each: of NaN the largest is still some class.
+
+    Raises:
+        ValueError: if they have not, on behalf of `user`.
+    """
+    bad = (~finite).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"{user}: expected finite logits from {model}, got NaN or infinite ones for {len(bad):,} of "
+            f"{len(finite):,} images, the first of which is number {bad[0] + 1:,}. Look at the weights, "
+            "and at these images: such logits tell no class."
+        )
 
 
 def logits_of(output: object, *, user: str, dense: bool = False) -> Float[Tensor, "b k ..."]:

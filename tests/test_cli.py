@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from test_latency import spoil
 
 from attention_transfer.cli import VERBS, main
 from attention_transfer.training import Recipe, Run, train
@@ -295,9 +296,30 @@ def test_train_keeps_freed_memory_unless_told_otherwise(
 def test_evaluate_a_run_equals_its_result(alone: Run, capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, "evaluate", alone.folder, "--plot", "plots/confusion.png")
     result = alone.result
-    assert f"top-1 error {result['test_error']:.2f} %   top-5 error {result['test_top5_error']:.2f} %" in text
+    assert f"top-1 error {result['test_error']:.2f} %\n" in text
+    assert "top-5" not in text  # of three classes it says nothing
+    assert result["test_top5_error"] is None
     assert re.search(r"^green +4 +\d", text, re.MULTILINE)
     assert Path("plots/confusion.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_no_answers(
+    taught: Run, value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(taught.folder, "run")
+    spoil(Run(Path("run")), value)
+    counted = r"got NaN or infinite ones for 12 of 12 images, the first of which is number 1\."
+    for arguments in (
+        ["run"],
+        ["run", "--latency"],
+        ["run/student.safetensors", "--data", taught.recipe.data],
+    ):
+        message = refused(capsys, "evaluate", *arguments)
+        assert re.match(f"evaluate_model: expected finite logits from the model, {counted}", message)
+    message = refused(capsys, "report", "run")
+    role = "the student with attention transfer"
+    assert re.match(f"collect_examples: expected finite logits from {role}, {counted}", message)
 
 
 def test_evaluate_a_weights_file(alone: Run, base: Recipe, capsys: pytest.CaptureFixture[str]) -> None:

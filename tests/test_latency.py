@@ -93,6 +93,19 @@ def table(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return capsys.readouterr().out
 
 
+def spoil(run: Run, value: float) -> None:
+    """Give a run's weights a bias that makes the logits of every image NaN or infinite."""
+    from attention_transfer.models import save_weights
+    from attention_transfer.training.card import ModelCard
+
+    card = ModelCard.read(run.folder)
+    assert card is not None
+    model = card.build(run.folder)
+    with torch.no_grad():
+        [*model.parameters()][-1][0] = value
+    save_weights(model, run.student_weights, card.as_metadata())
+
+
 def cells(text: str, label: str) -> list[str]:
     (row,) = re.findall(rf"^{re.escape(label)}  +(.+)$", text, re.MULTILINE)
     return re.split(r"  +", row)
@@ -133,6 +146,16 @@ def test_a_student_without_a_teacher_at_hand(
     text = table(capsys, run.folder)
     assert "its teacher is not at hand: " in text
     assert len(cells(text, "parameters")) == 1
+
+
+def test_a_teacher_without_finite_logits_is_not_compared(
+    taught: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(taught.folder, run.folder)
+    spoil(run.teacher, float("-inf"))
+    assert main(["evaluate", str(run.folder), "--latency"]) == 2
+    assert "expected finite logits from its teacher, got NaN or infinite ones" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("_few_rounds")

@@ -235,6 +235,16 @@ def test_charts_are_read_by_keyboard_and_as_tables(browser: Browser, page: Path)
     assert browser.evaluate(scopes)
 
 
+def test_likeness_is_one_line_though_few_epochs_were_kept(browser: Browser, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "at", "at", epochs=30)
+    keep_maps(folder, [0, 1, *range(2, 31, 2)], taught=True)
+    browser.open(write_report([folder], tmp_path / "report.html"))
+    chart = "[...document.querySelectorAll('.chart')].find((c) => c.textContent.includes('Likeness'))"
+    lines = f"[...{chart}.querySelectorAll('polyline')].map((line) => line.points.length)"
+    assert browser.evaluate(lines) == [17]
+    assert browser.evaluate(f"{chart}.querySelectorAll('circle').length") == 0
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_contrast_of_every_text(browser: Browser, page: Path, dark: bool) -> None:
     browser.open(page, dark=dark)

@@ -392,6 +392,39 @@ def test_weights_that_are_broken_stop_a_run_that_skips(uniform_image: Recipe) ->
     assert len(dumped(Run(recipe.folder))) == 11  # ten that were skipped, and the one that was not
 
 
+class FinerInTraining(Standardised):
+    """In evaluation mode it has no answer to the red images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        red = x.mean((2, 3)).argmax(1) == 2
+        return logits if self.training else logits.masked_fill(red[:, None], float("nan"))
+
+
+@pytest.fixture
+def speechless(base: Recipe, tmp_path: Path) -> Recipe:
+    student = "test_survival:FinerInTraining"
+    return replace(base, student=student, method="none", validation=0.5, output=str(tmp_path / "run"))
+
+
+def test_validation_logits_that_are_not_finite_stop_the_run(speechless: Recipe) -> None:
+    with pytest.raises(
+        FloatingPointError, match=r"infinite ones for (\d+) of 24 validation images in epoch 1;"
+    ) as stop:
+        train(speechless, say=silent)
+    assert 0 < int(str(stop.value).split(" of 24")[0].split()[-1]) < 24
+    assert not Run(speechless.folder).best_checkpoint.exists()
+
+
+def test_validation_images_without_finite_logits_are_skipped_on_request(speechless: Recipe) -> None:
+    said: list[str] = []
+    with pytest.raises(ValueError, match="evaluate_model: expected finite logits"):  # of the test images
+        train(replace(speechless, not_finite="skip"), say=said.append)
+    assert sum("of 24 validation images in epoch" in line for line in said) == 2
+    rows = Run(speechless.folder).read_metrics()
+    assert all(0 < float(row["val/loss"]) < 10 and 0 <= float(row["val/error"]) <= 100 for row in rows)
+
+
 def test_the_first_bad_step_is_kept() -> None:
     first = FirstBad()
     assert first.step() is None

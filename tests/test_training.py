@@ -454,6 +454,25 @@ def test_evaluation_of_labels_beyond_the_classes(finished: Run) -> None:
         evaluate_model(model, [], lambda x: x.float())
 
 
+def test_evaluation_counts_images_without_finite_logits() -> None:
+    answers = torch.eye(8)[:6]
+    answers[2, 5], answers[4] = float("inf"), float("nan")
+    batches = [(answers[:4], torch.arange(4)), (answers[4:], torch.tensor([4, 5]))]
+    with pytest.raises(
+        ValueError, match=r"from the student, got .* for 2 of 6 images, .* is number 3\. Look"
+    ):
+        evaluate_model(torch.nn.Identity(), batches, lambda x: x.view(-1, 8), name="the student")
+
+
+@pytest.mark.parametrize(("classes", "error"), [(2, None), (5, None), (6, 25.0)])
+def test_top5_error_needs_more_than_five_classes(classes: int, error: float | None) -> None:
+    """Of six classes one alone is not among the five largest logits."""
+    logits = torch.arange(float(classes)).repeat(4, 1)
+    found = evaluate_model(torch.nn.Identity(), [(logits, torch.tensor([0, 1, 1, 1]))], lambda x: x)
+    assert found.top5_error == error
+    assert found.error == (25.0 if classes == 2 else 100.0)
+
+
 def test_weights_with_a_foreign_card(finished: Run, tmp_path: Path) -> None:
     from attention_transfer.models import save_weights
 

@@ -29,7 +29,7 @@ from attention_transfer.visualize import (
     save_maps,
     write_report,
 )
-from attention_transfer.visualize.charts import Axis, line_chart
+from attention_transfer.visualize.charts import Axis, Series, draw, line_chart
 from attention_transfer.visualize.runs import find_teachers, group_runs
 from attention_transfer.visualize.summary import compare, summarise
 
@@ -549,6 +549,30 @@ def test_line_chart_has_thin_seeds_a_thick_mean_and_gaps(tmp_path):
         "20.5  (20.0 to 21.0)",
     ]
     assert line_chart("x", "", "missing", groups_of(folders)) is None
+
+
+def test_a_curve_goes_through_all_epochs_that_were_kept():
+    kept = {0: 0.2, 1: 0.4, 2: 0.5, 4: 0.7, 6: 0.6, 30: 0.8}
+    (line,) = draw("Likeness", "cosine", [Series("student", "at", [kept])]).lines
+    assert [len(points.split()) for points in line.pieces] == [6]
+    assert line.dots == []
+    gap = kept | {4: math.nan}
+    (line,) = draw("Likeness", "cosine", [Series("student", "at", [gap])]).lines
+    assert [len(points.split()) for points in line.pieces] == [3, 2]
+
+
+def test_runs_that_kept_other_epochs_have_lines_too():
+    curves = [
+        Series("alone", "alone", [{0: 0.2, 30: 0.4}]),
+        Series("taught", "at", [{0: 0.3, 5: 0.5, 30: 1.0}]),
+    ]
+    chart = draw("Likeness", "cosine", curves)
+    assert [([len(points.split()) for points in line.pieces], line.dots) for line in chart.lines] == [
+        ([2], []),
+        ([3], []),
+    ]
+    assert [epoch for epoch, _ in chart.hover["x"]] == [0, 5, 30]
+    assert chart.hover["series"][0]["points"][1] is None
 
 
 # The page

@@ -43,12 +43,13 @@ def measure(weights: str, model: str | None, splits: Splits) -> Measured:
     loaded = load(weights, model, splits.num_classes, splits.in_channels)
     mean, std = (loaded.card.mean, loaded.card.std) if loaded.card else (splits.mean, splits.std)
     prepare = Augment(mean, std).to(_device()).normalise
-    return _measure(Contender(loaded.name, loaded.model, prepare), splits)
+    return _measure(Contender(loaded.name, loaded.model, prepare), splits, role="the model")
 
 
-def _measure(contender: Contender, splits: Splits) -> Measured:
+def _measure(contender: Contender, splits: Splits, *, role: str) -> Measured:
     model, prepare = contender.model, contender.prepare
-    answers = evaluate_model(model, evaluation_batches(splits), prepare, device=_device())
+    batches = evaluation_batches(splits)
+    answers = evaluate_model(model, batches, prepare, device=_device(), name=role)
     return Measured(contender.name, model, prepare, answers)
 
 
@@ -75,7 +76,9 @@ def _beside(teacher: Teacher, splits: Splits) -> Contender:
     transform = nn.Identity() if teacher.transform is None else teacher.transform.to(_device())
     model = teacher.model.eval().to(_device()).to(memory_format=torch.channels_last)
     contender = Contender(teacher.name, model, lambda pixels: transform(normalise(pixels)))
-    return _measure(contender, splits) if teacher.classes == splits.num_classes else contender
+    if teacher.classes != splits.num_classes:
+        return contender
+    return _measure(contender, splits, role="its teacher")
 
 
 def _table(contenders: Sequence[Contender], splits: Splits) -> str:
@@ -116,9 +119,11 @@ def _time(contenders: Sequence[Contender], inputs: Sequence[Tensor]) -> list[Tim
 
 
 def _error_rows(contenders: Sequence[Contender]) -> list[list[str]]:
+    """The errors; of few classes there is no top-5 error."""
     top1 = [each.answers.error if isinstance(each, Measured) else None for each in contenders]
     top5 = [each.answers.top5_error if isinstance(each, Measured) else None for each in contenders]
-    return [_error_row("test error, top-1 %", top1), _error_row("test error, top-5 %", top5)]
+    rows = [_error_row("test error, top-1 %", top1), _error_row("test error, top-5 %", top5)]
+    return rows if any(error is not None for error in top5) else rows[:1]
 
 
 def _error_row(label: str, errors: Sequence[float | None]) -> list[str]:

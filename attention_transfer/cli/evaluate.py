@@ -38,7 +38,9 @@ def run(arguments: list[str]) -> None:
     if flags.latency:
         print(compare_with_teacher(student, Run(Path(flags.weights)), splits))
     else:
-        print(f"top-1 error {result.error:.2f} %   top-5 error {result.top5_error:.2f} %\n")
+        errors = {"top-1": result.error, "top-5": result.top5_error}
+        known = [f"{name} error {error:.2f} %" for name, error in errors.items() if error is not None]
+        print("   ".join(known) + "\n")
         _show_classes(result, splits)
     if flags.plot:
         _plot(result, splits, flags.plot)

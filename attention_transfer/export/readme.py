@@ -8,6 +8,7 @@ from pathlib import Path
 
 from attention_transfer.cache import Manifest
 from attention_transfer.training.card import ModelCard
+from attention_transfer.training.evaluation import TOP
 from attention_transfer.training.recipe import Recipe
 from attention_transfer.training.run import Run
 from attention_transfer.visualize.runs import describe_method
@@ -61,7 +62,7 @@ def _lesson(run: Run) -> str:
 def _errors(student: Student) -> str:
     run, result = student.run, student.run.result
     rows = {"test error, top-1": f"{result['test_error']:.2f} %"}
-    if len(student.card.classes) > 5:
+    if len(student.card.classes) > TOP:
         rows["test error, top-5"] = f"{result['test_top5_error']:.2f} %"
     if result["validation_error"] is not None:
         rows["validation error, top-1"] = f"{result['validation_error']:.2f} %"

@@ -9,17 +9,19 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from attention_transfer._outputs import logits_of
+from attention_transfer._outputs import check_finite, logits_of
+
+TOP = 5  # the number of answers of which one is to be right, in a top-5 error
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's answers on some images. Errors are in percent."""
+    """A model's answers on some images. Errors are in percent; of five classes or fewer no top-5 error."""
 
     predictions: Int[Tensor, " n"]
     labels: Int[Tensor, " n"]
     error: float
-    top5_error: float
+    top5_error: float | None
 
 
 @torch.no_grad()
@@ -29,24 +31,31 @@ def evaluate_model(
     normalise: Callable[[Tensor], Tensor],
     *,
     device: torch.device | str = "cpu",
+    name: str = "the model",
 ) -> Evaluation:
     """Run a model in eval mode and float32 over batches of uint8 images; the model stays on `device`.
 
+    `name` is what errors call the model.
+
     Raises:
-        ValueError: if there are no images, or the labels name classes that the model does not have.
+        ValueError: if there are no images, the labels name classes that the model does not have, or the
+            logits of an image are not finite.
     """
     model.eval().to(device, torch.float32).to(memory_format=torch.channels_last)
-    predictions, labels, hits = [], [], []
+    predictions, labels, hits, finite = [], [], [], []
     for images, targets in batches:
         logits = logits_of(model(normalise(images.to(device))), user="evaluate_model").float().cpu()
         _check_classes(logits, targets)
         predictions.append(logits.argmax(1))
         labels.append(targets.cpu())
         hits.append(_in_top5(logits, targets.cpu()))
+        finite.append(logits.isfinite().all(1))
     if not labels:
         raise ValueError("evaluate_model: expected at least one image, got none. Pass data with test images.")
+    check_finite(torch.cat(finite), user="evaluate_model", model=name)
     predicted, truth = torch.cat(predictions), torch.cat(labels)
-    return Evaluation(predicted, truth, _percent(predicted != truth), _percent(~torch.cat(hits)))
+    top5_error = None if logits.shape[1] <= TOP else _percent(~torch.cat(hits))
+    return Evaluation(predicted, truth, _percent(predicted != truth), top5_error)
 
 
 def _check_classes(logits: Float[Tensor, "b k"], labels: Int[Tensor, " b"]) -> None:
@@ -59,7 +68,7 @@ def _check_classes(logits: Float[Tensor, "b k"], labels: Int[Tensor, " b"]) -> N
 
 def _in_top5(logits: Float[Tensor, "b k"], labels: Int[Tensor, " b"]) -> Tensor:
     """Whether the true class is among the five largest logits."""
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    best = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
     return (best == labels[:, None]).any(1)
 
 

@@ -70,6 +70,7 @@ class DistillationModule(LightningModule):
         self.batches, self.steps_per_epoch, self.views = batches, len(batches), batches.views
         self.teacher_fingerprint, self.cached = teacher, cached
         self.training_totals, self.validation_totals = Totals(), Totals()
+        self._unclassified = Totals()  # of the validation images: those whose logits are not finite
         self.clock = Clock()
         self.learning_rate = recipe.lr
         self._found: dict[str, list[float]] = {}
@@ -182,6 +183,7 @@ class DistillationModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.validation_totals.clear()
+        self._unclassified.clear()
 
     def validation_step(
         self, batch: tuple[UInt8[Tensor, "b c h w"], Int[Tensor, " b"]], batch_idx: int
@@ -191,6 +193,13 @@ class DistillationModule(LightningModule):
             return
         with self._uncompiled_if_partial(labels):
             logits = logits_of(self.student(self.augment.normalise(images)), user="train").float()
+        finite = logits.isfinite().all(1)
+        self._unclassified.add({"images": (~finite).float().mean()}, len(labels))
+        if self.recipe.not_finite == "skip":
+            logits, labels = logits[finite], labels[finite]
+        if not len(labels):
+            self.validation_totals.add(dict.fromkeys(("loss", "error"), logits.new_zeros(())), 0)
+            return
         wrong = (logits.argmax(1) != labels).float().mean()
         self.validation_totals.add(
             {"loss": F.cross_entropy(logits, labels), "error": 100 * wrong}, len(labels)
@@ -200,11 +209,12 @@ class DistillationModule(LightningModule):
         """The epoch that has just ended, as a row of metrics.csv; the same on every process.
 
         Raises:
-            FloatingPointError: if a loss was not finite.
+            FloatingPointError: if a loss was not finite, or the logits of validation images.
         """
+        self._stop_if_bad()
+        self._look_at_unclassified()
         training = self.training_totals.means(self.trainer.strategy.reduce)
         validation = self.validation_totals.means(self.trainer.strategy.reduce)
-        self._stop_if_bad()
         return {
             "epoch": self.current_epoch + 1,
             "step": self.global_step,
@@ -216,6 +226,22 @@ class DistillationModule(LightningModule):
             "seconds": self.clock.seconds,
             "data_share": self.clock.data_share,
         }
+
+    def _look_at_unclassified(self) -> None:
+        """Raise FloatingPointError for validation images without finite logits that are not to be skipped."""
+        sums, images = self._unclassified.together(self.trainer.strategy.reduce)
+        bad = round(sums["images"].item()) if sums else 0
+        if not bad:
+            return
+        where = f"{bad:,} of {images:,} validation images in epoch {self.current_epoch + 1}"
+        if self.recipe.not_finite == "skip" and bad < images:
+            self.say(f"warning: skipped {where}, whose logits are not finite")
+            return
+        raise FloatingPointError(
+            f"train: expected finite logits, got NaN or infinite ones for {where}; checkpoints/ holds an "
+            "earlier state. Lower --lr, pass --gradient-clip 1 or --precision 32-true or, for bad images, "
+            "--not-finite skip."
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["teacher_fingerprint"] = self.teacher_fingerprint
@@ -311,7 +337,7 @@ class Totals:
 
     def means(self, reduce: Any = None) -> dict[str, float]:
         """The means by name; `reduce` sums a tensor over processes."""
-        sums, count = self._together(reduce)
+        sums, count = self.together(reduce)
         if not sums:
             return {}
         totals = torch.stack([*sums.values()]).tolist()
@@ -319,7 +345,7 @@ class Totals:
 
     def state_dict(self, reduce: Any = None) -> dict[str, Any]:
         """The sums of all processes, so that any number of them can go on."""
-        sums, count = self._together(reduce)
+        sums, count = self.together(reduce)
         return {"sums": sums, "count": count}
 
     def load_state_dict(self, state: Mapping[str, Any], *, first: bool = True) -> None:
@@ -328,7 +354,7 @@ class Totals:
         self.sums = {name: total * share for name, total in state["sums"].items()}
         self.count = state["count"] * share
 
-    def _together(self, reduce: Any) -> tuple[dict[str, Tensor], int]:
+    def together(self, reduce: Any) -> tuple[dict[str, Tensor], int]:
         """The sums and the count over all processes; `reduce` sums a tensor over them."""
         if reduce is None or not self.sums:
             return self.sums, self.count

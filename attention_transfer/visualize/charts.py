@@ -40,7 +40,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Line:
-    """The curve of one run, or the mean of a group, cut where values are missing."""
+    """The curve of one run, or the mean of a group, cut where values are not finite."""
 
     style: str
     is_mean: bool
@@ -85,7 +85,10 @@ class DotPlot:
 
 @dataclass(frozen=True)
 class Series:
-    """What is drawn in one colour: a curve {epoch: value} for each run, and their mean."""
+    """What is drawn in one colour: a curve {epoch: value} for each run, and their mean.
+
+    A curve goes straight on from one of its epochs to the next, however far that is; NaN cuts it.
+    """
 
     label: str
     style: str
@@ -103,11 +106,12 @@ def line_chart(title: str, unit: str, column: str, groups: Sequence[Group]) -> C
 
 def draw(title: str, unit: str, series: Sequence[Series]) -> Chart | None:
     """The chart of some curves, or None if all are empty."""
-    shown = [Series(s.label, s.style, [c for c in s.curves if c]) for s in series if any(s.curves)]
+    known = [Series(s.label, s.style, [c for c in s.curves if _finite(c)]) for s in series]
+    shown = [s for s in known if s.curves]
     if not shown:
         return None
-    values = [value for s in shown for points in s.curves for value in points.values()]
-    epochs = sorted({epoch for s in shown for points in s.curves for epoch in points})
+    values = [value for s in shown for points in s.curves for value in _finite(points).values()]
+    epochs = sorted({epoch for s in shown for points in s.curves for epoch in _finite(points)})
     x = Axis(*_widened(epochs[0], epochs[-1]), LEFT, WIDTH - RIGHT)
     y = Axis(*_rounded_out(min(values), max(values)), HEIGHT - BOTTOM, TOP)
     means = [_mean(s.curves) for s in shown]
@@ -150,9 +154,12 @@ def dot_plot(title: str, unit: str, name: str, groups: Sequence[Group]) -> DotPl
 
 
 def curve(run: Run, column: str) -> dict[int, float]:
-    """{epochs finished, counted from 1: value} of one column, without the missing ones."""
-    values = run.metrics.get(column, [])
-    return {i: value for i, value in enumerate(values, start=1) if math.isfinite(value)}
+    """{epochs finished, counted from 1: value} of one column, NaN where the cell is empty."""
+    return dict(enumerate(run.metrics.get(column, []), start=1))
+
+
+def _finite(points: dict[int, float]) -> dict[int, float]:
+    return {epoch: value for epoch, value in points.items() if math.isfinite(value)}
 
 
 def _mean(curves: Sequence[dict[int, float]]) -> dict[int, float]:
@@ -162,12 +169,12 @@ def _mean(curves: Sequence[dict[int, float]]) -> dict[int, float]:
 
 
 def _line(style: str, is_mean: bool, points: dict[int, float], x: Axis, y: Axis) -> Line:
-    pieces: list[list[int]] = []
-    for epoch in points:
-        if pieces and pieces[-1][-1] == epoch - 1:
+    pieces: list[list[int]] = [[]]
+    for epoch, value in points.items():
+        if math.isfinite(value):
             pieces[-1].append(epoch)
         else:
-            pieces.append([epoch])
+            pieces.append([])
     paths = [" ".join(f"{x(e)},{y(points[e])}" for e in piece) for piece in pieces if len(piece) > 1]
     return Line(style, is_mean, paths, [(x(p[0]), y(points[p[0]])) for p in pieces if len(p) == 1])
 
@@ -176,7 +183,7 @@ def _hover_series(series: Series, mean: dict[int, float], epochs: Sequence[int],
     """Per epoch: null, or [text, pixel], where the text holds the mean and the range over the seeds."""
     points: list[Any] = []
     for epoch in epochs:
-        if epoch not in mean:
+        if not math.isfinite(mean.get(epoch, math.nan)):
             points.append(None)
             continue
         values = [points_of[epoch] for points_of in series.curves if epoch in points_of]
@@ -190,7 +197,7 @@ def _hover_series(series: Series, mean: dict[int, float], epochs: Sequence[int],
 def _describe(title: str, unit: str, shown: Sequence[Series], means: Sequence[dict[int, float]]) -> str:
     ends = [
         f"{series.label} ends at {_number(mean[max(mean)])} after epoch {max(mean)}"
-        for series, mean in zip(shown, means, strict=True)
+        for series, mean in zip(shown, map(_finite, means), strict=True)
         if mean
     ]
     return f"Line chart of {title} ({unit}) by epoch: {'; '.join(ends)}"

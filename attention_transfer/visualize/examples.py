@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_transfer._outputs import find_logits
+from attention_transfer._outputs import check_finite, find_logits
 from attention_transfer._untouched import untouched
 from attention_transfer.functional import attention_map, resize_maps
 from attention_transfer.taps import Taps
@@ -139,20 +139,21 @@ def collect_examples(
         batch_size: images at a time.
 
     Raises:
-        ValueError: if there is no teacher, or the numbers of layers differ.
+        ValueError: if there is no teacher, the numbers of layers differ, or logits are not finite.
     """
     _check_models(models, images)
     maps: dict[str, dict[str, Tensor]] = {}
     predictions: dict[str, Tensor] = {}
     for role, (model, layers) in models.items():
         prepare = normalise[role] if isinstance(normalise, Mapping) else normalise
-        maps[role], predicted = _watch(model, layers, images, batch_size, prepare)
-        if predicted is None:
+        maps[role], logits = _watch(model, layers, images, batch_size, prepare)
+        if logits is None:
             raise ValueError(
                 f"collect_examples: expected logits (b, k) from the {role}, got something else. "
                 "Give a classifier."
             )
-        predictions[role] = predicted
+        check_finite(logits.isfinite().all(1), user="collect_examples", model=f"the {role}")
+        predictions[role] = logits.argmax(1)
     layers_of = {role: list(layers) for role, (_, layers) in models.items()}
     cosines = {role: _cosines(maps, layers_of, role) for role in models if role != TEACHER}
     seen = Seen(images.cpu(), labels.cpu(), maps, predictions, cosines)
@@ -200,18 +201,18 @@ def _watch(
     batch_size: int,
     prepare: Normalise | None = None,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Maps of a model on all images, a batch at a time, and the predicted classes if it is a classifier."""
+    """Maps of a model on all images, a batch at a time, and its logits if it is a classifier."""
     names = list(dict.fromkeys(layers))
     parameter = next(model.parameters(), None)
     maps: dict[str, list[Tensor]] = {name: [] for name in names}
-    predicted: list[Tensor | None] = []
+    answers: list[Tensor | None] = []
     with torch.no_grad(), untouched(model, training=False), Taps(model, names) as taps:
         for batch in images.split(batch_size):
             inputs = prepare(batch) if prepare else batch
             logits = find_logits(model(inputs if parameter is None else inputs.to(parameter)))
-            predicted.append(None if logits is None else logits.argmax(1).cpu())
+            answers.append(None if logits is None else logits.cpu())
             for name, features in taps.pop().items():
                 maps[name].append(attention_map(features).float().cpu())
-    known = [classes for classes in predicted if classes is not None]
+    known = [logits for logits in answers if logits is not None]
     joined = {name: torch.cat(batches) for name, batches in maps.items()}
-    return joined, torch.cat(known) if len(known) == len(predicted) else None
+    return joined, torch.cat(known) if len(known) == len(answers) else None
