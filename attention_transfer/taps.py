@@ -4,13 +4,15 @@ Forward hooks are the right tool, with three traps that this module closes:
 
 * A compiled model does not look at hooks again: dynamo skips guards on them by default
   (`torch._dynamo.config.skip_nnmodule_hook_guards`), so hooks added after the first compiled call never
-  fire. It does guard on whether a module carries a `forward` of its own, so an open tap *pins* the module's
-  forward in its instance dictionary. Opening and closing taps then selects another compiled graph.
+  fire. It does guard on the class of a module, so a module with open taps is of a *subclass* of its class.
+  Opening and closing taps then selects another compiled graph.
 * Checkpointing runs a forward again inside the backward pass. Autograd numbers its running backward passes,
   and the number is -1 outside of any, so a firing under another number is a recomputation and is ignored.
 * An in-place operation after the tap rewrites what was tapped. A tensor counts its in-place writes
   (`Tensor._version`); the count is read when the tap fires and again when the model returns. Both readings
   are traced into a compiled graph, where alone the count is still true.
+* A copy (`copy.deepcopy`, an average of the weights, `torch.save` of a model) would take hooks along that
+  belong to the original. The subclass hands out copies of the module as it is without taps.
 
 What is tapped may be read on the spot (`read=`), which frees it at once, and lets a module's output be
 replaced by one that has passed through an autograd function.
@@ -18,8 +20,11 @@ replaced by one that has passed through an autograd function.
 
 from __future__ import annotations
 
+import copy
 import difflib
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, NamedTuple
@@ -28,6 +33,7 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 LAYOUTS = ("auto", "nchw", "nhwc", "tokens", "tokens+K")
 MAX_PREFIX = 8  # class, distillation and register tokens: DINOv2 has the most in common use, five
@@ -215,7 +221,92 @@ def version(tensor: Tensor) -> int:
 # ----------------------------------------------------------------------------------------------- taps
 
 
-_WATCHING: WeakKeyDictionary[nn.Module, CodeType] = WeakKeyDictionary()
+class _Tapped:
+    """Comes before a module's own class while taps are open on it; one such class a module.
+
+    Compiled code is guarded by it. A copy is of the module's own class, and without taps.
+    """
+
+    bare: type[nn.Module]  # the module's own class
+    hooks: list[RemovableHandle]  # of the taps that are open on it
+    watching: list[Taps]  # those of which it is the root
+    replaced: dict[str, Callable]  # the `forward` of the instance, if it has one, while that is watched
+    code: CodeType  # of the watched forward: the limit on recompilations counts by code object
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Nothing of what the module's own class does with its subclasses, such as to register them."""
+
+    def __copy__(self) -> Any:
+        with _bare(self):
+            return copy.copy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        with _bare(self):
+            return copy.deepcopy(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with _bare(self):
+            reduced = self.__reduce_ex__(protocol)
+        if getattr(reduced[0], "__name__", "") == "__newobj__":  # pickle allows it no other class
+            return reduced[1][0].__new__, *reduced[1:]
+        return reduced
+
+
+_TAPPED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def _enter(module: nn.Module) -> type[_Tapped]:
+    """Give the module its class with taps: the same one each time, which compiled code knows again."""
+    bare: Any = type(module)
+    tapped = _TAPPED.get(module)
+    if tapped is None or bare not in (tapped, tapped.bare):
+        own = {name: getattr(bare, name) for name in ("__module__", "__qualname__", "__doc__")}
+        own |= {"bare": bare, "hooks": [], "watching": [], "replaced": {}}
+        # past the metaclass, which may do more than to make a class
+        tapped = _TAPPED[module] = type.__new__(type(bare), bare.__name__, (_Tapped, bare), own)
+        tapped.code = _watched(bare, []).__code__.replace()
+    object.__setattr__(module, "__class__", tapped)
+    return tapped
+
+
+def _leave(module: nn.Module, tapped: type[_Tapped]) -> None:
+    """Give the module its own class back, if these were the last taps."""
+    if not (tapped.hooks or tapped.watching) and type(module) is tapped:
+        object.__setattr__(module, "__class__", tapped.bare)
+
+
+@contextmanager
+def _bare(module: Any) -> Iterator[None]:
+    """The module is as it is without taps, while it is copied; what is taken of it then stays so."""
+    tapped, attributes = type(module), vars(module)
+    bare, hooks = dict(attributes), OrderedDict(attributes["_forward_hooks"])
+    for handle in tapped.hooks:
+        hooks.pop(handle.id, None)
+    if tapped.watching:
+        del bare["forward"]
+    object.__setattr__(module, "__dict__", {**bare, "_forward_hooks": hooks, **tapped.replaced})
+    object.__setattr__(module, "__class__", tapped.bare)
+    try:
+        yield
+    finally:
+        object.__setattr__(module, "__dict__", attributes)
+        object.__setattr__(module, "__class__", tapped)
+
+
+def _watched(forward: Callable, watching: list[Taps]) -> Callable:
+    """A root's forward with a look before and after; hooks of the root itself are not compiled in."""
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if _recomputing():
+            return forward(*args, **kwargs)
+        for taps in watching:
+            taps._begin(args, kwargs)
+        output = forward(*args, **kwargs)
+        for taps in watching:
+            taps._end()
+        return output
+
+    return watched
 
 
 Read = Callable[[Float[Tensor, "b c h w"]], tuple[Float[Tensor, "b c h w"], Any]]
@@ -325,9 +416,8 @@ class Taps:
             )
         self._open = True
         for path, module in self._modules.items():
-            self._undo.append(module.register_forward_hook(self._record(path)).remove)
-            self._set_forward(module, module.forward)
-        self._set_forward(self._root, self._watched(self._root.forward))
+            self._listen(path, module)
+        self._watch()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -387,6 +477,39 @@ class Taps:
         view = self._layout(tap, firing.output, hw, kinds).view(firing.output)
         return view if self._read is None else self._read(view)[1]
 
+    def _listen(self, path: str, module: nn.Module) -> None:
+        """Add the hook of a tapped module."""
+        tapped, handle = _enter(module), module.register_forward_hook(self._record(path))
+        tapped.hooks.append(handle)
+
+        def undo() -> None:
+            handle.remove()
+            tapped.hooks.remove(handle)
+            _leave(module, tapped)
+
+        self._undo.append(undo)
+
+    def _watch(self) -> None:
+        """Look before and after each forward of the root."""
+        root, tapped = self._root, _enter(self._root)
+        attributes = vars(root)
+        if not tapped.watching:
+            tapped.replaced = {name: attributes[name] for name in ("forward",) if name in attributes}
+            watched = _watched(root.forward, tapped.watching)
+            watched.__code__ = tapped.code
+            attributes["forward"] = watched
+        tapped.watching.append(self)
+
+        def undo() -> None:
+            tapped.watching.remove(self)
+            if not tapped.watching:
+                attributes.pop("forward", None)
+                attributes.update(tapped.replaced)
+                tapped.replaced = {}
+            _leave(root, tapped)
+
+        self._undo.append(undo)
+
     # Hooks: also traced by torch.compile, so they are plain appends and assignments to fresh lists.
 
     def _forget(self) -> None:
@@ -394,21 +517,12 @@ class Taps:
         self._end_versions: list[int] = []
         self._input_hw: tuple[int, int] | None = None
 
-    def _watched(self, forward: Callable) -> Callable:
-        """The model's forward with a look before and after; hooks of the model itself are not compiled in."""
+    def _begin(self, args: tuple, kwargs: dict) -> None:
+        self._forget()
+        self._input_hw = input_hw(args, kwargs)
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if _recomputing():
-                return forward(*args, **kwargs)
-            self._forget()
-            self._input_hw = input_hw(args, kwargs)
-            output = forward(*args, **kwargs)
-            self._end_versions = [0 if f.output is None else version(f.output) for f in self._fired]
-            return output
-
-        # The limit on recompilations counts by code object, so each model needs one of its own.
-        watched.__code__ = _WATCHING.setdefault(self._root, watched.__code__.replace())
-        return watched
+    def _end(self) -> None:
+        self._end_versions = [0 if f.output is None else version(f.output) for f in self._fired]
 
     def _record(self, key: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -441,16 +555,6 @@ class Taps:
         kept = tensor if tensor.requires_grad else None
         self._fired.append(_Firing(key, kept, type(output).__name__, version(tensor), found, layout))
         return layout.restore(passed) if passed is not view and output is tensor else None
-
-    def _set_forward(self, module: nn.Module, forward: Callable) -> None:
-        """Give the module a `forward` of its own, so that compiled code sees that taps are open."""
-        attributes = vars(module)
-        before = attributes.get("forward")
-        attributes["forward"] = forward
-        if before is None:
-            self._undo.append(lambda: attributes.pop("forward", None))
-        else:
-            self._undo.append(lambda: attributes.update(forward=before))
 
     # Reading
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import io
+import pickle
+import threading
 from collections import OrderedDict
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.distributed as dist
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -42,6 +49,14 @@ def x() -> Tensor:
 
 def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def check_bare(model: nn.Module) -> None:
+    """Nothing of taps is on it: as `Net` it has no `forward` of its own either."""
+    assert hooks(model) == 0
+    for module in model.modules():
+        assert "forward" not in vars(module)
+        assert type(module) in (Net, nn.Conv2d, nn.ReLU, nn.Sequential, nn.BatchNorm2d, nn.Linear)
 
 
 # ------------------------------------------------------------------------------------ the plain service
@@ -103,8 +118,7 @@ def test_hooks_are_gone_afterwards(net: Net, x: Tensor) -> None:
     with Taps(net, ["layer1"]) as taps:
         assert hooks(net) == 1
         net(x)
-    assert hooks(net) == 0
-    assert not any("forward" in vars(module) for module in net.modules())
+    check_bare(net)
     assert taps._fired == []
 
 
@@ -113,8 +127,7 @@ def test_hooks_are_gone_after_an_exception_in_the_forward(net: Net) -> None:
         with Taps(net, ["stem"]) as taps:
             net(torch.randn(2, 3, 8, 8))
             net(torch.randn(2, 7, 8, 8))
-    assert hooks(net) == 0
-    assert not any("forward" in vars(module) for module in net.modules())
+    check_bare(net)
     assert taps._fired == []
 
 
@@ -142,6 +155,108 @@ def test_two_taps_at_once(net: Net, x: Tensor) -> None:
     with Taps(net, ["layer1"]) as outer, Taps(net, ["layer1", "layer2"]) as inner:
         net(x)
         assert outer.pop()["layer1"] is inner.pop()["layer1"]
+
+
+# ------------------------------------------------------------------------------------------------ copies
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def fresh(model: nn.Module) -> nn.Module:
+    """A shallow copy, made one of its own."""
+    clone = copy.copy(model)
+    clone.__dict__["_modules"] = copy.deepcopy(model)._modules
+    return clone
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy": fresh,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "pickle-2": lambda model: pickle.loads(pickle.dumps(model, protocol=2)),
+    "torch.save": saved,
+    "averaged": lambda model: unwrap(torch.optim.swa_utils.AveragedModel(model)),
+    "ema": lambda model: ModelEmaV3(model).module,
+    "compiled": lambda model: unwrap(copy.deepcopy(torch.compile(model, backend="eager"))),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_made_while_taps_are_open_is_one_of_its_own(net: Net, x: Tensor, how: str) -> None:
+    net.eval()  # as an average of the weights is
+    with Taps(net, ["layer1", "relu#1"]) as outer, Taps(net, ["layer1", "stem"]) as inner, torch.no_grad():
+        output = net(x)
+        clone = COPIES[how](net)
+        check_bare(clone)
+        torch.testing.assert_close(clone(x), output)
+        for parameter in clone.parameters():
+            parameter.zero_()
+        assert not clone(x).any()
+        assert len(outer.pop()["layer1"]) == len(x)  # the original is tapped as before
+        torch.testing.assert_close(net(x + 1), net(x + 1))
+        maps = inner.pop()
+        torch.testing.assert_close(maps["layer1"], net.layer1(net.relu(net.stem(x + 1))))
+    check_bare(net)
+    pickle.dumps(clone)
+
+
+class OwnWays(nn.Module):
+    """Copies itself, as it says, and lets nobody define a subclass without a word."""
+
+    made: ClassVar[list[str]] = []
+
+    def __init_subclass__(cls, *, word: str) -> None:
+        cls.made.append(word)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(3, 4, 1)
+        self.lock = threading.Lock()  # cannot be copied
+
+    def __deepcopy__(self, memo: dict) -> nn.Module:
+        self.made.append("deepcopy")
+        clone = OwnWays()
+        clone.inner = copy.deepcopy(self.inner, memo)
+        return clone
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_a_model_that_has_its_own_way_of_being_copied_keeps_it(x: Tensor) -> None:
+    model = OwnWays()
+    model.inner.forward = functools.partial(nn.Conv2d.forward, model.inner)  # as some libraries do
+    own = model.inner.forward
+    with Taps(model, ["", "inner"]):
+        clone = copy.deepcopy(model)
+        assert OwnWays.made == ["deepcopy"] and type(clone) is OwnWays and hooks(clone) == 0
+        assert "lock" not in vars(pickle.loads(pickle.dumps(model)))
+    assert model.inner.forward is own and "forward" not in vars(model)
+    traced = torch.fx.symbolic_trace(model)
+    with Taps(traced, ["inner"]) as taps:
+        clone = copy.deepcopy(traced)
+        torch.testing.assert_close(clone(x), traced(x))
+        assert hooks(clone) == 0 and taps.pop()["inner"].shape == (2, 4, 8, 8)
+
+
+def test_taps_may_close_in_any_order(net: Net, x: Tensor) -> None:
+    first, second = Taps(net, ["layer1"]), Taps(net, ["layer1"])
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    for _ in range(2):
+        net(x)
+        assert second.pop()["layer1"].shape == (2, 4, 8, 8)
+    second.__exit__()
+    check_bare(net)
 
 
 # ------------------------------------------------------------------------------------------------ names
@@ -538,13 +653,13 @@ def test_compiled_in_place_of_the_call_and_inside_the_model(net: Net, x: Tensor)
 
 
 def test_a_compiled_graph_that_ignores_taps_is_an_error_and_never_stale(net: Net, x: Tensor) -> None:
-    """What a compiled call without the pinned forward would do: run, and fire no hook."""
+    """What a compiled call would do without the classes that it is guarded by: run, and fire no hook."""
     torch._dynamo.reset()
     compiled = torch.compile(net, backend="eager")
     compiled(x)
     with Taps(compiled, ["layer1"]) as taps:
-        for pinned in (net, net.layer1):
-            vars(pinned).pop("forward")
+        del net.forward
+        net.__class__, net.layer1.__class__ = Net, nn.Sequential
         compiled(x)
         with pytest.raises(ValueError, match=r"no call .*may need torch\._dynamo\.reset\(\)"):
             taps.pop()
