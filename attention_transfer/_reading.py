@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,63 @@ DEEPEST = 32  # levels in JSON or YAML; what this package writes has 5
 SHOWN = 60  # characters of a value in an error
 
 
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse what is no file with an end: a pipe never gives any, and /dev/zero gives bytes without end.
+
+    A link is what it points to.
+
+    Raises:
+        OSError: if it is something else, or not there.
+    """
+    _check_mode(Path(path).stat().st_mode, path)
+
+
+def _check_mode(mode: int, path: str | os.PathLike[str]) -> None:
+    if stat.S_ISREG(mode):
+        return
+    is_kind = (stat.S_ISDIR, stat.S_ISFIFO, stat.S_ISSOCK, stat.S_ISCHR, stat.S_ISBLK)
+    names = ("a folder", "a named pipe", "a socket", "a device", "a device")
+    got = next((name for test, name in zip(is_kind, names, strict=True) if test(mode)), "something else")
+    number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+    raise OSError(number, f"expected a file, got {got}", os.fspath(path))
+
+
+def open_descriptor(path: str | os.PathLike[str]) -> int:
+    """A file, open for reading; whatever may stand in its place by then, opening it does not wait.
+
+    Raises:
+        OSError: as `check_regular`, or if it cannot be read.
+    """
+    check_regular(path)  # before it is opened, which some devices take as an order
+    flags = ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY")
+    descriptor = os.open(path, os.O_RDONLY | sum(getattr(os, flag, 0) for flag in flags))
+    try:
+        _check_mode(os.fstat(descriptor).st_mode, path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def open_file(path: str | os.PathLike[str], *, buffering: int = -1) -> Any:
+    """A file, open for reading its bytes.
+
+    Raises:
+        OSError: as `open_descriptor`.
+    """
+    return os.fdopen(open_descriptor(path), "rb", buffering=buffering)
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        OSError: as `open_file`.
+    """
+    with open_file(path) as file:
+        return file.read()
+
+
 def read_text(path: Path, limit: int = LARGEST) -> str:
     """A file as UTF-8.
 
@@ -23,7 +83,7 @@ def read_text(path: Path, limit: int = LARGEST) -> str:
         ValueError: if it is larger than `limit` bytes, or something else.
         OSError: if it cannot be read.
     """
-    with path.open("rb") as file:
+    with open_file(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"more than {limit:,} bytes")

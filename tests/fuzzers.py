@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import socket
 import sys
 import tarfile
 import warnings
@@ -60,10 +61,15 @@ def try_read(kind: str, folder: Path, data: bytes) -> bool:
     Raises:
         Unclear: if it has not.
     """
-    from attention_transfer.cli import _is_bad_input
-
     path = folder / READERS[kind].name
     path.write_bytes(data)
+    return try_path(kind, path)
+
+
+def try_path(kind: str, path: Path) -> bool:
+    """The same for what is already there."""
+    from attention_transfer.cli import _is_bad_input
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -75,6 +81,25 @@ def try_read(kind: str, folder: Path, data: bytes) -> bool:
             raise Unclear(f"{kind}: no clear line: {str(error)!r:.300}") from error
         return False
     return True
+
+
+def _socket(path: Path) -> None:
+    place = os.open(path.parent, os.O_RDONLY)  # the path itself may be too long for a socket
+    try:
+        with socket.socket(socket.AF_UNIX) as end:
+            end.bind(f"/proc/self/fd/{place}/{path.name}")
+    finally:
+        os.close(place)
+
+
+NO_FILES: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "socket": _socket,
+    "folder": Path.mkdir,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "link to a pipe": lambda path: (os.mkfifo(path.parent / "pipe"), path.symlink_to(path.with_name("pipe"))),
+}
+"""What may lie in the place of a file, has no end, and is not to be waited for."""
 
 
 # Weights, runs, recipes

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzzers import IN_C, READERS, Unclear, try_read
+from fuzzers import IN_C, NO_FILES, READERS, Unclear, try_path, try_read
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import HealthCheck, configuration, given, settings
@@ -131,6 +131,24 @@ def test_random_bytes(kind: str, tmp_path: Path, data: bytes) -> None:
 def test_damaged_files(kind: str, tmp_path: Path, which: int, steps: Any) -> None:
     with within_bounds():
         try_read(kind, tmp_path, mutate(SEEDS[kind], which, steps))
+
+
+IGNORED = ("index of tars",)  # it is made anew, elsewhere
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+@pytest.mark.parametrize("thing", NO_FILES)
+@pytest.mark.parametrize("kind", READERS)
+def test_what_is_no_file_is_refused(
+    kind: str, thing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "warm").mkdir()
+    try_read(kind, tmp_path / "warm", b"")  # imports take their time
+    NO_FILES[thing](tmp_path / READERS[kind].name)
+    with within_bounds():
+        accepted = try_path(kind, tmp_path / READERS[kind].name)
+    assert accepted == (kind in IGNORED)
 
 
 IN_A_PROCESS = """

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from .._files import write_atomically
-from .._reading import parse_json
+from .._reading import open_file, parse_json
 
 NAME = "records"
 MISSING = "is missing"
@@ -99,7 +99,7 @@ class Shard:
         """Its records, mapped into memory and read only; a file without fault."""
         path = folder / self.name
         _, start = _read_header(path)
-        with path.open("rb") as file:
+        with open_file(path) as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return np.frombuffer(mapped, np.uint8, self.bytes, start).reshape(len(self), self.record_bytes)
 
@@ -109,7 +109,7 @@ class Shard:
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """A safetensors file begins with the length of its header in 8 bytes, then the header as JSON."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(path.stat().st_size, LONGEST_HEADER):
             raise ValueError("a header longer than the file")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._extras import require
 from .._pictures import open_picture
-from .._reading import one_line
+from .._reading import one_line, read_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,7 +77,7 @@ class EncodedFiles:
         return len(self.paths)
 
     def read(self, row: int) -> bytes:
-        return self.paths[row].read_bytes()
+        return read_bytes(self.paths[row])
 
     def name(self, row: int) -> str:
         return str(self.paths[row])

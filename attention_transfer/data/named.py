@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from .._extras import require
+from .._reading import check_regular, open_file
 from .parquet import read_parquet
 from .sources import RawSplit, Source
 
@@ -108,6 +109,9 @@ def _read_cifar(name: str, folder: Path) -> Source:
     """CIFAR as torchvision keeps it: pickles, which it opens only after their MD5 sums have been checked."""
     datasets = require("torchvision.datasets", extra="data", user="load_data")
     read = getattr(datasets, TORCHVISION[name][0])
+    for file in (folder / TORCHVISION[name][1]).iterdir():
+        if not file.is_dir():
+            check_regular(file)
     try:
         parts = {"train": read(root=str(folder), train=True), "test": read(root=str(folder), train=False)}
     except RuntimeError as error:
@@ -155,7 +159,7 @@ def read_idx(path: Path) -> UInt8[Tensor, "..."]:
         ValueError: if the file is not such an array.
     """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with open_file(path) as plain, gzip.open(plain) if path.suffix == ".gz" else plain as file:
             head = file.read(4)
             if len(head) < 4 or head[:3] != b"\x00\x00\x08" or not 1 <= head[3] <= MOST_AXES:
                 raise _not_idx(path, "it does not start as one")

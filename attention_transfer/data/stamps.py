@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from .._reading import check_regular
+
 
 @dataclass(frozen=True)
 class Stamp:
@@ -19,8 +21,10 @@ class Stamp:
         """The stamp of a path or an open file.
 
         Raises:
-            OSError: if it is not there.
+            OSError: if it is not there, or no file.
         """
+        if isinstance(file, Path):
+            check_regular(file)
         found = file.stat() if isinstance(file, Path) else os.fstat(file)
         return cls(found.st_size, found.st_mtime_ns)
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from .._files import write_atomically
-from .._reading import parse_json
+from .._reading import check_regular, open_file, parse_json
 from .folder import IMAGE_SUFFIXES
 from .sources import LABEL_NAMES
 from .stamps import Stamp
@@ -156,6 +156,7 @@ def _pack(shards: dict[str, Shard], label_field: str | None) -> bytes:
 def _unpack(file: Path, label_field: str | None) -> dict[str, Shard]:
     """What `_pack` wrote, of which anyone may have made something else: then nothing."""
     try:
+        check_regular(file)
         with safe_open(file, framework="np") as opened:
             facts = parse_json((opened.metadata() or {})[KEY])
             if (facts["version"], facts["label_field"]) != (VERSION, label_field):
@@ -202,7 +203,7 @@ def scan(path: Path, label_field: str | None) -> Shard:
     stamp = Stamp.of(path)
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, dict[str, int | None]] = {}
-    with path.open("rb", buffering=0) as file:  # a buffer would read what is jumped over
+    with open_file(path, buffering=0) as file:  # a buffer would read what is jumped over
         for member in _members(path, file):
             key, ending = _key(member.name)
             if f".{ending.rpartition('.')[2]}" in IMAGE_SUFFIXES:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._reading import open_descriptor
 from .decode import Stretches
 from .sources import RawSplit, Source, group_by_split, numbered_classes
 from .stamps import check_unchanged
@@ -93,7 +94,7 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.number = -1
-        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.number = open_descriptor(path)
 
     def __del__(self) -> None:
         if self.number >= 0:

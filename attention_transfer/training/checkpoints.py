@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from attention_transfer._files import write_atomically
-from attention_transfer._reading import one_line
+from attention_transfer._reading import check_regular, one_line
 from attention_transfer.models.weights import read_checkpoint
 from attention_transfer.training.run import Run
 
@@ -58,7 +58,7 @@ def checkpoint_to_resume(run: Run, say: Callable[[str], None]) -> Path | None:
     """
     damaged: list[str] = []
     for path in (run.last_checkpoint, former(run.last_checkpoint), run.best_checkpoint):
-        if not path.is_file():
+        if not path.exists():
             continue
         if reason := _damage(path):
             damaged.append(f"{path.name} ({reason})")
@@ -81,6 +81,7 @@ def unusable(run: Run, reason: object) -> ValueError:
 
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
+    check_regular(path)
     try:
         state = read_checkpoint(path, mmap=True)
         with zipfile.ZipFile(path) as archive:

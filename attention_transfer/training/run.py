@@ -186,7 +186,7 @@ class Run:
         Raises:
             ValueError: if the file is damaged.
         """
-        if not self.metrics_file.is_file():
+        if not self.metrics_file.exists():
             return []
         try:
             columns, rows = parse_csv(read_text(self.metrics_file))

@@ -68,7 +68,7 @@ def _beside(group: Group, main: _Moving) -> _Moving | None:
 
 
 def _read(group: Group, run: Run) -> _Moving | None:
-    if not (run.folder / FILE).is_file():
+    if not (run.folder / FILE).exists():
         return None
     snapshots = Snapshots.read(run.folder / FILE)
     return _Moving(group, run, snapshots) if snapshots.epochs else None

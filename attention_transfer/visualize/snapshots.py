@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from attention_transfer._files import write_atomically
+from attention_transfer._reading import check_regular
 from attention_transfer.functional import resize_maps
 from attention_transfer.visualize.examples import cosine_similarity
 
@@ -113,7 +114,9 @@ class Snapshots:
 
         Raises:
             ValueError: if the file is damaged.
+            OSError: if it is no file.
         """
+        check_regular(path)
         try:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {})[_KEY])

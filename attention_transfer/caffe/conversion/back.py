@@ -6,7 +6,6 @@ import re
 import warnings
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
+from attention_transfer._reading import read_bytes
 from attention_transfer.caffe.conversion.emit import Tensors
 from attention_transfer.caffe.conversion.plan import make_plan, net_without_data
 from attention_transfer.caffe.conversion.source import write_source
@@ -70,7 +70,7 @@ def read_state(path: str | PathLike[str]) -> dict[str, Tensor]:
         ValueError: if it is none.
         OSError: if it cannot be read.
     """
-    data = Path(path).read_bytes()
+    data = read_bytes(path)
     try:
         return safetensors_torch.load(data)
     except SafetensorError as error:

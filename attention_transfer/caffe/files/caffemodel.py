@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from attention_transfer._files import write_atomically
+from attention_transfer._reading import read_bytes
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.files.upgrade import upgrade_net
 from attention_transfer.caffe.schema import DecodeError, UnknownFieldSet
@@ -67,7 +68,7 @@ def read_binary(path: str | PathLike[str], message: Any, user: str) -> Any:
         ValueError: if the file is no such message.
         OSError: if it cannot be read.
     """
-    data = Path(path).read_bytes()
+    data = read_bytes(path)
     kind = message.DESCRIPTOR.name
     if data.startswith(HDF5_MAGIC):
         raise ValueError(

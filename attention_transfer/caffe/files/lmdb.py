@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from attention_transfer._reading import open_file
+
 MAGIC, VERSION = 0xBEEFC0DE, 1
 BRANCH, LEAF, OVERFLOW = 1, 2, 4  # flags of pages
 BIG, SPECIAL = (
@@ -54,7 +56,7 @@ class Pages:
     """
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             length = file.seek(0, 2)
             if length < 2 * HEAD:
                 raise ValueError("it is too short")

@@ -10,6 +10,7 @@ from typing import Any
 
 from attention_transfer._files import write_atomically
 from attention_transfer._hints import did_you_mean
+from attention_transfer._reading import open_file
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.files.upgrade import upgrade_net, upgrade_solver
 from attention_transfer.caffe.schema import text_format
@@ -61,7 +62,7 @@ def read_text(path: str | PathLike[str], user: str) -> str:
         ValueError: if it is too large, or not UTF-8.
         OSError: if it cannot be read.
     """
-    with Path(path).open("rb") as file:
+    with open_file(path) as file:
         data = file.read(LARGEST_TEXT + 1)
     if len(data) > LARGEST_TEXT:
         raise ValueError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attention_transfer._extras import require
-from attention_transfer._reading import read_text
+from attention_transfer._reading import check_regular, read_bytes, read_text
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.layers.base import Layer, register
 from attention_transfer.caffe.layers.fillers import fill
@@ -248,7 +248,7 @@ class ImageData(DataLayer):
     def _image(self, path: str) -> np.ndarray:
         param = self.spec.image_data_param
         full = param.root_folder + path
-        pixels = decode_image(Path(full).read_bytes(), param.is_color, full)
+        pixels = decode_image(read_bytes(full), param.is_color, full)
         if not param.new_height or pixels.shape[1:] == (param.new_height, param.new_width):
             return pixels
         return resize(pixels, param.new_height, param.new_width)
@@ -349,6 +349,7 @@ class HDF5Data(DataLayer):
         """The number of rows of a file, and the shape of a row of each data set."""
         h5py = require("h5py", extra="caffe", user=self.type)
         try:
+            check_regular(path)
             with h5py.File(path, "r") as content:
                 if missing := [name for name in self.tops if name not in content]:
                     remedy = f"The file has {', '.join(content) or 'none'}."

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attention_transfer._colours import coloured
-from attention_transfer._reading import one_line
+from attention_transfer._reading import one_line, open_file
 from attention_transfer.cli.caffe import VERBS
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
 
@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> None:
 
 def _is_safetensors(path: str) -> bool:
     """Whether a file begins as safetensors do, with the length of a header and the header's brace."""
-    with Path(path).open("rb") as file:
+    with open_file(path) as file:
         return file.read(9)[8:] == b"{"
 
 
