@@ -83,7 +83,7 @@ def labels_in_pixels(images):
 
 
 def test_cifar10_from_hugging_face_parquet(shared_data):
-    splits = load_data(shared_data)
+    splits = load_data("cifar10", root=shared_data)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (45_000, 5_000, 10_000)
     assert splits.classes[:3] == ["airplane", "automobile", "bird"]
     assert splits.shape == (3, 32, 32)
