@@ -299,6 +299,27 @@ def test_doubles_of_a_filler_survive_the_change_of_precision() -> None:
     assert torch.equal(written.double().params["y"][0], torch.full((1, 1, 5, 5), 0.1).double())
 
 
+@pytest.mark.parametrize("weight", ["loss_weight: 0", "", "loss_weight: 1"])
+def test_what_counts_for_nothing_has_gradients_of_zero(weight: str) -> None:
+    """Also where the derivative is infinite or not a number: Caffe runs nothing backward then."""
+    text = source("x", 2, 3) + layer("InnerProduct", "x", "y", "inner_product_param { num_output: 2 }")
+    text += layer("Power", "y", "z", "power_param { power: -1 }")
+    kind = "SUM" if weight else "MEAN"
+    text += layer("Reduction", "z", "loss", f"{weight} reduction_param {{ operation: {kind} }}")
+    net, x = net_of(text), torch.randn(2, 3, requires_grad=True)
+    net({"x": x})
+    net.loss.backward()
+    gradients = [x.grad, *(blob.grad for blob in net.params["y"])]
+    if weight == "loss_weight: 1":
+        assert not all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+    else:
+        assert net.loss.item() == 0
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+    with torch.no_grad():
+        net({"x": x})
+        assert not net.loss.requires_grad
+
+
 def test_a_net_without_labels_scores_images() -> None:
     text = (
         source("data", 4, 3, 8, 8)

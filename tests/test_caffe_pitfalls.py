@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import Any
 import pytest
 from conftest import SHARED
 
-from attention_transfer.caffe import check, schema, write_prototxt
+from attention_transfer.caffe import Net, check, schema, write_prototxt
 from attention_transfer.caffe.files.prototxt import layer_lines
+from attention_transfer.caffe.layers import REGISTRY
+from attention_transfer.caffe.layers.base import UnsupportedError
 from attention_transfer.caffe.pitfalls import Finding
 from attention_transfer.caffe.schema import text_format
 from attention_transfer.caffe.structure import Graph
@@ -707,6 +711,109 @@ def test_layers_of_one_network_may_be_compared() -> None:
     net.layer.extend(kept)
     of(net, "small/c3").convolution_param.stride[:] = [1]
     assert check(net) == []
+
+
+# ------------------------------------------------------------------------------- what does not build at all
+
+
+def one(kind: str, text: str = "", bottoms: str = "x", top: str = "y") -> Any:
+    """A net of an input (2, 3, 7, 7) and one layer."""
+    net = schema.NetParameter()
+    shape = "input_param { shape { dim: 2 dim: 3 dim: 7 dim: 7 } }"
+    net.layer.extend([layer("x", "Input", "", text=shape), layer("y", kind, bottoms, top, text)])
+    return net
+
+
+REFUSED = [
+    ("Convolution", "convolution_param { num_output: 2 }", "1 or 2 values of kernel"),
+    ("Convolution", "convolution_param { num_output: 2 kernel_h: 3 }", "kernel_h and kernel_w"),
+    ("Convolution", "convolution_param { num_output: 4 kernel_size: 3 group: 2 }", "multiples of group"),
+    ("Convolution", "convolution_param { num_output: 4 kernel_size: 9 }", "a kernel that fits into (7, 7)"),
+    (
+        "Convolution",
+        'convolution_param { num_output: 4 kernel_size: 3 weight_filler { type: "he" } }',
+        "filler",
+    ),
+    ("Pooling", "pooling_param { }", "a kernel of 1 or more"),
+    ("Pooling", "pooling_param { global_pooling: true pad: 1 }", "beside global_pooling"),
+    ("Relu", "", "a type that this package runs, got 'Relu'"),
+    ("Softmax", "softmax_param { axis: 4 }", "an axis of its bottom"),
+    ("ReLU", "loss_weight: 1 loss_weight: 1", "one for each of 1 tops"),
+    ("InnerProduct", "", "num_output of 1 or more"),
+]
+
+
+@pytest.mark.parametrize(("kind", "text", "reason"), REFUSED)
+def test_what_the_net_refuses_is_a_finding_in_both_phases(kind: str, text: str, reason: str) -> None:
+    net = one(kind, text)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        Net(net)
+    (finding,) = check(net)
+    assert (finding.pitfall, finding.layers, finding.note) == ("does_not_build", ["y"], False)
+    assert reason in finding.message and "in TRAIN and TEST" in finding.message
+
+
+def test_two_layers_of_one_top_are_a_finding_and_so_is_all_that_is_wrong() -> None:
+    net = one("ReLU")
+    net.layer.extend(
+        [layer("z", "TanH", "x", "y"), layer("q", "LRN", "y", text="lrn_param { local_size: 2 }")]
+    )
+    net.layer[3].include.add(phase=schema.TEST)
+    findings = check(net)
+    assert [(f.pitfall, f.layers) for f in findings] == [("does_not_build", ["z"]), ("does_not_build", ["q"])]
+    assert "a top that no other layer makes" in findings[0].message
+    assert "builds the net in TEST:" in findings[1].message
+
+
+@pytest.mark.parametrize("kind", sorted(REGISTRY))
+def test_a_layer_with_any_number_of_bottoms_and_tops_is_checked_as_the_net_takes_it(kind: str) -> None:
+    """Never an exception, and a finding where, and only where, the net refuses."""
+    for bottoms, tops, in_place in itertools.product(range(4), range(3), (False, True)):
+        net = one("Convolution", "convolution_param { num_output: 3 kernel_size: 1 }", top="c")
+        names = ["c" if in_place and tops else "t", "u"][:tops]
+        net.layer.add(name="l", type=kind, bottom=["c", "x", "c"][:bottoms], top=names)
+        refused = []
+        for phase in ("TRAIN", "TEST"):
+            try:
+                Net(net, phase=phase)
+            except UnsupportedError:  # which Caffe runs
+                pass
+            except ValueError as error:
+                refused.append(error)
+        findings = check(net)
+        assert bool(findings) >= bool(refused), (bottoms, tops)
+        assert bool(refused) >= any(f.pitfall == "does_not_build" for f in findings), (bottoms, tops)
+
+
+def test_what_caffe_alone_runs_is_no_mistake() -> None:
+    for kind in ("LSTM", "PriorBox", "MemoryData"):
+        assert check(one(kind, bottoms="" if kind == "MemoryData" else "x")) == []
+
+
+def test_a_phase_that_the_solver_asks_for_has_to_hold_together() -> None:
+    net = one("ReLU")
+    net.layer[0].include.add(phase=schema.TRAIN)
+    assert check(net) == check(net, schema.SolverParameter()) == []
+    (finding,) = check(net, schema.SolverParameter(test_iter=[1], test_interval=1))
+    assert (finding.pitfall, finding.layers) == ("does_not_build", ["y"])
+    assert "in TEST" in finding.message and "'x'" in finding.message
+
+
+SOLVER = 'net: "a.prototxt"\nbase_lr: 0.1\nlr_policy: "fixed"\nmax_iter: 10\ntype: "SGD"\n'
+
+
+def test_a_solver_in_the_place_of_a_net_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    solver, net = tmp_path / "solver.prototxt", tmp_path / "net.prototxt"
+    solver.write_text(SOLVER)
+    write_prototxt(one("ReLU"), net)
+    with pytest.raises(ValueError, match=r"expected a net's prototxt, got a solver's in .*--solver"):
+        check(solver)
+    with pytest.raises(ValueError, match="It is a field of a solver: is the file one"):
+        Net(solver)
+    with pytest.raises(ValueError, match="It is a field of a net: is the file one"):
+        check(net, net)
+    assert main(["caffe", "check", str(solver)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 # --------------------------------------------------------------------------------------------------- files

@@ -454,7 +454,7 @@ def test_a_student_of_a_train_val_prototxt_keeps_its_data_layers() -> None:
 
 
 def test_shapes_that_cannot_be_told_are_warned_about() -> None:
-    stored = 'data_param { source: "absent" backend: LMDB }'
+    stored = 'data_param { source: "absent" backend: LMDB batch_size: 2 }'
     text = f'layer {{ name: "d" type: "Data" top: "data" top: "label" {stored} }}'
     student = parse_net(text)
     student.layer.extend(plain((4, 6)).layer[2:])

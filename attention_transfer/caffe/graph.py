@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from attention_transfer._hints import did_you_mean
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.layers import Layer
+from attention_transfer.caffe.layers.base import LayerError
 
 PHASES = {"TRAIN": schema.TRAIN, "TEST": schema.TEST}
 
@@ -101,8 +102,15 @@ class Wiring:
         return found
 
 
-def connect(layers: Sequence[Layer]) -> Wiring:
+def _refuse(error: LayerError) -> None:
+    raise error
+
+
+def connect(layers: Sequence[Layer], fault: Callable[[LayerError], None] = _refuse) -> Wiring:
     """Follow the names from layer to layer.
+
+    Args:
+        fault: what to do with an error; raises it, by default, and may go on to the next.
 
     Raises:
         ValueError: if a bottom is unknown, a layer has too few or too many bottoms or tops, or two layers
@@ -110,56 +118,62 @@ def connect(layers: Sequence[Layer]) -> Wiring:
     """
     wiring = Wiring()
     for index, layer in enumerate(layers):
-        _check_count(layer, "bottom", len(layer.bottoms), layer.bottoms_expected)
-        _check_count(layer, "top", len(layer.tops), layer.tops_expected)
-        wiring.sources.append([_source(wiring, layer, name) for name in layer.bottoms])
+        for error in count_errors(layer):
+            fault(error)
+        for name in layer.bottoms:
+            if name not in wiring.last:
+                hint = did_you_mean(name, wiring.last) or "Layers read only what layers before them make."
+                fault(layer.error("bottoms that earlier layers make", f"{name!r}", hint))
+                wiring.last[name] = (-1, len(wiring.last))
+                wiring.uses[wiring.last[name]] = []
+        wiring.sources.append([wiring.last[name] for name in layer.bottoms])
         for bottom, version in enumerate(wiring.sources[index]):
             wiring.uses[version].append((index, bottom))
         for top, name in enumerate(layer.tops):
-            _check_top(wiring, layer, top)
+            if wrong := _top_error(wiring, layer, top):
+                fault(wrong)
             wiring.last[name] = (index, top)
             wiring.uses[index, top] = []
     for index, layer in enumerate(layers):
-        _check_in_place(wiring, index, layer)
+        if wrong := _in_place_error(wiring, index, layer):
+            fault(wrong)
     return wiring
 
 
-def _source(wiring: Wiring, layer: Layer, name: str) -> Version:
-    if name not in wiring.last:
-        hint = did_you_mean(name, wiring.last) or "Layers read only what layers before them make."
-        raise layer.error("bottoms that earlier layers make", f"{name!r}", hint)
-    return wiring.last[name]
+def count_errors(layer: Layer) -> Iterator[LayerError]:
+    """What is wrong with the numbers of a layer's bottoms and tops."""
+    for what, count, (least, most) in (
+        ("bottom", len(layer.bottoms), layer.bottoms_expected),
+        ("top", len(layer.tops), layer.tops_expected),
+    ):
+        if count < least or (most is not None and count > most):
+            numbers = f"{least} to {most}" if most is not None else f"{least} or more"
+            numbers = f"{least}" if least == most else numbers
+            yield layer.error(f"{numbers} {what}s", f"{count}")
 
 
-def _check_count(layer: Layer, what: str, count: int, expected: tuple[int, int | None]) -> None:
-    least, most = expected
-    if count < least or (most is not None and count > most):
-        numbers = (
-            f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
-        )
-        raise layer.error(f"{numbers} {what}s", f"{count}")
-
-
-def _check_top(wiring: Wiring, layer: Layer, top: int) -> None:
+def _top_error(wiring: Wiring, layer: Layer, top: int) -> LayerError | None:
     name = layer.tops[top]
     at_same_place = top < len(layer.bottoms) and layer.bottoms[top] == name
     if at_same_place and not layer.allows_in_place:
-        raise layer.error("a top of its own", f"{name!r}, its bottom", "This type cannot work in place.")
+        return layer.error("a top of its own", f"{name!r}, its bottom", "This type cannot work in place.")
     if not at_same_place and name in wiring.last:
-        raise layer.error(
+        return layer.error(
             "a top that no other layer makes", f"{name!r}", "Caffe: produced by multiple sources."
         )
+    return None
 
 
-def _check_in_place(wiring: Wiring, index: int, layer: Layer) -> None:
+def _in_place_error(wiring: Wiring, index: int, layer: Layer) -> LayerError | None:
     for top, name in enumerate(layer.tops):
         if top < len(layer.bottoms) and layer.bottoms[top] == name:
             others = [use for use in wiring.uses[wiring.sources[index][top]] if use != (index, top)]
             if others:
                 remedy = "Caffe: the name is produced by multiple sources. Read it after this layer."
-                raise layer.error(
+                return layer.error(
                     f"to be the only reader of {name!r}, which it overwrites", "another one", remedy
                 )
+    return None
 
 
 def loss_weights(layer: Layer) -> list[float]:

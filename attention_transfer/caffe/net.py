@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from typing import Any, Literal
@@ -17,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from attention_transfer.caffe import schema
+from attention_transfer.caffe.assembly import freeze, make_layer, set_up, share_blobs
 from attention_transfer.caffe.files.caffemodel import (
-    MOST_ENTRIES,
     array_blob,
     blob_array,
     blob_shape,
@@ -28,7 +26,7 @@ from attention_transfer.caffe.files.caffemodel import (
 from attention_transfer.caffe.files.prototxt import read_net
 from attention_transfer.caffe.fusion import Branch, fusable
 from attention_transfer.caffe.graph import connect, loss_weights, select
-from attention_transfer.caffe.layers import Layer, layer_class
+from attention_transfer.caffe.layers import Layer
 
 Phase = Literal["TRAIN", "TEST"]
 Weights = Any  # a path, a NetParameter, or several of them
@@ -37,29 +35,6 @@ Weights = Any  # a path, a NetParameter, or several of them
 OWN = ("training", "autocast", "learnable", "_branches", "_asking", "_anchor", "_loss")
 
 SCORING = ("SoftmaxWithLoss", "Softmax", "SigmoidCrossEntropyLoss", "HingeLoss", "Accuracy")
-
-
-@dataclass
-class Learnable:
-    """One blob as the solver sees it; a shared one belongs to the first layer that has it.
-
-    Attributes:
-        owner: the layer; `index` the blob's place in it.
-        lr_mult, decay_mult: multipliers of the learning rate and of the weight decay.
-    """
-
-    owner: Layer
-    index: int
-    lr_mult: float
-    decay_mult: float
-
-    @property
-    def layer(self) -> str:
-        return self.owner.name
-
-    @property
-    def tensor(self) -> Tensor:
-        return self.owner.blobs[self.index]
 
 
 class Blobs(Mapping[str, Tensor]):
@@ -120,17 +95,16 @@ class Net(nn.Module):
         net = prototxt if isinstance(prototxt, schema.NetParameter) else read_net(prototxt)
         self.phase = phase
         self.proto = select(net, phase, level, stages)
-        self.layers = [_make_layer(spec, phase) for spec in self.proto.layer]
+        self.layers = [make_layer(spec, phase) for spec in self.proto.layer]
         self._wiring = connect(self.layers)
         self._weights = [loss_weights(layer) for layer in self.layers]
-        self._shapes = _set_up(self.layers)
+        self._shapes = set_up(self.layers)
         self._check_memory()
         for name, layer in zip(_module_names(self.layers), self.layers, strict=True):
             layer.fill_blobs()
             self._modules[name] = layer
-        self._ties: list[tuple[Layer, int, Layer, int]] = []
-        self.learnable = self._share_and_list()
-        self._freeze()
+        self.learnable, self._ties = share_blobs(self.layers)
+        freeze(self.layers, self.proto.force_backward)
         self._branches = fusable(self.layers, self._wiring, self._weights, self._shapes)
         self._asking = self._find_asking()
         self.register_buffer("_anchor", torch.zeros(()), persistent=False)  # has the net's type and place
@@ -278,9 +252,17 @@ class Net(nn.Module):
                 if weight:
                     term = tensors[name].sum() * weight
                     total = term if total is None else total + term
-        self._loss = total if total is not None else self._anchor.clone()
+        self._loss = self._connected(self._anchor.clone() if total is None else total, given)
         automatic = self._automatic()
         return Blobs({name: tensor for name, tensor in tensors.items() if name not in automatic}, deferred)
+
+    def _connected(self, loss: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        """The loss in a graph also where nothing counts: then its gradients are zeros, as Caffe's are."""
+        if loss.requires_grad or not torch.is_grad_enabled():
+            return loss
+        learned = [entry.tensor for entry in self.learnable if entry.tensor.requires_grad]
+        asked = [tensor for tensor in given.values() if tensor.requires_grad]
+        return _Zeros.apply(loss, *learned, *asked) if learned or asked else loss
 
     def _run_layer(self, index: int, tensors: dict[str, Tensor]) -> None:
         layer = self.layers[index]
@@ -420,71 +402,11 @@ class Net(nn.Module):
                 "Look for a num_output or a dim that is too large."
             )
 
-    def _share_and_list(self) -> list[Learnable]:
-        """Make blobs of one name one, and list each blob once."""
-        learnable: list[Learnable] = []
-        named: dict[str, _Shared] = {}
-        for layer in self.layers:
-            specs = layer.blob_specs()
-            for index, spec in enumerate(specs):
-                if spec.name and spec.name in named:
-                    self._ties.append(_share(named[spec.name], layer, index, spec))
-                    continue
-                entry = Learnable(layer, index, spec.lr_mult, spec.decay_mult)
-                learnable.append(entry)
-                if spec.name:
-                    named[spec.name] = _Shared(entry, spec)
-        return learnable
-
     def _find_asking(self) -> set[int]:
         """The layers whose top gets a gradient though nothing learns from it."""
         reaching = self._wiring.reaching(self.layers, self._weights)
         asking = {index for index in reaching if self.layers[index].asks_for_gradient}
         return asking | {branch.end for index, branch in self._branches.items() if index in asking}
-
-    def _freeze(self) -> None:
-        for layer in self.layers:
-            layer.freeze(self.proto.force_backward)
-            for blob in layer.blobs:
-                blob.requires_grad_(False)
-        for layer in self.layers:
-            for index, blob in enumerate(layer.blobs):
-                if index not in layer.frozen and isinstance(blob, nn.Parameter):
-                    blob.requires_grad_(True)
-        for layer in self.layers:
-            layer.detached = [index for index in layer.frozen if layer.blobs[index].requires_grad]
-
-
-@dataclass
-class _Shared:
-    entry: Learnable
-    spec: Any  # the multipliers stated so far
-
-
-def _share(shared: _Shared, layer: Layer, index: int, spec: Any) -> tuple[Layer, int, Layer, int]:
-    owner, own = shared.entry.owner, layer.blobs[index]
-    blob = shared.entry.tensor
-    if own.shape != blob.shape:  # share_mode PERMISSIVE, of other shapes, is left out
-        shapes = f"{tuple(own.shape)}, and {tuple(blob.shape)} in {owner.name!r}"
-        raise layer.error(f"the shape of the shared blob {spec.name!r}", shapes)
-    for multiplier in ("lr_mult", "decay_mult"):
-        if not spec.HasField(multiplier):
-            continue
-        value = getattr(spec, multiplier)
-        if shared.spec.HasField(multiplier) and getattr(shared.spec, multiplier) != value:
-            stated = getattr(shared.spec, multiplier)
-            got = f"{value:g} here and {stated:g} in {owner.name!r}"
-            raise layer.error(f"one {multiplier} for the shared blob {spec.name!r}", got)
-        setattr(shared.spec, multiplier, value)
-        setattr(shared.entry, multiplier, value)
-    layer.share_blob(index, owner, shared.entry.index)
-    return layer, index, owner, shared.entry.index
-
-
-def _make_layer(spec: Any, phase: str) -> Layer:
-    if not spec.HasField("phase"):
-        spec.phase = schema.TRAIN if phase == "TRAIN" else schema.TEST
-    return layer_class(spec.type, spec.name)(spec, train_phase=spec.phase == schema.TRAIN)
 
 
 def _module_names(layers: Sequence[Layer]) -> list[str]:
@@ -500,69 +422,17 @@ def _module_names(layers: Sequence[Layer]) -> list[str]:
     return names
 
 
-def _set_up(layers: Sequence[Layer]) -> list[list[tuple[int, ...]]]:
-    """Let each layer see tensors of its bottoms' shapes and make its blobs; the shapes of all tops."""
-    tensors: dict[str, Tensor] = {}
-    shapes = []
-    for layer in layers:
-        tops = _first_tops(layer, [tensors[name] for name in layer.bottoms])
-        tensors.update(zip(layer.tops, tops, strict=True))
-        shapes.append([tuple(top.shape) for top in tops])
-    return shapes
+class _Zeros(torch.autograd.Function):
+    """A value, with gradients of exactly 0 for tensors that it does not depend on."""
 
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *others: Tensor) -> Tensor:
+        ctx.save_for_backward(*others)
+        return value.clone()
 
-def _first_tops(layer: Layer, bottoms: list[Tensor]) -> tuple[Tensor, ...]:
-    if not layer.bottoms:
-        layer.setup()
-        layer.check_specs()
-        return tuple(_countable(layer, shape) for shape in layer.shapes())
-    try:
-        layer.setup(*bottoms)
-        layer.check_specs()
-        with torch.no_grad():
-            tops = layer.forward(*bottoms)
-    except (RuntimeError, IndexError, ZeroDivisionError, OverflowError) as error:
-        shapes = ", ".join(str(tuple(bottom.shape)) for bottom in bottoms)
-        reason = str(error).strip().splitlines()[0]
-        raise layer.error("bottoms that it can work on", shapes, f"PyTorch: {reason}") from None
-    return tuple(_countable(layer, top.shape) for top in (tops if isinstance(tops, tuple) else (tops,)))
-
-
-def _countable(layer: Layer, shape: Sequence[int]) -> Tensor:
-    if math.prod(shape) > MOST_ENTRIES:
-        raise layer.error(f"tops of at most {MOST_ENTRIES} entries", f"the shape {tuple(shape)}")
-    return torch.empty(tuple(shape), device="meta")
-
-
-def shapes_of(net: Any, phase: str = "TRAIN") -> dict[int, list[tuple[int, ...]]]:
-    """The shapes of the tops of each layer of `net` that can be built, by its place among all layers.
-
-    For looking at nets that are wrong somewhere: what cannot be built, or depends on that, is left out.
-    """
-    return {place: shapes for place, (_, shapes) in dry_layers(net, phase).items()}
-
-
-def dry_layers(net: Any, phase: str = "TRAIN") -> dict[int, tuple[Layer, list[tuple[int, ...]]]]:
-    """The layers behind `shapes_of`, their blobs on the meta device, with the shapes of their tops."""
-    known: dict[str, Tensor] = {}
-    found = {}
-    included = select(net, phase).layer
-    names = iter(included)
-    upcoming = next(names, None)
-    for place, spec in enumerate(net.layer):
-        if upcoming is None or spec != upcoming:
-            continue
-        upcoming = next(names, None)
-        try:
-            layer = _make_layer(schema.LayerParameter.FromString(spec.SerializeToString()), phase)
-            tops = _first_tops(layer, [known[name] for name in layer.bottoms])
-        except (ValueError, KeyError, IndexError, OSError, ImportError):
-            for name in spec.top:
-                known.pop(name, None)
-            continue
-        known.update(zip(layer.tops, tops, strict=False))
-        found[place] = layer, [tuple(top.shape) for top in tops]
-    return found
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(torch.zeros_like(other) for other in ctx.saved_tensors)
 
 
 def _call(layer: Layer, bottoms: list[Tensor]) -> Tensor | tuple[Tensor, ...]:

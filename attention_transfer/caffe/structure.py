@@ -5,7 +5,7 @@ Nothing is computed and no layer is built, so a net that Caffe refuses can be lo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -109,16 +109,24 @@ class Graph:
     Args:
         net: a NetParameter.
         shapes: of the tops, by the index of their layer, as far as they are known.
+        left_out: the indices of layers to pass over; their tops are values without a producer.
     """
 
-    def __init__(self, net: Any, shapes: Mapping[int, Sequence[tuple[int, ...]]] | None = None) -> None:
+    def __init__(
+        self,
+        net: Any,
+        shapes: Mapping[int, Sequence[tuple[int, ...]]] | None = None,
+        left_out: Collection[int] = (),
+    ) -> None:
         self._shapes = shapes or {}
         self.force_backward: bool = net.force_backward
         self.nodes: list[Node] = []
         self.unwritten: list[tuple[Node, str]] = []
         current: dict[str, Blob] = {}
         for index, spec in enumerate(net.layer):
-            if is_in(spec, net.state):
+            if is_in(spec, net.state) and index in left_out:
+                current |= {name: Blob(name, None) for name in spec.top}
+            elif is_in(spec, net.state):
                 self._add(index, spec, current)
         self.last = current
 

@@ -93,7 +93,11 @@ def describe_parse_error(error: text_format.ParseError) -> str:
     if unknown := unknown_field(error):
         message, name = unknown
         fields = schema.fields(message)
-        if message == "V1LayerParameter" and name == "layer":
+        others = {"NetParameter": "SolverParameter", "SolverParameter": "NetParameter"}
+        if message in others and name in schema.fields(others[message]):
+            own = "solver" if message == "NetParameter" else "net"
+            hint = f"It is a field of a {own}: is the file one?"
+        elif message == "V1LayerParameter" and name == "layer":
             hint = "The V0 format must go through Caffe's upgrade_net_proto_text first."
         else:
             hint = did_you_mean(name, fields) or f"Known: {', '.join(fields[:12])}."

@@ -1,6 +1,8 @@
-"""Caffe's layers as modules, one class a type, found by `layer_class`."""
+"""Caffe's layers as modules, one class a type, made by `new_layer`."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from attention_transfer._hints import did_you_mean
 from attention_transfer.caffe.layers import (
@@ -18,18 +20,40 @@ from attention_transfer.caffe.layers import (
 from attention_transfer.caffe.layers.base import REGISTRY, Layer
 
 __all__ = [
-    "REGISTRY", "Layer", "activation", "arithmetic", "convolution", "data", "layer_class", "loss",
+    "REGISTRY", "Layer", "Unknown", "activation", "arithmetic", "convolution", "data", "loss", "new_layer",
     "normalization", "pooling", "python", "score", "shape",
 ]  # fmt: skip
 
 
-def layer_class(kind: str, name: str) -> type[Layer]:
-    """The class of a Caffe layer type, asked for by the layer `name`.
+# What Caffe has besides: BVLC's, then the SSD fork's own.
+CAFFES_OWN = {
+    "BatchReindex", "ContrastiveLoss", "Embed", "Filter", "Im2col", "InfogainLoss", "LSTM", "LSTMUnit",
+    "MultinomialLogisticLoss", "RNN", "SPP",
+}  # fmt: skip
+SSDS_OWN = {
+    "AnnotatedData", "DetectionEvaluate", "DetectionOutput", "MultiBoxLoss", "PriorBox", "SmoothL1Loss",
+    "VideoData",
+}  # fmt: skip
+
+
+class Unknown(Layer):
+    """Stands for a layer of a type that this package does not run."""
+
+    bottoms_expected = (0, None)
+    tops_expected = (0, None)
+
+
+def new_layer(spec: Any, *, train_phase: bool) -> Layer:
+    """The layer of a LayerParameter.
 
     Raises:
-        ValueError: if this package does not run the type; the message lists near matches.
+        ValueError: if this package does not run its type; the message lists near matches.
     """
-    if kind not in REGISTRY:
-        hint = did_you_mean(kind, REGISTRY) or f"Known: {', '.join(sorted(REGISTRY))}."
-        raise ValueError(f"Net: layer {name!r}: expected a type that this package runs, got {kind!r}. {hint}")
-    return REGISTRY[kind]
+    if spec.type in REGISTRY:
+        return REGISTRY[spec.type](spec, train_phase=train_phase)
+    unknown, expected = Unknown(spec, train_phase=train_phase), "a type that this package runs"
+    if spec.type in CAFFES_OWN | SSDS_OWN:
+        whose = "Caffe" if spec.type in CAFFES_OWN else "the SSD fork of Caffe"
+        raise unknown.unsupported(expected, f"{spec.type!r}, which {whose} alone runs")
+    hint = did_you_mean(spec.type, REGISTRY) or f"Known: {', '.join(sorted(REGISTRY))}."
+    raise unknown.error(expected, repr(spec.type), hint)

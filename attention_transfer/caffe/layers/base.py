@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.files.caffemodel import MOST_ENTRIES
-from attention_transfer.caffe.layers.fillers import fill
+from attention_transfer.caffe.layers.fillers import check_filler, fill
 
 REGISTRY: dict[str, type[Layer]] = {}
 Kind = TypeVar("Kind", bound="type[Layer]")
@@ -25,6 +25,24 @@ def register(*types: str) -> Callable[[Kind], Kind]:
         return cls
 
     return enter
+
+
+class LayerError(ValueError):
+    """What is wrong with a layer: in its message and, part by part, in its attributes.
+
+    Attributes:
+        layer: the layer.
+        expected, got, remedy: what its message is made of.
+    """
+
+    def __init__(self, layer: Layer, expected: str, got: object, remedy: str) -> None:
+        text = f"Net: layer {layer.name!r} ({layer.type}): expected {expected}, got {got}. {remedy}"
+        super().__init__(text.strip())
+        self.layer, self.expected, self.got, self.remedy = layer, expected, got, remedy
+
+
+class UnsupportedError(LayerError):
+    """What Caffe runs and this package does not."""
 
 
 class Layer(nn.Module):
@@ -111,8 +129,10 @@ class Layer(nn.Module):
         """Add a blob, to be filled as the filler says, with zeros without one.
 
         Raises:
-            ValueError: if it has more entries than Caffe can count.
+            ValueError: if it has more entries than Caffe can count, or the filler does not fit.
         """
+        filler = filler or schema.FillerParameter()
+        check_filler(tuple(shape), filler, self.error)
         if math.prod(shape) > MOST_ENTRIES:
             raise self.error(f"a blob of at most {MOST_ENTRIES} entries", f"the shape {tuple(shape)}")
         values = torch.empty(tuple(shape), device="meta")
@@ -121,7 +141,7 @@ class Layer(nn.Module):
         else:
             self.register_buffer(name, values)
         self.blob_names.append(name)
-        self._fillers[name] = filler or schema.FillerParameter()
+        self._fillers[name] = filler
 
     def fill_blobs(self) -> None:
         """Give every blob its memory and its first values.
@@ -201,10 +221,13 @@ class Layer(nn.Module):
 
     # -------------------------------------------------------------------------------------------- errors
 
-    def error(self, expected: str, got: object, remedy: str = "") -> ValueError:
+    def error(self, expected: str, got: object, remedy: str = "") -> LayerError:
         """The error of this layer: what was expected, what came, and what to do."""
-        text = f"Net: layer {self.name!r} ({self.type}): expected {expected}, got {got}. {remedy}"
-        return ValueError(text.strip())
+        return LayerError(self, expected, got, remedy)
+
+    def unsupported(self, expected: str, got: object, remedy: str = "") -> UnsupportedError:
+        """Like `error`, where Caffe itself would go on."""
+        return UnsupportedError(self, expected, got, remedy)
 
     def axis(self, axis: int, bottom: Tensor, *, beyond: bool = False) -> int:
         """An axis counted from either end, checked; `beyond` allows the one behind the last.

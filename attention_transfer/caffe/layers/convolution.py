@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -37,12 +37,16 @@ class _Window(Layer):
         if channels % self.groups or param.num_output % self.groups:
             got = f"{channels} channels, num_output {param.num_output} and group {self.groups}"
             raise self.error("channels and num_output that are multiples of group", got)
+        self._check_extent(first.shape[self.channels_axis + 1 :])
         self.add_blob(
             "weight", (*self._channels(channels, param.num_output), *self.kernel), param.weight_filler
         )
         if param.bias_term:
             self.add_blob("bias", (param.num_output,), param.bias_filler)
         self.function = self.functions[spatial - 1]
+
+    def _check_extent(self, sizes: Sequence[int]) -> None:
+        """Refuse a bottom that the window does not fit into."""
 
     def _channels(self, channels: int, outputs: int) -> tuple[int, int]:
         raise NotImplementedError
@@ -66,6 +70,14 @@ class Convolution(_Window):
     """Weights (num_output, channels / group, *kernel) and, with bias_term, a bias (num_output)."""
 
     functions = (F.conv1d, F.conv2d, F.conv3d)
+
+    def _check_extent(self, sizes: Sequence[int]) -> None:
+        extents = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
+        padded = [size + 2 * pad for size, pad in zip(sizes, self.pad, strict=True)]
+        if any(extent > size for extent, size in zip(extents, padded, strict=True)):
+            raise self.error(
+                f"a kernel that fits into {tuple(padded)}, pad included", f"one of {tuple(extents)}"
+            )
 
     def _channels(self, channels: int, outputs: int) -> tuple[int, int]:
         return outputs, channels // self.groups

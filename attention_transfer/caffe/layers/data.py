@@ -147,7 +147,7 @@ class Data(DataLayer):
             remedy = (
                 "Put the data into an LMDB with `attention-transfer caffe lmdb`, and set `backend: LMDB`."
             )
-            raise self.error("an LMDB", "a LevelDB, which is Caffe's default backend", remedy)
+            raise self.unsupported("an LMDB", "a LevelDB, which is Caffe's default backend", remedy)
         if transform.force_color and transform.force_gray:
             raise self.error("either force_color or force_gray", "both")
         self.existing(param.source, "an LMDB")
@@ -426,4 +426,4 @@ class Unreadable(DataLayer):
 
     def setup(self, *bottoms: Tensor) -> None:
         remedy = "Make it an Input layer and feed it, or write an LMDB: `attention-transfer caffe lmdb`."
-        raise self.error("a layer that reads from files or is fed", self.type, remedy)
+        raise self.unsupported("a layer that reads from files or is fed", self.type, remedy)

@@ -21,11 +21,16 @@ def fill(shape: Shape, filler: Any, error: Callable[..., ValueError]) -> Tensor:
     Raises:
         ValueError: if the filler is unknown, or does not fit the shape.
     """
+    check_filler(shape, filler, error)
+    return FILLERS[filler.type](shape, filler)
+
+
+def check_filler(shape: Shape, filler: Any, error: Callable[..., ValueError]) -> None:
+    """Raises ValueError if a filler is unknown, or does not fit the shape."""
     if filler.type not in FILLERS:
         raise error(f"a filler out of {', '.join(FILLERS)}", repr(filler.type))
     if filler.type == "bilinear" and (len(shape) != 4 or shape[2] != shape[3]):
         raise error("a square kernel for the filler bilinear", f"the shape {shape}")
-    return FILLERS[filler.type](shape, filler)
 
 
 def _constant(shape: Shape, filler: Any) -> Tensor:

@@ -33,7 +33,7 @@ class Pooling(Layer):
         if x.dim() != 4:
             raise self.error("a bottom of four axes", f"the shape {tuple(x.shape)}")
         if param.pool not in (MAX, AVE):
-            raise self.error("pool MAX or AVE", "STOCHASTIC", "It cannot run here.")
+            raise self.unsupported("pool MAX or AVE", "STOCHASTIC", "It cannot run here.")
         if len(self.tops) > 1 and param.pool != MAX:
             raise self.error("a second top for pool MAX only", "AVE")
         if not param.global_pooling:

@@ -33,7 +33,7 @@ class Python(Layer):
         if param.layer not in self.known:
             named = f"{param.module}.{param.layer}"
             remedy = "Its code is not in the prototxt, and is not loaded from elsewhere."
-            raise self.error(f"a Python layer {' or '.join(self.known)}", named, remedy)
+            raise self.unsupported(f"a Python layer {' or '.join(self.known)}", named, remedy)
         if len(bottoms) != self.known[param.layer]:
             raise self.error(f"{self.known[param.layer]} bottoms for {param.layer}", f"{len(bottoms)}")
         settings = self._settings()

@@ -22,7 +22,7 @@ class Input(Layer):
         """The declared shape of each top."""
         given = [tuple(shape.dim) for shape in self.spec.input_param.shape]
         if len(given) not in (1, len(self.tops)):
-            expected = f"1 or {len(self.tops)} shapes"
+            expected = "1 shape" if len(self.tops) == 1 else f"1 or {len(self.tops)} shapes"
             raise self.error(expected, len(given), "Declare them by `input_param { shape { dim: ... } }`.")
         if any(dim < 0 for shape in given for dim in shape):
             raise self.error("dimensions of 0 or more", given)

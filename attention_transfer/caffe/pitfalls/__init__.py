@@ -12,8 +12,9 @@ from os import PathLike
 from typing import Any
 
 from attention_transfer.caffe import schema
+from attention_transfer.caffe.assembly import Trial, try_out
 from attention_transfer.caffe.files import prototxt as files
-from attention_transfer.caffe.net import shapes_of
+from attention_transfer.caffe.layers.base import LayerError, UnsupportedError
 from attention_transfer.caffe.pitfalls import branches, layers, teachers  # noqa: F401 (they enter their rules)
 from attention_transfer.caffe.pitfalls.rules import RULES, Blame, Case
 from attention_transfer.caffe.pitfalls.spelling import Misspelt, parse_leniently
@@ -31,6 +32,7 @@ class Finding:
         line: where in the file the first of them begins, or, for a misspelt field, where that stands.
         message: what real Caffe does about it.
         mend: how to repair it.
+        note: whether it is only to be known: some Caffe, if not every one, runs the net.
     """
 
     pitfall: str
@@ -38,14 +40,17 @@ class Finding:
     line: int
     message: str
     mend: str
+    note: bool = False
 
 
 def check(prototxt: str | PathLike[str] | Any, solver: str | PathLike[str] | Any = None) -> list[Finding]:
     """What is wrong with a net for attention transfer; nothing for a clean one.
 
-    The phases TRAIN and TEST are looked at, in the states that the solver names too. Shapes are inferred
-    where the sizes of the data are known; the pitfalls that need them are not found elsewhere. What only
-    the data or the intention tell, such as activations too small for Normalize's eps, is not found.
+    The phases TRAIN and TEST are looked at, in the states that the solver names too, and the net is built in
+    each, without memory: what Caffe refuses then is a finding of the name does_not_build. Shapes are inferred
+    where the sizes of the data are known; what needs them is not found elsewhere. What only the data or the
+    intention tell, such as activations too small for Normalize's eps, is not found. Nor is what
+    Caffe runs and only this package does not.
 
     Args:
         prototxt: a path, or a NetParameter, whose lines are those of its own text form.
@@ -58,14 +63,32 @@ def check(prototxt: str | PathLike[str] | Any, solver: str | PathLike[str] | Any
     """
     text, source = _text(prototxt)
     net, unknown = parse_leniently(text, source)
+    _check_is_net(net, unknown, source)
     lines = _lines(text, net)
     found = [_misspelt(net, lines, fields) for fields in _by_name(unknown)]
-    cases = list(_cases(net, _read_solver(solver), source))
+    solver = _read_solver(solver)
+    tried = [_case(net, state, solver) for state in _states(solver)]
+    found += _unwritten(tried, solver, source, lines)
+    tried = [(case, trial) for case, trial in tried if not case.graph.unwritten]
     for name, rule in RULES.items():
-        blames = [blame for case in cases if (blame := rule(case))]
+        blames = [blame for case, _ in tried if (blame := rule(case))]
         if blames:
             found.append(_finding(name, blames, lines))
+    blamed = {name for finding in found for name in finding.layers}
+    found += _refused(net, [trial for case, trial in tried], blamed, lines)
     return sorted(found, key=lambda finding: finding.line)
+
+
+def _check_is_net(net: Any, unknown: list[Misspelt], source: str) -> None:
+    """Raises ValueError for a solver's file, or one without layers."""
+    solvers = set(schema.fields("SolverParameter")) & {field.name for field in unknown if field.layer is None}
+    if solvers and not net.layer:
+        raise ValueError(
+            f"check: expected a net's prototxt, got a solver's in {source}. Pass the net that it names, and "
+            "the solver beside it (solver=, --solver)."
+        )
+    if not net.layer:
+        raise ValueError(f"check: expected a net with layers, got none in {source}.")
 
 
 def _text(net: str | PathLike[str] | Any) -> tuple[str, str]:
@@ -87,21 +110,31 @@ def _lines(text: str, net: Any) -> list[int]:
     return [1] * (len(net.layer) - len(lines)) + lines
 
 
-def _cases(net: Any, solver: Any, source: str) -> Iterator[Case]:
-    """The net in the phases in which it holds together.
+def _unwritten(
+    tried: list[tuple[Case, Trial]], solver: Any, source: str, lines: list[int]
+) -> Iterator[Finding]:
+    """The phases that the solver asks for and that do not hold together.
 
     Raises:
-        ValueError: if it does so in none.
+        ValueError: if the net holds together in none.
     """
-    cases = [_case(net, state, solver) for state in _states(solver)]
-    whole = [case for case in cases if not case.graph.unwritten]
-    if not whole:
-        layer, name = cases[0].graph.unwritten[0]
+    broken = [case for case, _ in tried if case.graph.unwritten]
+    if len(broken) == len(tried):
+        layer, name = broken[0].graph.unwritten[0]
         raise ValueError(
             f"check: {source}: expected bottoms that earlier layers write, got {name!r} in layer "
             f"{layer.name!r} ({layer.type}). Caffe stops there: unknown bottom blob."
         )
-    yield from whole
+    for case in broken:
+        if solver is not None and (case.train or solver.test_iter):
+            layer, name = case.graph.unwritten[0]
+            phase = "TRAIN" if case.train else "TEST"
+            message = (
+                f"Caffe stops while it builds the net in {phase}, as the solver asks it to: no layer before "
+                f"{layer.name!r} writes its bottom {name!r}."
+            )
+            mend = f"Write {name!r} in the phase {phase} too, or keep the layer out of it."
+            yield Finding("does_not_build", [layer.name], lines[layer.index], message, mend)
 
 
 def _states(solver: Any) -> list[Any]:
@@ -118,13 +151,30 @@ def _states(solver: Any) -> list[Any]:
     return states
 
 
-def _case(net: Any, state: Any, solver: Any) -> Case:
+def _case(net: Any, state: Any, solver: Any) -> tuple[Case, Trial]:
     phased = schema.NetParameter()
     phased.CopyFrom(net)
     phased.state.MergeFrom(state)
     train = state.phase == schema.TRAIN
-    shapes = shapes_of(with_known_sizes(phased), "TRAIN" if train else "TEST")
-    return Case(Graph(phased, shapes), train, solver)
+    trial = try_out(with_known_sizes(phased), "TRAIN" if train else "TEST")
+    return Case(Graph(phased, trial.shapes, trial.lacking), train, solver), trial
+
+
+def _refused(net: Any, trials: list[Trial], blamed: set[str], lines: list[int]) -> Iterator[Finding]:
+    """What building the net in each phase refuses, but for layers that a rule blames already."""
+    before = len(lines) - len(net.layer)
+    for place, spec in enumerate(net.layer):
+        errors = [(trial.phase, trial.refused[place]) for trial in trials if place in trial.refused]
+        errors = [(phase, error) for phase, error in errors if not isinstance(error, UnsupportedError)]
+        if not errors or spec.name in blamed:
+            continue
+        phases = " and ".join(dict.fromkeys(phase for phase, _ in errors))
+        error, message, mend = errors[0][1], str(errors[0][1]), "Correct the layer."
+        if isinstance(error, LayerError):
+            message = f"layer {spec.name!r} ({spec.type}): expected {error.expected}, got {error.got}."
+            mend = error.remedy or mend
+        message = f"Caffe stops while it builds the net in {phases}: {message}"
+        yield Finding("does_not_build", [spec.name], lines[before + place], message, mend)
 
 
 def _finding(name: str, blames: list[Blame], lines: list[int]) -> Finding:

@@ -160,7 +160,7 @@ def _has_empty_window(case: Case, node: Node) -> bool:
     for side, size in (("h", shape[2]), ("w", shape[3])):
         kernel = getattr(given, f"kernel_{side}") or given.kernel_size
         stride = getattr(given, f"stride_{side}") or given.stride
-        if stride and (count_windows(size, kernel, stride, 0, clip=False) - 1) * stride >= size:
+        if kernel and stride and (count_windows(size, kernel, stride, 0, clip=False) - 1) * stride >= size:
             return True
     return False
 

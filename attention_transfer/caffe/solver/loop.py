@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from attention_transfer.caffe import schema
+from attention_transfer.caffe.assembly import Learnable
 from attention_transfer.caffe.files.caffemodel import array_blob, blob_array, read_solverstate, write_binary
 from attention_transfer.caffe.files.prototxt import read_solver
 from attention_transfer.caffe.layers.data import DataLayer
-from attention_transfer.caffe.net import Learnable, Net, Weights
+from attention_transfer.caffe.net import Net, Weights
 from attention_transfer.caffe.solver.nets import check_solver, make_nets, starting_weights
 from attention_transfer.caffe.solver.rates import learning_rate, next_step
 from attention_transfer.caffe.solver.updates import LINEAR, SLOTS, UPDATES, clip, decay

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from attention_transfer.caffe import schema
+from attention_transfer.caffe.assembly import try_out
 from attention_transfer.caffe.files.caffemodel import blob_shape, read_caffemodel, same_shape, write_binary
 from attention_transfer.caffe.files.prototxt import read_net, read_solver, write_prototxt
-from attention_transfer.caffe.net import dry_layers
 from attention_transfer.caffe.pitfalls import check
 from attention_transfer.caffe.structure import Blob, Node, count_blobs, with_known_sizes
 from attention_transfer.caffe.surgery.networks import Network, suggest_blobs, survey_student, survey_teacher
@@ -462,7 +462,7 @@ def _merged_weights(net: Any, frozen: Sequence[Any], prefix: str, student: Any, 
     if student is None and teacher is None:
         return None
     theirs = {layer.name for layer in frozen}
-    built = {layer.name: layer for layer, _ in dry_layers(with_known_sizes(net)).values()}
+    built = {layer.name: layer for layer in try_out(with_known_sizes(net)).layers.values()}
     merged = schema.NetParameter(name=net.name)
     for role, source in (("student", student), ("teacher", teacher)):
         if source is None:

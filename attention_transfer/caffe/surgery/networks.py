@@ -8,8 +8,8 @@ from typing import Any
 
 from attention_transfer._hints import did_you_mean
 from attention_transfer.caffe import schema
+from attention_transfer.caffe.assembly import try_out
 from attention_transfer.caffe.graph import select
-from attention_transfer.caffe.net import shapes_of
 from attention_transfer.caffe.structure import Blob, Graph, Node, with_known_sizes
 
 WEIGHTED = {"Convolution", "Deconvolution"}
@@ -109,7 +109,7 @@ def survey_teacher(net: Any, student: Network) -> Network:
 
 def _network(role: str, net: Any, view: Any, phase: str) -> Network:
     view = select_state(view, phase)
-    graph = Graph(view, shapes_of(with_known_sizes(view), phase))
+    graph = Graph(view, try_out(with_known_sizes(view), phase).shapes)
     if graph.unwritten:
         layer, name = graph.unwritten[0]
         raise ValueError(
