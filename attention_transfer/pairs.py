@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from . import taps
 from ._outputs import find_logits
@@ -227,8 +228,27 @@ class _Call:
         yield self
 
     def weighted(self) -> list[_Call]:
-        """The layers with a weight matrix or kernel that return maps."""
-        return [call for call in self.walk() if call.level is not None and _is_weight_layer(call)]
+        """The layers with a weight matrix or kernel that return maps.
+
+        A layer is the innermost call that has such a weight, of its own or in a module that is not called:
+        its parametrisation, a convolution whose weight alone is used. A layer with an adapter is one.
+        """
+        inner = [layer for child in self.children for layer in child.weighted()]
+        if inner or self.level is None:
+            return [self] if self._is_adapted(inner) else inner
+        explained = {id(weight) for call in self.walk() if call is not self for weight in _weights(call)}
+        return [] if all(id(weight) in explained for weight in _weights(self)) else [self]
+
+    def _is_adapted(self, layers: list[_Call]) -> bool:
+        """Whether this is one of `layers` with a detour of fewer weights beside it, and nothing else."""
+        half = sum(weight.numel() for weight in _weights(self)) / 2
+        leaves = [call for call in self.walk() if not call.children]
+        return all(leaf in layers or leaf.tensor is leaf.input for leaf in leaves) and any(
+            layer.input is self.input
+            and layer.shape == self.shape
+            and sum(weight.numel() for weight in _weights(layer)) > half
+            for layer in layers
+        )
 
     @property
     def is_block(self) -> bool:
@@ -248,9 +268,8 @@ class _Call:
         return self.tensor is not None and self.tensor is other.tensor and self.version == other.version
 
 
-def _is_weight_layer(call: _Call) -> bool:
-    own = call.module.parameters(recurse=False)
-    return not call.children and any(parameter.dim() >= 2 for parameter in own)
+def _weights(call: _Call) -> Iterator[nn.Parameter]:
+    return (parameter for parameter in call.module.parameters() if parameter.dim() >= 2)
 
 
 @dataclass(frozen=True)
@@ -275,10 +294,21 @@ class _Trace:
 def _trace(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Trace:
     """Run the model once, without a trace of the run in it."""
     model = taps.unwrap(model)
+    scripted = [
+        name for name, module in taps.named_modules(model) if isinstance(module, torch.jit.ScriptModule)
+    ]
+    if scripted:
+        raise ValueError(
+            f"{user}: expected a {role} of Python modules, got TorchScript at {scripted[0] or 'its root'}, "
+            "which shows nobody its layers' outputs. Pass the model as it was before torch.jit."
+        )
     images = _two_images(images, model)
     recorder = _Recorder(tuple(images.shape), taps.has_layer_norm(model))
     with untouched(model, training=False), torch.no_grad(), contextlib.ExitStack() as stack:
+        computing = _parts_of_weights(model)
         for name, module in taps.named_modules(model):
+            if module in computing:
+                continue
             before = module.register_forward_pre_hook(recorder.enter(name), with_kwargs=True)
             after = module.register_forward_hook(recorder.leave)
             stack.callback(before.remove)
@@ -292,7 +322,18 @@ def _trace(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Trace:
                 "Pass example_input= (teacher_input=) of the size and channels it was built for."
             ) from error
     assert recorder.root is not None
+    if not any(True for call in recorder.root.children for _ in call.module.parameters()):
+        raise ValueError(
+            f"{user}: expected a {role} that calls its layers as modules, got {type(model).__name__}, which "
+            "calls none with weights, as an exported program does. Pass the model as it was before that."
+        )
     return _Trace(recorder.root, recorder.calls, recorder.classes)
+
+
+def _parts_of_weights(model: nn.Module) -> set[nn.Module]:
+    """Modules that are called to give a weight, which is no map."""
+    lists = (module for module in model.modules() if isinstance(module, ParametrizationList))
+    return {part for parametrizations in lists for part in parametrizations.modules()}
 
 
 class _Recorder:

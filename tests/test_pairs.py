@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 
 import pytest
+import small_models
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 
 from attention_transfer.models.nin import NetworkInNetwork
@@ -307,6 +309,115 @@ def _refuse(*_: object) -> None:
     raise AssertionError("compiled")
 
 
+# ------------------------------------------------------------------------------- layers that are no leaf
+
+
+class PaddedByAChild(nn.Conv2d):
+    """As the convolutions of efficientnet_pytorch."""
+
+    def __init__(self, like: nn.Conv2d) -> None:
+        super().__init__(like.in_channels, like.out_channels, like.kernel_size, like.stride, bias=False)
+        self.groups, self.weight = like.groups, like.weight
+        self.pad = nn.ZeroPad2d(like.padding[0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(self.pad(x), self.weight, None, self.stride, 0, self.dilation, self.groups)
+
+
+class UsesTheWeightAlone(nn.Module):
+    """Never calls the convolution that it holds."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer, self.quantised = layer, nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.layer
+        x = self.quantised(x)
+        return F.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+class WithLowRank(nn.Module):
+    """As an adapter of LoRA: the layer and a detour of low rank beside it."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Conv2d(layer.in_channels, 2, layer.kernel_size, layer.stride, layer.padding)
+        self.up, self.dropout = nn.Conv2d(2, layer.out_channels, 1), nn.Dropout(0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.up(self.down(self.dropout(x)))
+
+
+WRAPPERS = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "two parametrisations": lambda layer: nn.utils.parametrizations.spectral_norm(
+        nn.utils.parametrizations.weight_norm(layer)
+    ),
+    "old weight_norm": nn.utils.weight_norm,
+    "old spectral_norm": nn.utils.spectral_norm,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "padded by a child": PaddedByAChild,
+    "its weight alone": UsesTheWeightAlone,
+    "low rank": WithLowRank,
+}
+
+
+def wrap_convolutions(model: nn.Module, wrap) -> None:
+    for name, child in model.named_children():
+        if isinstance(child, nn.Conv2d):
+            setattr(model, name, wrap(child))
+        else:
+            wrap_convolutions(child, wrap)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("model", ["timm:test_resnet", "timm:test_efficientnet"])
+def test_a_wrapped_layer_is_the_layer(model: str, wrapper: str) -> None:
+    wrapped = build(model)
+    plain = names(wrapped)
+    wrap_convolutions(wrapped, WRAPPERS[wrapper])
+    assert names(wrapped) == plain
+
+
+def test_a_part_of_the_layers_may_be_wrapped() -> None:
+    model = build("torchvision:resnet18")
+    for stage in (model.layer3, model.layer4):
+        wrap_convolutions(stage, nn.utils.parametrizations.weight_norm)
+    assert names(model) == "layer1 layer2 layer3 layer4"
+
+
+@pytest.mark.parametrize("wrapper", ["weight_norm", "low rank"])
+def test_wrapped_layers_without_blocks(wrapper: str) -> None:
+    model = small_models.vgg()
+    wrap_convolutions(model, WRAPPERS[wrapper])
+    assert names(model) == EXPERT["torchvision:vgg11"]
+
+
+def test_a_parametrised_weight_is_no_map() -> None:
+    """Of two output channels, it has as many entries along its first axis as there are example images."""
+    model = nn.Sequential(conv(3, 2), nn.ReLU(), conv(2, 2, stride=2), nn.ReLU())
+    for layer in (model[0], model[2]):
+        nn.utils.parametrizations.weight_norm(layer)
+    assert names(model, 16) == "1 3"
+
+
+def test_attention_of_torch_has_its_weights_in_a_layer_that_is_not_called() -> None:
+    """What a block is made of is its attention and two more layers: four blocks to pair by depth."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+    patches = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.Flatten(2), Transposed())
+    model = nn.Sequential(patches, nn.TransformerEncoder(layer, 4, enable_nested_tensor=False), Transposed())
+    assert [f"1.layers.{i}" for i in range(4)] == [stage.name for stage in stages_to_store(model, images(32))]
+
+
+class Transposed(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mT
+
+
 # ---------------------------------------------------------------------------------------------- no trace
 
 
@@ -392,6 +503,18 @@ def test_no_maps_at_all() -> None:
     flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
     with pytest.raises(ValueError, match=r"stage_ends: expected the model to have maps .* 8x8 input\. Pass"):
         stage_ends(flat, images(8))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is:DeprecationWarning")
+def test_layers_that_nobody_sees() -> None:
+    model = nn.Sequential(conv(3, 8), nn.Sequential(conv(8, 8, stride=2), nn.ReLU()))
+    exported = torch.export.export(model.eval(), (torch.randn(2, 3, 8, 8),)).module()
+    with pytest.raises(ValueError, match=r"layers as modules, got GraphModule.* as it was before that"):
+        stage_ends(exported, images(8))
+    model[1] = torch.jit.script(model[1])
+    with pytest.raises(ValueError, match=r"of Python modules, got TorchScript at 1, .* before torch\.jit"):
+        stage_ends(model, images(8))
 
 
 @pytest.mark.unchecked
