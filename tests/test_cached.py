@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import re
 import shutil
 import signal
@@ -307,6 +308,40 @@ def test_the_cache_may_hold_more_views_than_are_used(recipe: Recipe, folder: Pat
     with pytest.raises(ValueError, match=r"cache: .* is unfinished: 3 of 6 files are missing\. Finish it: "):
         train(replace(recipe, cache=str(copied), output=str(tmp_path / "all")), say=silent)
     assert not (tmp_path / "all").exists()
+
+
+def test_the_cache_knows_its_images(
+    live: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither --data nor what else says which images these are has to be given again."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--accelerator", "cpu", "--precision", "32-true"]
+    built = ["--data", str(live.data), "--teacher", str(live.teacher), "--image-size", "12", "-o", "cache"]
+    assert main(["cache", "build", *built, *flags, "--views", "2", "--max-train", "20"]) == 0
+    command = re.findall(r"^train from it: attention-transfer (.*) NAME$", capsys.readouterr().out, re.M)[0]
+    learnt = [*command.split(), "wrn-10-1", "--epochs", "1", "--batch-size", "10", *flags]
+    assert main([*learnt, "--progress", "lines"]) == 0
+    data = Path(live.data or "")
+    run = Run(tmp_path / f"runs/{data.name}-wrn-10-1-at-0")
+    kept = run.recipe
+    assert (kept.data, kept.image_size, kept.max_train, kept.views) == (str(data), 12, 20, 2)
+    said = f"data {data}, validation 0.1, max_train 20, split_seed 0, image_size 12, pad 4"
+    assert f"  as the cache has it: {said}" in capsys.readouterr().out
+    for data_set in ("cifar10", "nowhere"):
+        assert main([*learnt, "--data", data_set, "--overwrite"]) == 2
+        assert f"was built with data={data}, got {data_set}. Leave --data out" in capsys.readouterr().err
+    assert equal(run, train(replace(kept, output=str(tmp_path / "again")), say=silent))
+
+
+def test_a_cache_that_does_not_say_its_images_asks_for_them(
+    recipe: Recipe, folder: Path, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "cache"))
+    manifest = json.loads((copied / "cache.json").read_text())
+    (copied / "cache.json").write_text(json.dumps({**manifest, "settings": {}}))
+    with pytest.raises(ValueError, match=r"to say which images it was built from, got nothing.* --data\."):
+        take_over(replace(recipe, cache=str(copied), data=None))
+    assert take_over(replace(recipe, cache=str(copied))).data == recipe.data
 
 
 @pytest.mark.parametrize(

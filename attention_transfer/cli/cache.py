@@ -85,7 +85,7 @@ def _start(folder: Path, recipe: Recipe, layers: list[str] | None, dtype: Stored
     if not is_first_process():
         return
     print(f"cache: {folder.absolute()}, {_state(cache)}")
-    print(f"train from it: {PROGRAM} train --cache {folder} --data {recipe.data} --student NAME")
+    print(f"train from it: {PROGRAM} train --cache {folder} --student NAME")
 
 
 def _check_alone(arguments: list[str]) -> None:

@@ -115,7 +115,7 @@ def _find_data(
     given: str | None, table: Table, chosen: list[Reproduction], *, download: bool
 ) -> tuple[tuple[tuple[str, str], ...], str]:
     """The recipe's fields that name the data, and what these are in words; a look before hours of work."""
-    name = chosen[0].recipe.data
+    name = chosen[0].recipe.images
     if given is not None and not Path(given).is_dir():
         raise UsageError(f"reproduce: expected a folder with {name} as --data, got {given}, which is none.")
     from attention_transfer.data.loading import find_source

@@ -38,6 +38,10 @@ def run(arguments: list[str]) -> None:
         places = {name: flags[name] for name in PLACES if _is_named(name, arguments)}
         _start(folder, lambda: _resume(folder, options["keep_memory"], places, say), say or say_text)
         return
+    if recipe.cache:
+        from attention_transfer.training.cached import take_over
+
+        recipe = take_over(recipe)
     new = (options["overwrite"], options["keep_memory"], say)
     _start(recipe.folder, lambda: _train_new(recipe, *new), say or say_text)
 

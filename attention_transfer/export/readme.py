@@ -25,7 +25,7 @@ File = tuple[Format, int, float]
 
 def model_card(student: Student, files: Sequence[File]) -> str:
     """The card as Markdown. It holds no path of this machine."""
-    name, data = student.card.model, _shown(student.run.recipe.data)
+    name, data = student.card.model, _shown(student.run.recipe.images)
     sections = [
         f"# {name}, trained on {data}\n\n{_opening(student)}",
         f"## Errors\n\n{_errors(student)}",
@@ -68,7 +68,7 @@ def _errors(student: Student) -> str:
         rows["validation error, top-1"] = f"{result['validation_error']:.2f} %"
     if (error := _teacher_error(run)) is not None:
         rows["its teacher's test error, top-1"] = f"{error:.2f} %"
-    seed, data = result["seed"], _shown(run.recipe.data)
+    seed, data = result["seed"], _shown(run.recipe.images)
     return f"{_table(rows)}\n\nOf one run, seed {seed}. The test images of {data} chose nothing."
 
 

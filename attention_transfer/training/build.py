@@ -39,7 +39,7 @@ TEACHER_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mi
 def load_splits(recipe: Recipe) -> Splits:
     """The recipe's images: training, validation, test."""
     return load_data(
-        recipe.data,
+        recipe.images,
         root=recipe.data_root,
         validation=VALIDATION if recipe.validation is None else recipe.validation,
         seed=recipe.seed if recipe.split_seed is None else recipe.split_seed,

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
+from attention_transfer._patterns import is_pattern
 from attention_transfer.cache import Cache, Manifest
 from attention_transfer.data import Splits, data_fingerprint
 from attention_transfer.distiller import Distiller
@@ -18,7 +19,7 @@ from attention_transfer.losses import Energy, Reading, Term
 from attention_transfer.models import fingerprint
 from attention_transfer.pairs import Pair, suggest_pairs
 from attention_transfer.training.build import build_teacher, build_terms, check_classes
-from attention_transfer.training.recipe import IMAGES, Recipe, check_models, parse_pairs
+from attention_transfer.training.recipe import IMAGES, SOURCE, Recipe, check_models, parse_pairs
 from attention_transfer.training.run import Run
 
 
@@ -31,8 +32,9 @@ def take_over(recipe: Recipe) -> Recipe:
     """
     if recipe.cache is None:
         return recipe
-    facts = Manifest.read(Path(recipe.cache))
-    for name, theirs in _offers(facts).items():
+    recipe = recipe.located()
+    facts = Manifest.read(Path(recipe.cache or ""))
+    for name, theirs in {**_offers(facts), **_name_of_data(recipe, facts)}.items():
         ours = getattr(recipe, name)
         if ours not in (None, theirs):
             flag = "--" + name.replace("_", "-")
@@ -52,7 +54,31 @@ def take_over(recipe: Recipe) -> Recipe:
             "Leave --teacher out, or build a cache of that one."
         )
     teacher = recipe.teacher if named else None
-    return replace(recipe, **_offers(facts), views=recipe.views or facts.views, teacher=teacher)
+    offers = {**_offers(facts), **_source(recipe, facts)}
+    return replace(recipe, **offers, views=recipe.views or facts.views, teacher=teacher)
+
+
+def _name_of_data(recipe: Recipe, facts: Manifest) -> dict[str, Any]:
+    """The cache's data beside other data by name; files that lie elsewhere are known by their content."""
+    given, own = recipe.data, facts.settings.get("data")
+    is_elsewhere = given is not None and (is_pattern(given) or Path(given).exists())
+    return {} if own is None or is_elsewhere else {"data": own}
+
+
+def _source(recipe: Recipe, facts: Manifest) -> dict[str, Any]:
+    """Where the cache's images are, if the recipe leaves it open; data that is named has its own columns.
+
+    Raises:
+        ValueError: if the cache does not say it.
+    """
+    if recipe.data is not None:
+        return {}
+    if not isinstance(facts.settings.get("data"), str):
+        raise ValueError(
+            f"train: expected {recipe.cache} to say which images it was built from, got nothing of it in "
+            "cache.json. Pass --data."
+        )
+    return {name: getattr(recipe, name) or facts.settings.get(name) for name in SOURCE}
 
 
 def _offers(facts: Manifest) -> dict[str, Any]:
@@ -127,6 +153,12 @@ class CachedTeacher:
     def fingerprint(self) -> str:
         """Of the teacher's weights."""
         return self.cache.manifest.teacher_fingerprint
+
+    def images_of(self, recipe: Recipe) -> str:
+        """What a recipe has of the cache, in a line."""
+        given = {name: getattr(recipe, name) for name in (*SOURCE, *_offers(self.cache.manifest))}
+        said = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+        return f"  as the cache has it: {said}"
 
     def __str__(self) -> str:
         facts, folder = self.cache.manifest, self.cache.folder

@@ -71,7 +71,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, say: Say | None = None) ->
     """
     require("lightning", extra="train", user="train")
     named = [name for name in (recipe.student, recipe.teacher) if name and is_factory(name)]
-    recipe = take_over(recipe.resolved())
+    recipe = take_over(recipe).resolved()
     run = Run(recipe.folder)
     if is_first_process():
         run.check_free(overwrite=overwrite)
@@ -156,7 +156,7 @@ def _fit(
         tell(processes.plan(recipe.batch_size))
     weights: str | None
     if cached is not None:
-        tell(str(cached))
+        tell(f"{cached}\n{cached.images_of(recipe)}")
         distiller, weights = cached.distiller(recipe, student), cached.fingerprint
     else:
         distiller, weights = _with_teacher(run, recipe, splits, student, processes, tell)

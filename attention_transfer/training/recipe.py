@@ -71,9 +71,10 @@ class Recipe:
     teacher_epochs: int | None = None
     """Epochs for a teacher that is trained first. As many as the student's if not given."""
 
-    data: str = "cifar10"
+    data: str | None = None
     """The images: cifar10, cifar100, fashion-mnist, mnist, mnist-5k, or a folder of class folders, of parquet
-    files or of tar files, or a pattern such as DIR/train-{000..146}.tar."""
+    files or of tar files, or a pattern such as DIR/train-{000..146}.tar. cifar10 if
+    not given, or what the cache was built from."""
     data_root: str | None = None
     """Where the named data sets are looked for and downloaded to."""
     validation: float | None = None
@@ -259,19 +260,28 @@ class Recipe:
         return any(term not in WITHOUT_TEACHER for term in self.terms)
 
     @property
+    def images(self) -> str:
+        """The data, cifar10 if `data` is not given."""
+        return self.data or "cifar10"
+
+    @property
     def folder(self) -> Path:
         """The run folder, named after the run if `output` is not given."""
         if self.output is not None:
             return Path(self.output)
         student = Path(self.student.replace(":", "-")).name
-        data = Path(self.data).resolve()
-        name = data.parent.name if is_pattern(self.data) else data.name
+        data = Path(self.images).resolve()
+        name = data.parent.name if is_pattern(self.images) else data.name
         return Path("runs") / f"{name}-{student}-{self.method}-{self.seed}"
 
-    def resolved(self) -> Recipe:
-        """The same recipe with its output folder and absolute paths filled in, so that it works anywhere."""
+    def located(self) -> Recipe:
+        """The same recipe with absolute paths to what it reads."""
         paths: dict[str, Any] = {name: _absolute(getattr(self, name)) for name in _MAYBE_PATHS}
-        return replace(self, **paths, output=str(self.folder.absolute()))
+        return replace(self, **paths)
+
+    def resolved(self) -> Recipe:
+        """The same recipe with its data, output and absolute paths filled in, so that it works anywhere."""
+        return replace(self, data=self.images, output=str(self.folder.absolute())).located()
 
     def alone(self) -> Recipe:
         """The recipe without a teacher and all that concerns one; the output folder is left open."""
@@ -420,8 +430,11 @@ MODELS = ("student", "teacher")
 IMAGES = ("validation", "max_train", "split_seed", "image_size")
 """The fields that say which images there are; with a cache they are the cache's."""
 
+SOURCE = ("data", "data_root", "image_column", "label_column")
+"""The fields that say where the images are; with a cache they are the cache's if the data is left open."""
+
 CACHED = (
-    *("data", "data_root", *IMAGES, "image_column", "label_column", "pad", "flip", "view_seed"),
+    *(*SOURCE, *IMAGES, "pad", "flip", "view_seed"),
     *("teacher", "teacher_weights", "teacher_classes", "p", "mapping"),
     *("batch_size", "num_workers", "precision", "accelerator"),
 )
