@@ -66,6 +66,7 @@ HELPERS = {
     "_tables",
     "_trust",
     "_untouched",
+    "_weights_path",
 }
 COMPOSERS = {"cli", "__main__", "__init__"}
 HEAVY = [

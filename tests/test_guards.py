@@ -68,10 +68,12 @@ KILLED = [
 ]
 
 HOSTILE = [
-    Guard("models/weights.py", "weights_only=True", "weights_only=False", "security a_pickle_that_runs"),
-    Guard("models/weights.py", "entry.compress_type != zipfile.ZIP_STORED", "False", "security a_compressed"),
-    Guard("models/weights.py", "for _ in range(DEEPEST):", "while True:", "security contains_itself", True),
-    Guard("models/weights.py", "if not _is_plain(tensor):", "if False:", "security tensors_that_are_none"),
+    Guard("models/checkpoint.py", "weights_only=True", "weights_only=False", "security a_pickle_that_runs"),
+    Guard(
+        "models/checkpoint.py", "entry.compress_type != zipfile.ZIP_STORED", "False", "security a_compressed"
+    ),
+    Guard("models/parts.py", "for _ in range(DEEPEST):", "while True:", "security contains_itself", True),
+    Guard("models/weights.py", "if not is_plain(tensor):", "if False:", "security tensors_that_are_none"),
     Guard("training/card.py", "check_trusted(self.model, weights)", "pass", "security a_weights_file_names"),
     Guard(
         "training/card.py", "if not holds(getattr(self, name)):", "if False:", "security a_card_of_nonsense"

@@ -15,14 +15,18 @@ import torch
 from safetensors import torch as safetensors_torch
 from torch import Tensor, nn
 
+from attention_transfer.cli import main
 from attention_transfer.models import (
     LoadReport,
     WideResNet,
+    build_model,
     fingerprint,
     load_weights,
     read_metadata,
     save_weights,
 )
+from attention_transfer.training import Recipe
+from attention_transfer.training.build import build_student, load_splits
 
 
 def net(**options: int) -> WideResNet:
@@ -128,11 +132,222 @@ def test_lightning_checkpoints_give_the_part_that_fits(tmp_path: Path) -> None:
     assert fingerprint(taught) == fingerprint(teacher)
 
 
-def test_between_equal_parts_the_student_is_taken(tmp_path: Path) -> None:
-    student, other = net(), net()
-    lightning_checkpoint(tmp_path / "last.ckpt", ema=net(), student=student)
-    assert load_weights(other, tmp_path / "last.ckpt").prefix == "student."
-    assert fingerprint(other) == fingerprint(student)
+# Files with several networks
+
+
+def under(prefix: str, model: nn.Module) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in model.state_dict().items()}
+
+
+def two_networks(layout: str, path: Path) -> tuple[WideResNet, WideResNet]:
+    """A file of two networks of one shape, as programs of these kinds write them."""
+    one, other = net(), net()
+    if layout == "safetensors":
+        save_weights(nn.ModuleDict({"student": one, "teacher": other}), path)
+        return one, other
+    moco = {"encoder_q": under("module.encoder_q.", one), "encoder_k": under("module.encoder_k.", other)}
+    content: dict = {
+        "distillation": {"state_dict": under("student_model.", one) | under("teacher.", other)},
+        "self-supervision": {"state_dict": moco["encoder_q"] | moco["encoder_k"], "arch": "resnet"},
+        "averages": {"state_dict": under("model.", one) | under("ema.", other), "epoch": 3},
+        "averages in a dict": {"state_dict": one.state_dict(), "state_dict_ema": other.state_dict()},
+        "a wrapped average": {"model": one.state_dict(), "model_ema": under("module.", other)},
+        "dicts alone": {"student": under("module.backbone.", one), "teacher": under("backbone.", other)},
+        "beside it": {**one.state_dict(), **under("ema.", other)},
+        "deep": {"nets": {"a": {"state_dict": one.state_dict()}, "b": {"state_dict": other.state_dict()}}},
+        "numbers": {"folds": {0: one.state_dict(), 1: other.state_dict()}},
+        "compiled": {**one.state_dict(), **under("_orig_mod.", other)},
+    }[layout]
+    torch.save(content, path)
+    return one, other
+
+
+@pytest.mark.parametrize(
+    ("layout", "prefixes"),
+    [
+        ("distillation", ("teacher", "student_model")),
+        ("safetensors", ("student", "teacher")),
+        ("self-supervision", ("encoder_k", "encoder_q")),
+        ("averages", ("ema", "model")),
+        ("averages in a dict", ("", "state_dict_ema")),
+        ("a wrapped average", ("", "model_ema")),
+        ("dicts alone", ("student.backbone", "teacher.backbone")),
+        ("beside it", ("", "ema")),
+        ("deep", ("nets.a.state_dict", "nets.b.state_dict")),
+        ("numbers", ("folds.0", "folds.1")),
+        ("compiled", ("", "_orig_mod")),
+    ],
+)
+def test_of_several_networks_none_is_taken_until_one_is_named(
+    layout: str, prefixes: tuple[str, str], tmp_path: Path
+) -> None:
+    path, model = tmp_path / "w", net()
+    networks = {fingerprint(each) for each in two_networks(layout, path)}
+    before, listed = fingerprint(model), ", ".join(f'"{prefix}"' for prefix in prefixes)
+    for strict in (True, False, "body"):
+        with pytest.raises(ValueError, match=f"fits WideResNet, got several: {listed}. Name one of these "):
+            load_weights(model, path, strict=strict)
+    assert fingerprint(model) == before
+    found = set()
+    for prefix in prefixes:
+        report = load_weights(model, path, prefix=prefix)
+        assert report.complete and report.prefix.removesuffix(".") == prefix
+        found.add(fingerprint(model))
+        load_weights(model, f"{path}:{prefix}")
+        assert fingerprint(model) in found
+    assert found == networks
+
+
+def test_a_prefix_may_end_before_the_names_begin(tmp_path: Path) -> None:
+    student, _ = two_networks("dicts alone", tmp_path / "w.pt")
+    model = net()
+    assert load_weights(model, f"{tmp_path / 'w.pt'}:student").prefix == "student.backbone."
+    assert fingerprint(model) == fingerprint(student)
+    with pytest.raises(ValueError, match=r'got none under "ema"; there are: "student\.backbone", "teacher'):
+        load_weights(model, tmp_path / "w.pt", prefix="ema")
+
+
+def test_a_path_with_a_colon_is_a_path(saved: tuple[WideResNet, Path]) -> None:
+    model, path = saved
+    odd, other = path.with_name("w:teacher"), net()
+    path.rename(odd)
+    assert load_weights(other, odd).complete
+    assert fingerprint(other) == fingerprint(model)
+    with pytest.raises(FileNotFoundError, match="no:teacher, which does not exist"):
+        load_weights(other, path.with_name("no:teacher"))
+
+
+def test_one_network_under_two_names_is_one(tmp_path: Path) -> None:
+    model, other = net(), net()
+    lightning_checkpoint(tmp_path / "last.ckpt", distiller=nn.ModuleDict({"net": model}), net=model)
+    assert load_weights(other, tmp_path / "last.ckpt").prefix == "net."
+    assert fingerprint(other) == fingerprint(model)
+    save_weights(nn.ModuleDict({"a": model, "b": model}), tmp_path / "w.safetensors")
+    assert load_weights(net(), tmp_path / "w.safetensors").complete
+
+
+def test_a_network_that_fits_whole_goes_before_one_whose_body_fits(tmp_path: Path) -> None:
+    tuned, other = net(num_classes=10), net()
+    lightning_checkpoint(tmp_path / "last.ckpt", before=net(num_classes=100), tuned=tuned)
+    for strict in (True, False, "body"):
+        assert load_weights(other, tmp_path / "last.ckpt", strict=strict).prefix == "tuned."
+        assert fingerprint(other) == fingerprint(tuned)
+    wider = net(num_classes=7)
+    with pytest.raises(ValueError, match='got several: "tuned", "before"'):
+        load_weights(wider, tmp_path / "last.ckpt", strict="body")
+    assert load_weights(wider, tmp_path / "last.ckpt", strict="body", prefix="before").new_head
+
+
+def test_parts_that_fit_alike_in_part_are_not_chosen_among(tmp_path: Path) -> None:
+    lightning_checkpoint(tmp_path / "last.ckpt", a=net(), b=net(), small=nn.ModuleDict({"bn": net().bn}))
+    model = WideResNet(16, 1)
+    with pytest.raises(ValueError, match='got several: "a", "b"\\. Name'):
+        load_weights(model, tmp_path / "last.ckpt", strict=False)
+    assert load_weights(model, tmp_path / "last.ckpt", strict=False, prefix="b").prefix == "b."
+
+
+def test_an_optimizers_state_is_another_matter(tmp_path: Path) -> None:
+    model, other = net(), net()
+    optimizer = {"state": {0: {"momentum_buffer": torch.zeros(2)}}}
+    torch.save({**model.state_dict(), "optimizer": optimizer}, tmp_path / "w.pt")
+    assert load_weights(other, tmp_path / "w.pt").complete
+    assert fingerprint(other) == fingerprint(model)
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+    torch.save({1: torch.zeros(2), "1": torch.ones(2)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"damaged or of another format \(two tensors are called 1\)"):
+        load_weights(nn.Linear(1, 1), tmp_path / "w.pt")
+
+
+# Dtypes
+
+
+class Numbers(nn.Module):
+    """A weight, and buffers of whole numbers."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 3, dtype=dtype))
+        self.register_buffer("index", torch.zeros(3, dtype=torch.int64))
+        self.register_buffer("mask", torch.zeros(3, dtype=torch.bool))
+
+
+NOT_WEIGHTS = [
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.bool, torch.uint8, torch.int8,
+    torch.int16, torch.int32, torch.int64, torch.uint16, torch.complex64,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", NOT_WEIGHTS, ids=str)
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_numbers_that_are_no_weights_without_a_scale_are_refused(
+    dtype: torch.dtype, kind: str, tmp_path: Path
+) -> None:
+    path, model = tmp_path / f"w.{kind}", Numbers()
+    state = Numbers().state_dict() | {"weight": torch.ones(2, 3).to(dtype)}
+    torch.save(state, path) if kind == "pt" else safetensors_torch.save_file(state, path)
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(
+        ValueError, match=rf"1 of another dtype: weight \(model float32, file {name}\)\. Numbers of such"
+    ):
+        load_weights(model, path)
+    assert "1 of another dtype" in str(load_weights(model, path, strict=False))
+    assert not model.weight.any()
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch tells of its own deprecation of such tensors
+        quantised = torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8)
+        torch.save(Numbers().state_dict() | {"weight": quantised}, tmp_path / "w.pt")
+        with pytest.raises(ValueError, match=r"weight \(model float32, file qint8\)"):
+            load_weights(Numbers(), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("model", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("file", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_floats_become_each_other_and_none_becomes_infinite(
+    model: torch.dtype, file: torch.dtype, tmp_path: Path
+) -> None:
+    values = torch.tensor([[0.5, -3.0, 65504.0], [float("inf"), 2**-10, 0.0]]).to(file)
+    save_weights(source := Numbers(file), tmp_path / "w.safetensors")
+    torch.save(source.state_dict() | {"weight": values}, tmp_path / "w.pt")
+    ours = Numbers(model)
+    if file == torch.bfloat16 and model == torch.float16:  # bfloat16 made 65536 of it
+        with pytest.raises(ValueError, match=r"numbers that torch\.float16 holds, got others, of torch\.bf"):
+            load_weights(ours, tmp_path / "w.pt")
+        assert not ours.weight.any()
+    else:
+        assert load_weights(ours, tmp_path / "w.pt").complete
+        assert torch.equal(ours.weight, values.to(model))
+
+
+@pytest.mark.parametrize(
+    ("index", "mask"),
+    [
+        (torch.tensor([1, 2, 3], dtype=torch.int32), torch.tensor([0, 1, 0], dtype=torch.uint8)),
+        (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0], dtype=torch.bool)),
+    ],
+)
+def test_whole_numbers_keep_their_values_or_are_refused(index: Tensor, mask: Tensor, tmp_path: Path) -> None:
+    state, model = Numbers().state_dict(), Numbers()
+    torch.save(state | {"index": index, "mask": mask}, tmp_path / "w.pt")
+    load_weights(model, tmp_path / "w.pt")
+    assert model.index.tolist() == [1, 2, 3] and model.mask.tolist() == [False, True, False]
+    for odd in ({"index": torch.tensor([1.5, 0, 0])}, {"mask": torch.tensor([0, 2, 1])}):
+        torch.save(state | odd, tmp_path / "w.pt")
+        with pytest.raises(ValueError, match=r"got others, of torch.\w+, in (index|mask) of "):
+            load_weights(Numbers(), tmp_path / "w.pt")
+
+
+def test_one_tied_weight_takes_no_two_tensors(tmp_path: Path) -> None:
+    state = {name: value.clone() for name, value in Tied().state_dict().items()}
+    torch.save(state | {"b.weight": state["b.weight"] + 1}, tmp_path / "w.pt")
+    with pytest.raises(
+        ValueError, match=r"for a\.weight, b\.weight, which the model ties, got two that differ"
+    ):
+        load_weights(Tied(), tmp_path / "w.pt")
 
 
 def test_a_run_folder_gives_its_student(tmp_path: Path) -> None:
@@ -459,3 +674,37 @@ def test_a_report_lists_eight_names_of_a_kind() -> None:
         "w: 1 tensors loaded\n  11 missing in the file: a, b, c, d, e, f, g, h and 3 more\n"
         "  1 unexpected in the file: x"
     )
+
+
+# The command
+
+
+def test_the_command_asks_for_a_prefix_and_keeps_it(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    networks = {name: build_model("wrn-10-1", num_classes=3) for name in ("student_model", "teacher")}
+    lightning_checkpoint(Path("last.ckpt"), **networks)
+    image, output = f"{tiny.data}/red/0.png", ("--output", "run")
+    train = ("train", "--data", tiny.data, "--student", "wrn-10-1", "--epochs", "1", "--accelerator", "cpu")
+    taught = (*train, "--teacher", "wrn-10-1", "--teacher-weights")
+    commands: list[tuple[str, ...]] = [
+        (*train, "--method", "none", *output, "--student-weights"),
+        (*taught, "last.ckpt:student_model", *output, "--student-weights"),
+        (*taught,),
+        ("evaluate", "--data", tiny.data, "--model", "wrn-10-1"),
+        ("maps", image, "--model", "wrn-10-1", "--num-classes", "3", "--image-size", "16", "--weights"),
+    ]
+    for command in commands:
+        assert main([*command, "last.ckpt"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert 'got several: "teacher", "student_model". Name one of these prefixes: ' in line
+        assert 'last.ckpt:student_model, or prefix="student_model" in Python.' in line
+    for command in (*commands[:1], *commands[3:]):
+        assert main([*command, "last.ckpt:teacher"]) == 0
+    recipe = Recipe.load("run/recipe.yaml")
+    assert recipe.student_weights == f"{tmp_path}/last.ckpt:teacher"
+    monkeypatch.chdir("run")
+    student = build_student(recipe, load_splits(recipe))
+    assert fingerprint(student) == fingerprint(networks["teacher"])
+    assert recipe.resolved() == recipe

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attention_transfer._tables import format_table
+from attention_transfer._weights_path import split_prefix
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
 from attention_transfer.training.recipe import Recipe
 from attention_transfer.training.run import Run
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 def run(arguments: list[str]) -> None:
     parser = verb_parser("evaluate", f"{PROGRAM} evaluate runs/cifar10-wrn-16-1-at-0 --plot confusion.png")
-    parser.add_argument("weights", metavar="RUN|WEIGHTS", help="A run folder, or a weights file.")
+    parser.add_argument(
+        "weights", metavar="RUN|WEIGHTS", help="A run folder, a weights file, or FILE:PREFIX."
+    )
     parser.add_argument("--data", help="Images with labels; those of the run if not given.")
     parser.add_argument("--model", help="The model's name, for a weights file that does not say it.")
     parser.add_argument("--plot", help="Write the confusion matrix into this PNG.")
@@ -64,7 +67,7 @@ def _plot(result: Evaluation, splits: Splits, path: str) -> None:
 
 
 def _evaluation_data(weights: str, data: str | None) -> Splits:
-    if not Path(weights).exists():
+    if not split_prefix(weights)[0].exists():
         raise FileNotFoundError(
             f"evaluate: expected a run folder or a weights file, got {weights}: not there."
         )

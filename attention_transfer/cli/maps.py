@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def run(arguments: list[str]) -> None:
     parser = verb_parser("maps", f"{PROGRAM} maps cat.png --weights runs/cifar10-wrn-16-1-at-0 -o maps")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="Image files.")
-    parser.add_argument("--weights", help='A run folder, a weights file, or "pretrained".')
+    parser.add_argument("--weights", help='A run folder, a weights file, FILE:PREFIX, or "pretrained".')
     parser.add_argument("--model", help="The model's name, for weights that do not say it.")
     parser.add_argument("--teacher-weights", help="The same for a teacher, to show beside it or alone.")
     parser.add_argument("--teacher", help="The teacher's name, for weights that do not say it.")

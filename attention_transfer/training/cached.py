@@ -12,6 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from attention_transfer._patterns import is_pattern
+from attention_transfer._weights_path import split_prefix
 from attention_transfer.cache import Cache, Manifest
 from attention_transfer.data import Splits, data_fingerprint
 from attention_transfer.distiller import Distiller
@@ -106,7 +107,8 @@ def name_teacher(recipe: Recipe) -> Recipe:
     }
     check_models(named, recipe.cache or "")
     found = replace(recipe, **named)
-    there = found.teacher_weights in (None, "pretrained") or Path(found.teacher_weights or "").exists()
+    weights = found.teacher_weights
+    there = weights in (None, "pretrained") or split_prefix(weights or "")[0].exists()
     return found if there and _names_weights(found) else recipe
 
 

@@ -17,6 +17,7 @@ from attention_transfer._hints import did_you_mean
 from attention_transfer._patterns import is_pattern
 from attention_transfer._reading import LARGEST_YAML, parse_yaml, read_text, shown
 from attention_transfer._trust import check_trusted
+from attention_transfer._weights_path import split_prefix
 from attention_transfer.schedules import parse_schedules
 
 VALIDATION = 0.1  # share of the training images that are held out where nothing is said
@@ -59,11 +60,13 @@ class Recipe:
     """The model to train: wrn-16-1, nin-thin, resnet18, timm:NAME, torchvision:NAME, package.module:name."""
     student_weights: str | None = None
     """Weights to start the student from: a file, a run folder, or "pretrained". Random if not given. A head
-    of another number of classes starts afresh; all else must fit."""
+    of another number of classes starts afresh; all else must fit. FILE:PREFIX names one of several networks
+    in a file, such as last.ckpt:teacher."""
     teacher: str | None = "wrn-16-2"
     """The model to learn from: a run folder, its weights, or a name; without weights it is trained first."""
     teacher_weights: str | None = None
-    """The teacher's weights: a safetensors file, a checkpoint, a run folder, or "pretrained"."""
+    """The teacher's weights: a safetensors file, a checkpoint, FILE:PREFIX for one of several networks in it,
+    a run folder, or "pretrained"."""
     teacher_classes: int | None = None
     """Number of classes of the teacher's weights file, where it differs from the data's."""
     cache: str | None = None
@@ -276,7 +279,7 @@ class Recipe:
 
     def located(self) -> Recipe:
         """The same recipe with absolute paths to what it reads."""
-        paths: dict[str, Any] = {name: _absolute(getattr(self, name)) for name in _MAYBE_PATHS}
+        paths: dict[str, Any] = {name: _absolute(name, getattr(self, name)) for name in _MAYBE_PATHS}
         return replace(self, **paths)
 
     def resolved(self) -> Recipe:
@@ -451,7 +454,8 @@ _TEACHING = {
     "output",
 }
 
-_MAYBE_PATHS = ("cache", "data", "data_root", "teacher", "teacher_weights", "student_weights")
+_WEIGHTS = ("teacher_weights", "student_weights")
+_MAYBE_PATHS = ("cache", "data", "data_root", "teacher", *_WEIGHTS)
 
 _POSITIVE = (lambda v: v > 0, "> 0")
 _AT_LEAST_ONE = (lambda v: v >= 1, ">= 1")
@@ -500,11 +504,16 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _absolute(value: str | None) -> str | None:
+def _absolute(name: str, value: str | None) -> str | None:
     """An existing path or a pattern made absolute; names of models and data sets stay as they are."""
-    if value is None or not (is_pattern(value) or Path(value).expanduser().exists()):
+    if value is None:
         return value
-    return str(Path(value).expanduser().absolute())
+    path, prefix = Path(value).expanduser(), None
+    if name in _WEIGHTS:
+        path, prefix = split_prefix(path)
+    if not (is_pattern(value) or path.exists()):
+        return value
+    return str(path.absolute()) + ("" if prefix is None else f":{prefix}")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
