@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from attention_transfer._extras import require
+from attention_transfer._files import write_atomically
 from benchmarks.names import AUTHORS, CACHED, COMPILED, FLOOR, LIVE, PROJECT, STUDENT, TORCHDISTILL
 from benchmarks.rows import Row
 from benchmarks.targets import batch, sweeps
@@ -37,7 +39,8 @@ def draw(rows: Sequence[Row], docs: Path, stem: str) -> list[str]:
         figure = drawing(rows)
         if figure is not None:
             file = f"speed-{stem}-{name}.png"
-            figure.savefig(docs / file, dpi=DPI, metadata={"Software": None})
+            drawn = partial(figure.savefig, format="png", dpi=DPI, metadata={"Software": None})
+            write_atomically(docs / file, drawn)
             lines.append(f"![{title}]({file})")
     return lines
 

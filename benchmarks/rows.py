@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from attention_transfer._files import open_to_append
 from attention_transfer._machine import commit, device_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +83,7 @@ class Results:
         stamped = [replace(row, **here) for row in rows]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         before = self.path.read_bytes() if self.path.exists() else b""
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        with open_to_append(self.path) as file:
             writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
             if not before:
                 writer.writeheader()

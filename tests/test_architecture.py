@@ -54,6 +54,7 @@ HELPERS = {
     "_extras",
     "_files",
     "_hints",
+    "_locks",
     "_machine",
     "_memory",
     "_onnx",
@@ -174,3 +175,51 @@ def test_public_names_are_those_of_the_design() -> None:
     assert all(callable(getattr(attention_transfer, name)) for name in names)
     with pytest.raises(AttributeError, match="Distlier"):
         _ = attention_transfer.Distlier
+
+
+WRITERS = {
+    *("write_text", "write_bytes", "touch", "symlink_to", "hardlink_to", "rename", "mkdtemp", "mkstemp"),
+    *("NamedTemporaryFile", "save_file", "save_model", "savetxt", "savez", "dump"),
+    *("unlink", "rmdir", "removedirs"),
+}
+INTO_MEMORY = {"savefig", "save_image", "torch.save", "torch.export.save", "np.save"}
+HARMLESS = {"shutil.disk_usage", "shutil.get_terminal_size", "shutil.which"}
+
+
+def fault_of(call: ast.Call) -> str | None:
+    """What a call writes or deletes past `_files`; a library may write into the `file` that it is given."""
+    name = ast.unparse(call.func)
+    last = name.rpartition(".")[2]
+    given = [*call.args, *(keyword.value for keyword in call.keywords)]
+    texts = [each.value for each in given if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+    if last == "open" and any(set(text) & set("wax+") and set(text) <= set("rwabtx+") for text in texts):
+        return f"{name} to write"
+    is_renaming = last == "replace" and "." in name and len(call.args) == 1 and not call.keywords
+    if last in WRITERS or is_renaming or (name.startswith("shutil.") and name not in HARMLESS):
+        return name
+    into_memory = last in INTO_MEMORY or name in INTO_MEMORY
+    if into_memory and not any(isinstance(each, ast.Name) and each.id == "file" for each in call.args):
+        return f"{name} past write_atomically"
+    return None
+
+
+def test_one_place_writes_and_deletes() -> None:
+    """So that no link is followed, no half of a file is left, and nothing of others is deleted."""
+    own = {PACKAGE / "_files.py", PACKAGE / "_locks.py"}
+    files = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "benchmarks").glob("*.py")]
+    for file in [file for file in files if file not in own and "pycaffe" not in file.parts]:
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        faults = [f"line {call.lineno}: {fault}" for call in calls if (fault := fault_of(call))]
+        assert not faults, f"{file.name}: {faults}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *('open(path, "w")', 'path.open(mode="ab")', "path.write_text(text)", "shutil.rmtree(folder)"),
+        *("path.unlink()", "old.replace(new)", "torch.save(state, path)", 'figure.savefig("a.png")'),
+    ],
+)
+def test_a_writer_of_its_own_is_found(code: str) -> None:
+    (call,) = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert fault_of(call)

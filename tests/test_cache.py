@@ -154,7 +154,7 @@ def test_only_what_is_missing_is_done(cache: Cache) -> None:
     gone, cut = cache.shards(0)[1], cache.shards(1)[0]
     (cache.folder / gone.name).unlink()
     os.truncate(cache.folder / cut.name, 300)
-    (cache.folder / "view-0" / ".000000010.safetensors.77.tmp").write_bytes(b"half")
+    (cache.folder / "view-0" / ".attention-transfer-0123456789abcdef.tmp").write_bytes(b"half")
     again = Cache.create(cache.folder, MANIFEST)
     filler = Filler(again, batches(), Watched())
     assert (filler.images, filler.bytes) == (20, 20 * again.layout.bytes)

@@ -49,7 +49,12 @@ KILLED = [
     Guard(
         "training/checkpoints.py", "former(run.last_checkpoint), run", "run", "survival damaged_checkpoint"
     ),
-    Guard("training/checkpoints.py", "keep=former(path)", "keep=None", "survival damaged_checkpoint"),
+    Guard(
+        "training/checkpoints.py",
+        "former(path) if path == self._keeps else None",
+        "None",
+        "survival damaged_checkpoint",
+    ),
     Guard("training/checkpoints.py", "(part := archive.testzip())", "(part := None)", "survival flip_a_byte"),
     Guard("training/callbacks.py", "momentum.shape != parameter.shape", "False", "survival a_momentum"),
     Guard("training/callbacks.py", "trainer.world_size == 1 and not has_saved", "False", "survival vanishes"),
@@ -65,6 +70,28 @@ KILLED = [
         "False",
         "training other_teacher_on_resume",
     ),
+]
+
+FILES = [
+    Guard(
+        "_files.py", "    check_writable(path)\n    data =", "    data =", "files nothing_is_written_through"
+    ),
+    Guard("_files.py", " | os.O_EXCL | _NO_LINK, 0o666)", ", 0o666)", "files temporary_name"),
+    Guard("_files.py", "| _NO_LINK, 0o666)\n        with", "| _NO_LINK, 0o600)\n        with", "files umask"),
+    Guard("_files.py", "    _remove_abandoned(path.parent)\n", "", "files killed_one_left"),
+    Guard(
+        "training/fit.py", "    with _alone(run):\n", "    with nullcontext():\n", "files a_second_training"
+    ),
+    Guard("training/fit.py", "run.check_links()", "pass", "files leads_out_of_it"),
+    Guard("training/run.py", "if path.name not in known", "if False", "files files_beside"),
+    Guard("training/run.py", "text == recipe.to_yaml() and ", "", "files no_run_wrote"),
+    Guard(
+        "training/caching.py",
+        "    with _alone(Path(folder)):\n",
+        "    with nullcontext():\n",
+        "files cache_is_built",
+    ),
+    Guard("training/demo.py", "run.recipe.differences(recipe.resolved())", "False", "files the_demo"),
 ]
 
 HOSTILE = [
@@ -164,7 +191,7 @@ SHARED = [
         "several cache_of_one",
     ),
 ]
-GUARDS = KILLED + HOSTILE + DAMAGED + SHARED
+GUARDS = KILLED + FILES + HOSTILE + DAMAGED + SHARED
 
 
 @pytest.mark.parametrize("guard", GUARDS, ids=str)

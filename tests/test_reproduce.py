@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from attention_transfer._locks import is_locked, locked
 from attention_transfer.cli import main
 from attention_transfer.reproduction.claims import Paired, describe
 from attention_transfer.reproduction.estimate import time_left
 from attention_transfer.reproduction.jobs import CacheBuild, Plan, Training, make_plan
-from attention_transfer.reproduction.locks import lock, trained_by_hand
 from attention_transfer.reproduction.record import record
 from attention_transfer.reproduction.results import as_csv, as_markdown, as_text, find_results
-from attention_transfer.reproduction.runner import last_error
+from attention_transfer.reproduction.runner import Runner, last_error
 from attention_transfer.reproduction.setting import Setting, differences
 from attention_transfer.reproduction.tables import UNITS, Library, read_library
 from attention_transfer.training.recipe import Recipe
@@ -436,33 +435,15 @@ def test_record_writes_ours_and_nothing_else(measured: tuple[Path, Setting]) -> 
 # Processes
 
 
-def test_a_lock_lives_as_long_as_who_inherits_it(tmp_path: Path) -> None:
-    path = tmp_path / "lock"
-    held = lock(path)
-    assert held is not None and lock(path) is None
-    child = subprocess.Popen(
-        [sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=-1, pass_fds=[held]
-    )
-    os.close(held)
-    assert lock(path) is None
-    child.communicate(b"")
-    again = lock(path)
-    assert again is not None
-    os.close(again)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells")
-def test_a_training_begun_by_hand_is_seen(tmp_path: Path) -> None:
-    assert not trained_by_hand(tmp_path)
-    words = [sys.executable, "-c", "import sys; sys.stdin.read()", "--output", str(tmp_path)]
-    child = subprocess.Popen(words, stdin=-1)
-    try:
-        until = time.monotonic() + 10  # a process that has just begun shows no words yet
-        while not trained_by_hand(tmp_path) and time.monotonic() < until:
-            time.sleep(0.05)
-        assert trained_by_hand(tmp_path)
-    finally:
-        child.communicate(b"")
+def test_a_training_begun_by_hand_is_waited_for(tiny: Path, tmp_path: Path) -> None:
+    """And nobody is kept from looking: the job stays on the list, and is done by the other process."""
+    job = Training(tmp_path / "seed-0", "one", "kind", "wrn-10-1", 1, recipe=Recipe())
+    runner = Runner([job], [job], 1, 1, say=lambda line: None, show=lambda line: None)
+    with job.run.alone():
+        assert not runner._start(job) and not runner._running
+    assert not is_locked(job.lock.parent, job.lock.name) and not is_locked(job.key)
+    with locked(job.lock.parent, "", job.lock.name):  # by another reproduction, whose training begins
+        assert not runner._start(job)
 
 
 def test_last_error_is_the_commands_own(tmp_path: Path) -> None:
@@ -525,7 +506,5 @@ def test_a_failed_run_stops_no_other_and_ctrl_c_stops_all(tiny: Path, tmp_path: 
     stopped.send_signal(signal.SIGTERM)
     _, error = stopped.communicate(timeout=120)
     assert stopped.returncode == 143 and "Stopped; nothing is lost. Go on with: " in error
-    for path in (tmp_path / "other").rglob("*.lock"):
-        held = lock(path)
-        assert held is not None  # nobody trains any more
-        os.close(held)
+    locks = list((tmp_path / "other").rglob("*.lock"))
+    assert locks and not any(is_locked(path.parent, path.name) for path in locks)  # nobody trains any more

@@ -104,7 +104,7 @@ def test_a_run_that_was_killed_before_its_first_step_starts_over(base: Recipe, t
     """The recipe is the first file; a half-written one is no file of the user's."""
     run = Run(tmp_path / "run")
     run.folder.mkdir()
-    (run.folder / ".recipe.yaml.1234.tmp").write_text("student: wr")
+    (run.folder / ".attention-transfer-0123456789abcdef.tmp").write_text("student: wr")
     recipe = replace(base, method="none", epochs=1, max_train=20, output=str(run.folder))
     assert train(recipe, say=silent).finished
     assert not list(run.folder.glob(".*"))

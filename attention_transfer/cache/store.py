@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from .._files import is_bookkeeping, remove_leftovers
 from .manifest import FILE, Manifest
 from .records import Layout
 from .shards import MISSING, Shard
@@ -50,8 +51,8 @@ class Cache:
         cache = cls(Path(folder), _merge(Path(folder), manifest))
         cache._check_space()
         cache.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in cache.folder.glob("**/.*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+        views = [path for path in cache.folder.glob("view-*") if not path.is_symlink()]
+        remove_leftovers(cache.folder, *views)
         cache.manifest.write(cache.folder)
         return cache
 
@@ -168,7 +169,7 @@ class Cache:
 
 def _merge(folder: Path, manifest: Manifest) -> Manifest:
     """The manifest for a folder, of which some work may be there."""
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(map(is_bookkeeping, folder.iterdir())):
         return manifest
     if not (folder / FILE).exists():
         raise FileExistsError(

@@ -33,6 +33,11 @@ class Format(ABC):
     summary: str
     tolerance: float
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What is written, by its place in the export."""
+        return (self.path,)
+
     def check(self, student: Student) -> None:
         """Look whether this student can be written so, before anything is.
 

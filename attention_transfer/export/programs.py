@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attention_transfer._extras import require
+from attention_transfer._files import write_atomically
 from attention_transfer._onnx import EXTRA, free_dimension, open_onnx, quiet, require_onnx, root_of, to_onnx
 
 from .base import Format, Predict, input_lines, input_of
@@ -29,7 +30,7 @@ class Onnx(Format):
         traced = {_input_name(student): _example(student)}
         proto = to_onnx(_program(student), traced, ["logits"], free_batch=True, user="export: onnx")
         onnx.helper.set_model_props(proto, student.card.as_metadata())
-        path.write_bytes(proto.SerializeToString())
+        write_atomically(path, proto.SerializeToString())
 
     def load(self, student: Student, path: Path) -> Predict:
         session, name = open_onnx(path, user="export: onnx"), _input_name(student)
@@ -61,7 +62,8 @@ class TorchExport(Format):
             ) from None
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # paths of this machine
-        torch.export.save(program, path, extra_files={CARD: student.card.as_json()})
+        extra = {CARD: student.card.as_json()}
+        write_atomically(path, lambda file: torch.export.save(program, file, extra_files=extra))
 
     def load(self, student: Student, path: Path) -> Predict:
         program = torch.export.load(path).module()

@@ -17,6 +17,7 @@ from .base import Format
 from .student import Student
 
 README = "README.md"
+SIGNATURE = "Written by `attention-transfer export`."
 MACHINE = ("device", "torch", "version", "commit")
 
 File = tuple[Format, int, float]
@@ -42,7 +43,7 @@ def _opening(student: Student) -> str:
     card, run = student.card, student.run
     return (
         f"A `{card.model}` of {run.result['parameters']:,} parameters that tells {len(card.classes)} classes "
-        f"of images apart. {_lesson(run)} Written by `attention-transfer export`."
+        f"of images apart. {_lesson(run)} {SIGNATURE}"
     )
 
 

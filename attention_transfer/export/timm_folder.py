@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from attention_transfer._extras import require
+from attention_transfer._files import write_atomically
 from attention_transfer.models import is_of_timm
 
 from .base import Format, Predict, normalise_lines, pixels_line
@@ -24,6 +27,10 @@ class TimmFolder(Format):
         "`timm.data.create_transform` makes them."
     )
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (f"{self.path}/config.json", f"{self.path}/model.safetensors")
+
     def check(self, student: Student) -> None:
         require("timm", extra="models", user="export: timm")
         if not is_of_timm(student.card.model):
@@ -40,7 +47,12 @@ class TimmFolder(Format):
         model.pretrained_cfg = {name: known[name] for name in KEPT if name in known} | _input(student)
         arguments = {"num_classes": len(card.classes), "in_chans": card.in_channels}
         config = {"model_args": arguments, "label_names": card.classes}
-        timm.models.save_for_hf(model, str(path), model_config=config, safe_serialization=True)
+        try:
+            timm.models.save_for_hf(model, str(path), model_config=config, safe_serialization=True)
+        except SafetensorError as error:
+            raise OSError(f"export: timm: could not write {path}: {error}") from None
+        for file in path.iterdir():  # once more: safetensors lets nobody but the owner read its files
+            write_atomically(file, file.read_bytes())
 
     def load(self, student: Student, path: Path) -> Predict:
         timm: Any = require("timm", extra="models", user="export: timm")

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from attention_transfer._files import write_atomically
 from attention_transfer.models import build_model, save_weights
 
 from .base import Format, Predict, normalise_lines, pixels_line
@@ -41,7 +42,7 @@ class StateDict(Format):
     )
 
     def write(self, student: Student, path: Path) -> None:
-        torch.save(dict(student.model.state_dict()), path)
+        write_atomically(path, lambda file: torch.save(dict(student.model.state_dict()), file))
 
     def load(self, student: Student, path: Path) -> Predict:
         card = student.card

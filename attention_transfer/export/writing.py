@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from attention_transfer._choices import ExportFormat, ProgramInput
+from attention_transfer._files import is_bookkeeping, new_folder, remove_written, write_atomically
+from attention_transfer._reading import read_text
 from attention_transfer.training.run import Run
 
 from .base import Format, compare
 from .formats import FORMATS
-from .readme import README, model_card
+from .readme import README, SIGNATURE, model_card
 from .student import Student
 
 
@@ -73,15 +72,19 @@ def export_run(
     """
     run = Run(Path(folder))
     place = run.folder / "export" if output is None else Path(output)
+    if output is not None and place.is_symlink():
+        place = place.resolve()
     chosen = [FORMATS[name] for name in dict.fromkeys(formats)]
     student = Student.of(run, input)
     _check_free(place, overwrite=overwrite)
     for each in chosen:
         each.check(student)
-    with _in_place_of(place) as workplace:
+    with new_folder(place) as workplace:
         written = [_write(each, student, workplace / each.path) for each in chosen]
         files = [(each.format, each.size, each.difference) for each in written]
-        (workplace / README).write_text(model_card(student, files), encoding="utf-8")
+        write_atomically(workplace / README, model_card(student, files))
+        _check_free(place, overwrite=overwrite)  # minutes have passed
+        remove_written(place, _names())
     return Export(place, student, written)
 
 
@@ -94,30 +97,31 @@ def _write(format: Format, student: Student, path: Path) -> Written:
 
 def _check_free(folder: Path, *, overwrite: bool) -> None:
     """Make sure that nothing but an earlier export is replaced, and that only if asked for."""
+    if folder.is_symlink():
+        raise FileExistsError(f"export: {folder} is a link, through which nothing is written. Pass -o.")
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"export: expected a folder after -o, got {folder}, which is a file.")
-    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    others = [name for name in there if name not in {README, *(each.path for each in FORMATS.values())}]
+    there = [path for path in sorted(folder.rglob("*")) if not path.is_dir() or path.is_symlink()]
+    names = [path.relative_to(folder).as_posix() for path in there if not is_bookkeeping(path)]
+    others = names if not _is_export(folder) else [name for name in names if name not in _names()]
     if others:
         raise FileExistsError(
             f"export: {folder} holds {others[0]}, which no export writes, so it stays. Pass another -o."
         )
-    if there and not overwrite:
+    if names and not overwrite:
         raise FileExistsError(
             f"export: {folder} holds an export. Replace it: --overwrite; or pass another -o."
         )
 
 
-@contextmanager
-def _in_place_of(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which takes its place in the end, or is gone after an error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.tmp")
-    new.mkdir()
+def _is_export(folder: Path) -> bool:
+    """Whether the README.md of a folder is one of those that are written here."""
     try:
-        yield new
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        new.replace(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        return SIGNATURE in read_text(folder / README)
+    except (OSError, ValueError):
+        return False
+
+
+def _names() -> list[str]:
+    """The files of an export, by their place in its folder."""
+    return [README, *(name for each in FORMATS.values() for name in each.files)]

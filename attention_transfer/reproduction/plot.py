@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from attention_transfer._extras import require
+from attention_transfer._files import write_atomically
 
 if TYPE_CHECKING:
     from attention_transfer.reproduction.results import Results
@@ -24,7 +25,7 @@ def save_plot(results: Results, path: Path) -> Path:
     for i, row in enumerate(rows):
         _panel(figure.add_subplot(len(rows), 1, i + 1), results, row)
     figure.suptitle(_title(results), fontsize=9)
-    figure.savefig(path, format="png")
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
     return path
 
 

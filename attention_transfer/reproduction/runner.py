@@ -8,15 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from attention_transfer._files import open_to_append
+from attention_transfer._locks import InUseError, is_locked, locked
 from attention_transfer._tables import duration
 from attention_transfer.reproduction.estimate import time_left
 from attention_transfer.reproduction.jobs import Job, Training
-from attention_transfer.reproduction.locks import lock, trained_by_hand
 from attention_transfer.training.run import Interrupted
 
 POLL_SECONDS = 0.2
@@ -39,6 +40,8 @@ class _Started:
     job: Job
     process: subprocess.Popen[bytes]
     since: float
+    held: ExitStack
+    """the job's lock, which keeps other reproductions off until the process has that of its folder"""
 
 
 @dataclass
@@ -101,40 +104,40 @@ class Runner:
 
     def _start(self, job: Job) -> bool:
         """Start it, unless it is done by now or another process is at it; whether it is off the list."""
-        held = lock(job.lock)
-        if held is None or (not job.done() and trained_by_hand(job.key)):
-            self._elsewhere[job.key] = time.monotonic()
-            if held is not None:
-                os.close(held)
-            return False
-        try:
+        with ExitStack() as held:
+            try:
+                held.enter_context(locked(job.lock.parent, "", job.lock.name))
+                elsewhere = not job.done() and is_locked(job.key)
+            except InUseError:
+                elsewhere = True
+            if elsewhere:
+                self._elsewhere[job.key] = time.monotonic()
+                return False
             self._elsewhere.pop(job.key, None)
             if job.done():
                 self._end(job, "trained by another process")
                 return True
-            self._running.append(_Started(job, self._spawn(job, held), time.monotonic()))
-        finally:
-            os.close(held)  # the child has its own
+            self._running.append(_Started(job, self._spawn(job), time.monotonic(), held.pop_all()))
         return True
 
-    def _spawn(self, job: Job, held: int) -> subprocess.Popen[bytes]:
+    def _spawn(self, job: Job) -> subprocess.Popen[bytes]:
         words = [sys.executable, "-m", f"{__package__}.child", str(os.getpid()), *job.arguments()]
         environment = {"OMP_NUM_THREADS": str(self.threads), **os.environ}
         environment["PYTHONSAFEPATH"] = "1"  # -m would look for modules in the current folder first
-        with job.log.open("ab") as log:
+        with open_to_append(job.log) as log:
             return subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                pass_fds=[held],
                 start_new_session=True,  # a Ctrl-C on the terminal is for the parent, who tells them once
             )
 
     def _reap(self) -> None:
         for each in [each for each in self._running if each.process.poll() is not None]:
             self._running.remove(each)
+            each.held.close()
             seconds = duration(time.monotonic() - each.since)
             if each.process.returncode == 0 and each.job.done():
                 self._end(each.job, f"{each.job.outcome()}, {seconds}")

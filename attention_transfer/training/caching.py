@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
 from attention_transfer._choices import Stored
+from attention_transfer._locks import locked
 from attention_transfer._ranks import is_first_process
 from attention_transfer._tables import duration
 from attention_transfer.cache import Cache, Filler, Layout, Manifest, Shard, megabytes
@@ -66,14 +68,23 @@ def build_cache(
     settings = {name: getattr(recipe, name) for name in CACHED}
     manifest = describe(recipe, splits, onlooker, dtype)
     manifest = replace(manifest, settings=settings | {"layers": layers, "dtype": dtype})
-    if is_first_process():
-        Cache.create(folder, manifest)
-    with quiet():
-        processes = join(recipe)
-    processes.wait()
-    cache = Cache.read(folder)
-    _fill(cache, recipe, splits, onlooker, processes, say, progress)
+    with _alone(Path(folder)):
+        if is_first_process():
+            Cache.create(folder, manifest)
+        with quiet():
+            processes = join(recipe)
+        processes.wait()
+        cache = Cache.read(folder)
+        _fill(cache, recipe, splits, onlooker, processes, say, progress)
     return cache
+
+
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    """Keep other builds out of a cache folder: of several processes the first does it for all."""
+    message = (
+        f"cache: {folder} is in use: {{holder}} builds there. Wait until it has ended, or pass another -o."
+    )
+    return locked(folder, message) if is_first_process() else nullcontext()
 
 
 def _settled(recipe: Recipe) -> Recipe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -39,10 +38,10 @@ class SafeCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: if it cannot be written; the earlier files are intact.
         """
-        buffer, path = io.BytesIO(), Path(path)
-        torch.save(checkpoint, buffer)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, buffer.getbuffer(), keep=former(path) if path == self._keeps else None)
+        path = Path(path)
+        path.parent.mkdir(exist_ok=True)  # of a run folder that is gone nothing is made anew
+        keep = former(path) if path == self._keeps else None
+        write_atomically(path, lambda file: torch.save(checkpoint, file), keep=keep)
 
 
 def former(path: Path) -> Path:

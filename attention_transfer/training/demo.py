@@ -51,6 +51,7 @@ def run(
         progress: takes each epoch's line.
 
     Raises:
+        FileExistsError: if a run of another recipe is where one is to be trained.
         Interrupted, OSError, ValueError: as `train`.
     """
     total = 1 + len(NAMES) * len(SEEDS)
@@ -82,8 +83,17 @@ def student_recipe(folder: Path, method: str, seed: int) -> Recipe:
 
 
 def _train_or_reuse(recipe: Recipe, overwrite: bool, say: Callable[[str], None]) -> Run:
-    """A finished run of the very same recipe as it is, an interrupted one continued, else a new one."""
+    """A finished run of the very same recipe as it is, an interrupted one continued, else a new one.
+
+    Raises:
+        FileExistsError: if there is a run of another recipe, which is not to be overwritten.
+    """
     run = Run(recipe.folder.absolute())
-    if overwrite or not run.exists or run.recipe != recipe.resolved():
-        return train(recipe, overwrite=True, say=say)
+    if overwrite or not run.exists:
+        return train(recipe, overwrite=overwrite, say=say)
+    if differences := run.recipe.differences(recipe.resolved()):
+        raise FileExistsError(
+            f"demo: {run.folder} holds another run, with {', '.join(differences)} of its own, so it stays. "
+            "Pass another --output, or --overwrite."
+        )
     return resume(run.folder, say=say)

@@ -73,7 +73,8 @@ def dump_batch(
     batch = {**facts, "images": rows.tolist(), "labels": labels.tolist()}
     write_atomically(folder / "batch.json", json.dumps(_plain(batch), indent=2) + "\n")
     columns = math.ceil(math.sqrt(len(images)))
-    save_image(make_grid(images.float() / 255, nrow=columns), folder / "images.png")
+    grid = make_grid(images.float() / 255, nrow=columns)
+    write_atomically(folder / "images.png", lambda file: save_image(grid, file, format="png"))
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sized
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -103,11 +104,20 @@ def _start(run: Run, recipe: Recipe, say: Say | None, create: Callable[[Recipe],
     _check_processes(recipe)
     speed = choose_speed(recipe)
     recipe = replace(recipe, precision=speed.precision)  # what the folder keeps repeats the run anywhere
-    if create and is_first_process():
-        create(recipe)
     tell = only_first(say or say_above_the_bar)
-    tell(str(speed))
-    return _fit(run, recipe, splits, student, cached, _join(run, recipe), tell)
+    with _alone(run):
+        if create is None and run.finished:  # by another process, which has just ended
+            return run
+        if create and is_first_process():
+            create(recipe)
+        run.check_links()
+        tell(str(speed))
+        return _fit(run, recipe, splits, student, cached, _join(run, recipe), tell)
+
+
+def _alone(run: Run) -> AbstractContextManager[None]:
+    """Keep other trainings out of a run folder: of several processes the first does it for all."""
+    return run.alone() if is_first_process() else nullcontext()
 
 
 def _check_processes(recipe: Recipe) -> None:
@@ -206,15 +216,27 @@ def _with_teacher(
 
 def _train_teacher(run: Run, recipe: Recipe, splits: Splits, processes: Processes, tell: Say) -> Run:
     """Train the teacher inside the run folder, or go on with it, or take it as it is there."""
+    teacher_recipe = recipe.for_teacher()
+    _check_teacher(run.teacher, teacher_recipe)
     if run.teacher.finished:
         return run.teacher
-    teacher_recipe = recipe.for_teacher()
     tell(f"First the teacher: {recipe.teacher}, epochs: {teacher_recipe.epochs}")
-    if is_first_process() and not run.teacher.holds_work:
-        run.teacher.create(teacher_recipe)
-    _fit(run.teacher, teacher_recipe, splits, build_student(teacher_recipe, splits), None, processes, tell)
+    with _alone(run.teacher):
+        if is_first_process() and not run.teacher.exists:
+            run.teacher.create(teacher_recipe)
+        student = build_student(teacher_recipe, splits)
+        _fit(run.teacher, teacher_recipe, splits, student, None, processes, tell)
     tell(f"Now the student: {recipe.student}, epochs: {recipe.epochs}")
     return run.teacher
+
+
+def _check_teacher(teacher: Run, recipe: Recipe) -> None:
+    """Raise FileExistsError if the folder of a teacher that is trained first holds a run of another."""
+    if teacher.exists and (differences := teacher.recipe.differences(recipe)):
+        raise FileExistsError(
+            f"train: {teacher.folder} holds another run than that of this teacher: they differ in "
+            f"{', '.join(differences)}. Move it away, or learn from it: --teacher {teacher.folder}"
+        )
 
 
 class _Loaders:

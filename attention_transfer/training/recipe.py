@@ -307,6 +307,12 @@ class Recipe:
             output=str(self.folder / "teacher"),
         )
 
+    def differences(self, other: Recipe) -> list[str]:
+        """The fields in which two recipes are not one training, wherever that takes place."""
+        beside = {*PLACES, "output"}
+        names = [field.name for field in fields(self) if field.name not in beside]
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
     def to_yaml(self) -> str:
         """The recipe as flat YAML, a line a field."""
         import yaml

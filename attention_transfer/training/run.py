@@ -5,13 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from attention_transfer._files import write_atomically
+from attention_transfer._files import (
+    is_bookkeeping,
+    links_in,
+    remove_leftovers,
+    remove_written,
+    write_atomically,
+)
+from attention_transfer._locks import is_locked, locked
 from attention_transfer._reading import parse_csv, parse_json, read_text
 from attention_transfer.training.recipe import Recipe
 
@@ -23,6 +31,14 @@ class Interrupted(Exception):  # noqa: N818 (it is no error)
         super().__init__(f"training was stopped by signal {signal_number}; its state is saved")
         self.exit_status = 128 + signal_number
 
+
+WRITTEN = (
+    *("recipe.yaml", "metrics.csv", "result.json", "student.safetensors", "report.html", "maps.safetensors"),
+    *("loggers.json", "checkpoints/last.ckpt", "checkpoints/last.before.ckpt", "checkpoints/best.ckpt"),
+    *("tensorboard/events.out.tfevents.*", "tensorboard/hparams.yaml"),
+    *("not-finite/*/batch.json", "not-finite/*/images.png"),
+)
+"""What a run writes into its folder, W&B's own records apart; all that is deleted when it is started over."""
 
 NUMBERS = ("test_error", "parameters", "images_per_second", "data_share", "wall_seconds")
 """What every result.json tells, besides what depends on the method."""
@@ -99,7 +115,8 @@ class Run:
     @property
     def holds_work(self) -> bool:
         """Whether anything has been trained here, be it the teacher's first epoch."""
-        return self.finished or any(self.folder.rglob("*.ckpt"))
+        trained = any((self.folder / name).is_file() for name in WRITTEN if name.endswith(".ckpt"))
+        return self.finished or trained or (self._has_its_teacher() and self.teacher.holds_work)
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -142,39 +159,110 @@ class Run:
     def create(self, recipe: Recipe, *, overwrite: bool = False) -> None:
         """Make the folder, in place of a run that may be overwritten, and write the recipe into it.
 
+        Of a run that was there all goes that runs write; other files stay.
+
         Raises:
             FileExistsError: as `check_free`.
             OSError: if it cannot be written.
         """
         self.check_free(overwrite=overwrite)
-        if self.exists:
-            shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        teacher = [f"teacher/{name}" for name in WRITTEN] if self._has_its_teacher() else []
+        remove_written(self.folder, [*WRITTEN, *teacher])
         write_atomically(self.recipe_file, recipe.to_yaml())
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other process trains in the folder.
+
+        Raises:
+            InUseError: if one does.
+            OSError: if the folder cannot be written.
+        """
+        with locked(
+            self.folder,
+            f"train: the run folder {self.folder} is in use: {{holder}} trains there. "
+            "Wait until it has ended, or pass another --output.",
+        ):
+            yield
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a process trains in the folder."""
+        return is_locked(self.folder)
 
     def sweep(self) -> None:
         """Delete what a killed process has left half-written."""
-        for path in (*self.folder.glob(".*"), *self.checkpoints.glob(".*")):
-            if _is_leftover(path):
-                path.unlink()
+        remove_leftovers(self.folder, self.checkpoints)
 
     def check_free(self, *, overwrite: bool = False) -> None:
         """Make sure that no work is lost if a run is created here.
 
         Raises:
-            FileExistsError: if the folder holds a run that is not to be overwritten, or other files.
+            FileExistsError: if the folder holds a run that is not to be overwritten, or files of others.
         """
-        if not self.folder.is_dir() or all(map(_is_leftover, self.folder.iterdir())):
+        if not self.folder.is_dir():
+            if self.folder.exists():
+                raise FileExistsError(
+                    f"train: expected a folder, got {self.folder}, which is a file. Pass another --output."
+                )
             return
-        if not self.exists:
+        there = [path for path in self.folder.iterdir() if not is_bookkeeping(path)]
+        if there and not self.exists:
             raise FileExistsError(
                 f"train: {self.folder} exists and is no run folder, so it stays. Pass another --output."
             )
-        if self.holds_work and not overwrite:
+        if self.exists and self.holds_work:
+            if not overwrite:
+                raise FileExistsError(
+                    f"train: the run folder {self.folder} exists. Go on with it: --resume {self.folder}; "
+                    "or start it over: --overwrite; or pass another --output."
+                )
+            return
+        known = {name.partition("/")[0] for name in WRITTEN} | {self.teacher.folder.name, "wandb"}
+        if there and not self._wrote_recipe():
+            known.remove(self.recipe_file.name)
+        if others := sorted(path.name for path in there if path.name not in known):
             raise FileExistsError(
-                f"train: the run folder {self.folder} exists. Go on with it: --resume {self.folder}; "
-                "or start it over: --overwrite; or pass another --output."
+                f"train: {self.folder} holds {others[0]}, which no run wrote, so it stays. "
+                f"Pass another --output, such as {self.folder / 'run'}."
             )
+
+    def check_links(self) -> None:
+        """Make sure that what is written into the folder stays in it.
+
+        W&B makes links of its own, to what is beside them.
+
+        Raises:
+            OSError: if there is a link.
+        """
+        for link in links_in(self.folder):
+            inside = self.folder / "wandb"
+            if not (inside in link.parents and link.resolve().is_relative_to(inside.resolve())):
+                raise OSError(
+                    f"train: expected a run folder without links, got {link}, which may lead anywhere. "
+                    "Remove it."
+                )
+
+    def _has_its_teacher(self) -> bool:
+        """Whether the run in teacher/ is this run's own teacher, and none that was put there."""
+        try:
+            ours = Run(self.folder).recipe if self.exists else None  # not kept: it may be written anew
+            theirs = self.teacher.recipe if self.teacher.exists else None
+        except ValueError:
+            return False
+        if ours is None or theirs is None or ours.teacher is None:
+            return False
+        return not theirs.differences(ours.for_teacher())
+
+    def _wrote_recipe(self) -> bool:
+        """Whether the recipe that is there is one that a run wrote into this folder, to the letter."""
+        try:
+            recipe, text = Recipe.load(self.recipe_file), read_text(self.recipe_file)
+        except (OSError, ValueError):
+            return False
+        place = None if recipe.output is None else Path(recipe.output)
+        return text == recipe.to_yaml() and place == self.folder.absolute()
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json, which marks the run as finished."""
@@ -208,8 +296,3 @@ class Run:
         writer.writeheader()
         writer.writerows([*rows, row])
         write_atomically(self.metrics_file, text.getvalue())
-
-
-def _is_leftover(path: Path) -> bool:
-    """Whether a file was being written by `write_atomically` when its process was killed."""
-    return path.name.startswith(".") and path.suffix == ".tmp"

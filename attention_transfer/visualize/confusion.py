@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attention_transfer._extras import require
+from attention_transfer._files import write_atomically
 
 ANNOTATED_CLASSES = 20  # beyond these, numbers in the cells are too small to read
 
@@ -56,7 +57,7 @@ def confusion_matrix(
     figure.suptitle(f"{error} · {total:,} images · {len(classes)} classes", fontsize=12, x=0.02, ha="left")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=150)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
     return path
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attention_transfer._extras import require
+from attention_transfer._files import write_atomically
 
 Array = Tensor | np.ndarray
 Size = tuple[int, int]
@@ -224,5 +225,5 @@ class _Grid:
     def save(self, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.figure.figimage(self.canvas, origin="upper")
-        self.figure.savefig(path, format="png", dpi=DPI)
+        write_atomically(path, lambda file: self.figure.savefig(file, format="png", dpi=DPI))
         return path

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attention_transfer._extras import require
+from attention_transfer._files import write_atomically
 from attention_transfer.visualize import charts, looking, movement, overlays, summary
 from attention_transfer.visualize.examples import Examples
 from attention_transfer.visualize.runs import TEACHER, Group, Run, find_teachers, group_runs, read_run
@@ -56,7 +57,7 @@ def write_report(
     html = _render(_page(group_runs(read, find_teachers(read, teacher)), examples))
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_bytes(html.encode("utf-8", "replace"))
+    write_atomically(output, html.encode("utf-8", "replace"))
     return output
 
 

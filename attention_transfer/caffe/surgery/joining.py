@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+from attention_transfer._files import write_atomically
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.assembly import try_out
 from attention_transfer.caffe.files.caffemodel import blob_shape, read_caffemodel, same_shape, write_binary
@@ -92,7 +93,7 @@ class Built:
         if self.weights is not None:
             write_binary(self.weights, weights_file)
         for file, text in sources.items():
-            file.write_text(text, encoding="utf-8")
+            write_atomically(file, text)
         return files
 
     def _placed_solver(self, path: Path) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attention_transfer._extras import require
+from attention_transfer._files import new_folder, remove_written
 from attention_transfer.cli.caffe import VERBS
 from attention_transfer.cli.output import StatusLine
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
@@ -123,14 +122,9 @@ def _write(path: Path, records: _Records) -> np.ndarray:
     Raises:
         OSError: if it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        total = _fill(temporary, records)
-        (temporary / "lock.mdb").unlink(missing_ok=True)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(path) as folder:
+        total = _fill(folder, records)
+        remove_written(folder, ["lock.mdb"])
     return total
 
 
@@ -143,7 +137,7 @@ def _fill(folder: Path, records: _Records) -> np.ndarray:
     line, total, done = StatusLine(), np.zeros(records.shape, dtype=np.float64), 0
     c, h, w = records.shape
     content = iter(records)
-    with lmdb.open(str(folder), map_size=FIRST_SIZE) as environment:
+    with lmdb.open(str(folder), map_size=FIRST_SIZE, mode=0o666) as environment:
         while chunk := list(islice(content, CHUNK)):
             items = []
             for number, (pixels, label) in enumerate(chunk, done):

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from attention_transfer._files import write_atomically
+from attention_transfer._files import open_to_append, write_atomically
 from attention_transfer._reading import parse_csv, read_text
 from attention_transfer._tables import duration
 from attention_transfer.cli.caffe import VERBS
@@ -191,7 +191,7 @@ class _Log:
         """
         waiting, self._waiting = self._waiting, []
         rows = [{k: _text(v) for k, v in row.items() if k in self._columns} for row in waiting]
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        with open_to_append(self.path) as file:
             csv.DictWriter(file, self._columns, lineterminator="\n").writerows(rows)
         for row in waiting:
             if "loss" in row and not math.isfinite(row["loss"]):
