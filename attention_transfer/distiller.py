@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import kernels
 from ._outputs import logits_of
 from ._untouched import untouched
-from .functional import check_double_backward, input_gradient_of
+from .functional import check_double_backward, input_gradient_of, leaf
 from .losses import Energy, Observation, Reading, Shapes, Term, names_at_pairs
 from .pairs import Pair, suggest_pairs
 from .plan import Plan, PlanRow
@@ -159,7 +159,7 @@ class Distiller(nn.Module):
         flipped = any(term.needs_flip for term in self._terms())
         images, labels = (torch.cat([x, x.flip(-1)]), torch.cat([y, y])) if flipped else (x, y)
         with torch.enable_grad():
-            images = images.detach().requires_grad_()
+            images = leaf(images, "Distiller")
             seen = _read(self.student, names, images, energies, keep_features)
             gradient = input_gradient_of(seen.logits, labels, images, create_graph=twice, user="Distiller")
         seen = seen.of_first(len(x))
@@ -179,7 +179,7 @@ class Distiller(nn.Module):
         names = [pair.teacher for pair in self.pairs]
         wanted = any(term.needs_teacher and term.needs_input_gradient for term in self._terms())
         with torch.set_grad_enabled(wanted), _precision(self.teacher_dtype, x.device):
-            x = x.detach().requires_grad_() if wanted else x
+            x = leaf(x, "Distiller") if wanted else x
             seen = _read(self.teacher, names, self._as_teacher_sees(x), energies, keep_features)
             if not wanted:
                 return seen

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.forward_ad import make_dual, unpack_dual
 
 from . import kernels
 from ._choices import Form, Mapping, Side
@@ -51,10 +52,16 @@ def attention_map(
     _check_energy_options("attention_map", p, mapping)
     if norm not in (None, 2):
         raise ValueError(f"attention_map: expected norm=2 or norm=None, got {norm!r}.")
-    energy, scale = kernels.energy(features, float(p), mapping)
     if norm is None:
-        return energy * scale.view(-1, 1, 1) ** p
-    return unit(energy)
+        # float64 loses nothing that the result can hold, neither of the powers nor of their derivatives
+        wide = features if features.device.type == "mps" else features.double()
+        return raw_energy(wide, p, mapping).to(accumulation_dtype(features.dtype))
+    return unit(kernels.differentiable_energy(features, float(p), mapping)[0])
+
+
+def raw_energy(features: Float[Tensor, "b c h w"], p: float, mapping: Mapping) -> Float[Tensor, "b h w"]:
+    """Q = sum (or max) over c of |A_c|^p in the type that energies are summed in, as far as it reaches."""
+    return kernels.differentiable_energy(features, float(p), mapping, relative=False)[0]
 
 
 def attention_transfer_loss(
@@ -101,7 +108,7 @@ def attention_transfer_loss(
     terms = []
     for factor, a_s, a_t in _weighted_pairs(function, student, teacher, weights):
         _check_pair(function, a_s, a_t, resize)
-        energies = [kernels.energy(features, float(p), mapping)[0] for features in (a_s, a_t)]
+        energies = [kernels.differentiable_energy(side, float(p), mapping)[0] for side in (a_s, a_t)]
         terms.append(loss_of_energies(*energies, beta=beta * factor, form=form, resize=resize))
     return torch.stack(terms).sum()
 
@@ -121,8 +128,15 @@ def loss_of_energies(
         beta, form, resize: as in `attention_transfer_loss`.
 
     Raises:
+        TypeError: if one side alone is a DTensor.
         ValueError: on unequal batch sizes or, without resize, (h, w).
     """
+    kinds = [type(side).__name__ for side in (student, teacher)]
+    if kinds.count("DTensor") == 1:
+        raise TypeError(
+            f"attention_transfer_loss: expected both sides as DTensor or neither, got {' and '.join(kinds)}. "
+            "Call full_tensor() of the one, or distribute the other over the same mesh."
+        )
     _check_sizes("attention_transfer_loss", student.shape, teacher.shape, resize)
     if resize == "student":
         student = resize_maps(student, teacher.shape[1:])
@@ -308,8 +322,8 @@ def input_gradient(
 
     Raises:
         ValueError: if x is not floating, if y is not a label for each of the logits' rows, if the logits do
-            not depend on x; and with create_graph, if the model is compiled or holds an operation that
-            cannot be differentiated twice.
+            not depend on x, inside a transform of torch.func; and with create_graph, if the model is compiled
+            or holds an operation that cannot be differentiated twice.
     """
     if not x.is_floating_point():
         raise ValueError(
@@ -318,9 +332,29 @@ def input_gradient(
     if create_graph:
         check_double_backward(model, "input_gradient")
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
+        x = leaf(x, "input_gradient")
         logits = logits_of(model(x), user="input_gradient")
         return input_gradient_of(logits, y, x, create_graph=create_graph)
+
+
+def leaf(x: Float[Tensor, "b c h w"], user: str) -> Float[Tensor, "b c h w"]:
+    """The images as something to differentiate by.
+
+    Raises:
+        ValueError: in the name of `user`, inside a transform of torch.func, which forbids it.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ValueError(
+            f"{user}: expected to be outside of torch.func's transforms, as torch.autograd takes the input "
+            "gradient, got a call inside of one. Use backward(), torch.autograd.grad or make_dual."
+        )
+    return detached(x).requires_grad_()
+
+
+def detached(tensor: Tensor) -> Tensor:
+    """The tensor outside of any graph; unlike `Tensor.detach` with its tangent, if it has one."""
+    tangent = unpack_dual(tensor).tangent
+    return tensor.detach() if tangent is None else make_dual(tensor.detach(), tangent.detach())
 
 
 def input_gradient_of(

@@ -20,6 +20,7 @@ from .functional import (
     attention_transfer_loss,
     check_loss_options,
     check_term_options,
+    detached,
     distillation_loss,
     flip_symmetry_loss,
     gradient_transfer_loss,
@@ -67,7 +68,7 @@ class Reading:
 
     def detached(self) -> Reading:
         """The same reading outside of any graph."""
-        return self._each(Tensor.detach)
+        return self._each(detached)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Reading:
         energies = {kind: [change(energy) for energy in maps] for kind, maps in self.energies.items()}

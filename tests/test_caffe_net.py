@@ -13,10 +13,11 @@ import torch
 from conftest import SHARED
 from torch import Tensor
 
-from attention_transfer import Taps, attention_map
+from attention_transfer import Taps
 from attention_transfer.caffe import Net, fusion
 from attention_transfer.caffe.files.prototxt import parse_net
 from attention_transfer.caffe.schema import ParamSpec
+from attention_transfer.functional import raw_energy
 
 REFERENCE = SHARED / "reference" / "caffe"
 KINDS = ("layers", "attention", "nets")
@@ -202,9 +203,7 @@ def test_the_attention_branch_runs_on_the_kernels_with_the_numbers_of_its_layers
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     called = []
-    monkeypatch.setattr(
-        fusion, "attention_map", lambda *args, **kwargs: called.append(1) or attention_map(*args, **kwargs)
-    )
+    monkeypatch.setattr(fusion, "raw_energy", lambda *args: called.append(1) or raw_energy(*args))
     net = net_of(source("a") + MAP).double()
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     blobs = net({"a": x})
@@ -217,6 +216,12 @@ def test_the_attention_branch_runs_on_the_kernels_with_the_numbers_of_its_layers
     assert len(called) == 1
     (slow,) = torch.autograd.grad(net.loss, x)
     torch.testing.assert_close(slow, 4 * fast, rtol=1e-12, atol=0)
+
+
+def test_the_attention_branch_keeps_the_largest_numbers_that_its_layers_keep() -> None:
+    x = torch.full((2, 3, 4, 5), 0.0)
+    x[:, 0] = 0.75 * 2.0**64
+    assert net_of(source("a") + MAP)({"a": x})["map"].eq(x[:, :1].square()).all()
 
 
 def test_a_tap_inside_the_attention_branch_sees_its_layer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -10,13 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
+from attention_transfer import kernels
 from attention_transfer.functional import (
+    activation_transfer_loss,
     attention_map,
     attention_transfer_loss,
     convert_beta,
     distillation_loss,
+    flip_symmetry_loss,
+    gradient_transfer_loss,
+    input_gradient_norm,
 )
 
 FORMS = ["paper", "code", "caffe"]
@@ -128,6 +134,192 @@ def test_non_contiguous_activations(activations) -> None:
     loss, want = (attention_transfer_loss(x, teacher, beta=1.0) for x in (strided, student))
     torch.testing.assert_close(loss, want)
     torch.testing.assert_close(torch.autograd.grad(loss, strided), torch.autograd.grad(want, student))
+
+
+# --- raw energies -------------------------------------------------------------------------------------------
+
+
+RAW_BACKENDS = ["reference", *(["cpu"] if importlib.util.find_spec("numba") else [])]
+
+
+def across_all_magnitudes(dtype: torch.dtype, per_sample: int) -> Tensor:
+    """Samples (b, 2, 1, per_sample) that go through all sizes of a type; the last has all of them."""
+    low, high = (-25, 15) if dtype == torch.float16 else (-150, 127)
+    exponents = torch.linspace(low, high, 40 * per_sample)
+    sizes = torch.cat([exponents, exponents[:: len(exponents) // per_sample][:per_sample]]).exp2()
+    features = torch.stack([sizes, -0.75 * sizes], 0).view(2, -1, per_sample).transpose(0, 1)
+    return features.unsqueeze(2).to(dtype)
+
+
+@pytest.mark.parametrize("mapping", ["sum", "max"])
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0, 4.0, 7.3, 64.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("backend", RAW_BACKENDS)
+def test_raw_energy_and_its_gradient_are_those_of_float64_rounded(backend, dtype, p, mapping) -> None:
+    features = across_all_magnitudes(dtype, 6).requires_grad_()
+    exact = features.detach().double().requires_grad_()
+    want = (exact.abs() ** p).sum(1) if mapping == "sum" else (exact.abs() ** p).amax(1)
+    with kernels.use_backend(backend):
+        energy = attention_map(features, p=p, mapping=mapping, norm=None)
+        energy.backward(torch.ones_like(energy))
+    want.backward(torch.ones_like(want))
+    assert energy.dtype == torch.float32
+    torch.testing.assert_close(energy, want.float(), rtol=2e-7, atol=0)
+    held = want.isfinite().unsqueeze(1)  # by float64
+    grads = [grad.where(held, 0) for grad in (features.grad, exact.grad.to(dtype))]
+    torch.testing.assert_close(*grads, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_raw_energy_that_float32_can_hold_is_held() -> None:
+    """Relative to the largest, the small ones vanish; and the scale of the large ones has no float32."""
+    large = torch.tensor([3.0, 0.0]).view(1, 1, 1, 2)
+    torch.testing.assert_close(attention_map(large, p=64, norm=None).flatten(), torch.tensor([3.0**64, 0]))
+    apart = torch.tensor([3.75, 0.5, 1e30]).view(1, 1, 1, 3)
+    want = torch.tensor([3.75**64, 0.5**64, float("inf")])
+    torch.testing.assert_close(attention_map(apart, p=64, norm=None).flatten(), want)
+
+
+# --- other ways to differentiate ----------------------------------------------------------------------------
+
+# What PyTorch says of its own parts: the rules of forward mode are scripted, and kl_div has none for vmap.
+TRANSFORMS = pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated", "ignore:There is a performance drop"
+)
+TARGET = torch.linspace(-2, 3, 96, dtype=torch.float64).sin().view(2, 3, 4, 4)
+DIFFERENTIABLE = {
+    "map": lambda x: attention_map(x),
+    "map of maxima": lambda x: attention_map(x, mapping="max", p=3),
+    "energy": lambda x: attention_map(x, norm=None),
+    "energy, p 1.5": lambda x: attention_map(x, norm=None, p=1.5),
+    "energy, p 1": lambda x: attention_map(x, norm=None, p=1),
+    **{
+        f"loss, {form}": lambda x, form=form: attention_transfer_loss(x, TARGET[:, :2], beta=2.0, form=form)
+        for form in FORMS
+    },
+    "loss of teacher": lambda x: attention_transfer_loss(TARGET, x, beta=2.0),
+    "resized": lambda x: attention_transfer_loss(x, TARGET[..., :2, :3], beta=2.0, resize="student"),
+    "activations": lambda x: activation_transfer_loss(x, TARGET, beta=2.0),
+    "activations, code": lambda x: activation_transfer_loss(x, TARGET, beta=2.0, form="code"),
+    "gradients": lambda x: gradient_transfer_loss(x, TARGET, beta=2.0),
+    "flips": lambda x: flip_symmetry_loss(x, TARGET, beta=2.0),
+    "gradient norm": lambda x: input_gradient_norm(x, beta=2.0),
+    "logits": lambda x: distillation_loss(x.flatten(1), TARGET.flatten(1)),
+}
+
+
+@pytest.mark.unchecked
+@TRANSFORMS
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_forward_mode_and_the_transforms_of_torch_func(name) -> None:
+    function = DIFFERENTIABLE[name]
+    x, direction = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64)
+    step = 1e-6 * direction
+    want = (function(x + step) - function(x - step)) / 2e-6
+
+    def along(jacobian: Tensor) -> Tensor:
+        return (jacobian * direction).flatten(want.dim()).sum(-1)
+
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(function(forward_ad.make_dual(x, direction))).tangent
+    assert want.abs().max() > 1e-3
+    tolerance = {"rtol": 1e-6, "atol": 1e-8}
+    torch.testing.assert_close(dual, want, **tolerance)
+    torch.testing.assert_close(torch.func.jvp(function, (x,), (direction,))[1], want, **tolerance)
+    torch.testing.assert_close(along(torch.func.jacfwd(function)(x)), want, **tolerance)
+    torch.testing.assert_close(along(torch.func.jacrev(function)(x)), want, **tolerance)
+    several = torch.stack([x, direction])
+    torch.testing.assert_close(
+        torch.func.vmap(function)(several), torch.stack([function(each) for each in several])
+    )
+
+
+@pytest.mark.unchecked
+@TRANSFORMS
+@pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if not name.startswith(("map", "energy"))])
+def test_hessians_and_the_gradient_of_each_of_several(name) -> None:
+    function = DIFFERENTIABLE[name]
+    x, direction = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64)
+    step = 1e-6 * direction
+
+    def gradient(x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(function(x), x)[0]
+
+    want = (gradient(x + step) - gradient(x - step)) / 2e-6
+    hessian = torch.func.hessian(function)(x)
+    torch.testing.assert_close((hessian * direction).flatten(4).sum(-1), want, rtol=1e-5, atol=1e-7)
+    leaf = x.clone().requires_grad_()
+    with forward_ad.dual_level():  # forwards over backwards, without create_graph
+        (found,) = torch.autograd.grad(function(forward_ad.make_dual(leaf, direction)), leaf)
+        tangent = forward_ad.unpack_dual(found).tangent
+    torch.testing.assert_close(tangent, want, rtol=1e-5, atol=1e-7)
+    several = torch.stack([x, direction])
+    each = torch.func.vmap(torch.func.grad(function))(several)
+    torch.testing.assert_close(each, torch.stack([gradient(one) for one in several]))
+
+
+@TRANSFORMS
+def test_forward_mode_at_zeros_ties_and_equal_maps() -> None:
+    """As backwards: no derivative where there is none, and half of it for each of two equal channels."""
+    direction, zeros, ones = torch.randn(1, 2, 2, 2), torch.zeros(1, 2, 2, 2), torch.ones(1, 2, 2, 2)
+    for function, at in [
+        (attention_map, zeros),
+        (lambda x: attention_transfer_loss(x, ones, beta=1.0), zeros),
+        (lambda x: attention_transfer_loss(x, ones, beta=1.0), ones),
+    ]:
+        assert torch.func.jvp(function, (at,), (direction,))[1].count_nonzero() == 0
+    tied = torch.func.jvp(lambda x: attention_map(x, norm=None, mapping="max", p=1), (ones,), (direction,))[1]
+    torch.testing.assert_close(tied, direction.mean(1))
+
+
+@TRANSFORMS
+@pytest.mark.unchecked
+def test_a_second_derivative_of_activations_that_are_zero() -> None:
+    """Half of all activations behind a ReLU are: p = 2 has the second derivative 2 there."""
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    for p, want in [(1.0, 0.0), (1.5, 0.0), (2.0, 2.0), (3.0, 0.0)]:
+        energy = lambda x, p=p: attention_map(x, norm=None, p=p).sum()  # noqa: E731
+        assert torch.func.hessian(energy)(x).item() == want
+        assert torch.autograd.functional.hessian(energy, x).item() == want
+
+
+def test_tensors_without_memory_of_their_own(activations) -> None:
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    student, teacher = activations
+    want = attention_transfer_loss(student, teacher, beta=1.0)
+    with FakeTensorMode() as fake:
+        known = [fake.from_tensor(each) for each in (student, teacher)]
+        loss = attention_transfer_loss(*known, beta=1.0)
+        loss.backward()
+        assert loss.shape == () and known[0].grad.shape == student.shape
+        assert attention_map(known[1], norm=None).shape == (3, 5, 6)
+    graph = make_fx(lambda x: attention_transfer_loss(x, teacher, beta=1.0))(torch.randn_like(student))
+    torch.testing.assert_close(graph(student.detach()), want.detach())
+
+
+def test_distributed_tensors(activations, tmp_path) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    student, teacher = activations
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        want = attention_transfer_loss(student, teacher, beta=1.0)
+        for axis in (0, 1, 2):
+            parts = distribute_tensor(student.detach(), mesh, [Shard(axis)]).requires_grad_()
+            loss = attention_transfer_loss(parts, distribute_tensor(teacher, mesh, [Shard(axis)]), beta=1.0)
+            loss.backward()
+            torch.testing.assert_close(loss.full_tensor(), want)
+            (gradient,) = torch.autograd.grad(want, student, retain_graph=True)
+            torch.testing.assert_close(parts.grad.full_tensor(), gradient)
+        with pytest.raises(
+            TypeError, match="expected both sides as DTensor or neither, got DTensor and Tensor"
+        ):
+            attention_transfer_loss(parts, teacher, beta=1.0)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # --- a real Caffe -------------------------------------------------------------------------------------------

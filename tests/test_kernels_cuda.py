@@ -156,6 +156,17 @@ def test_every_type_exponent_and_mapping(dtype: torch.dtype, p: float, mapping: 
     check_gradient(features, scale, randn(2, 5, 3, 7, dtype=dtype, device=device), p, mapping)
 
 
+@pytest.mark.parametrize("mapping", ["sum", "max"])
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 64.0])
+def test_raw_energies_keep_what_the_type_can_hold(p: float, mapping: str, device: str) -> None:
+    sizes = torch.linspace(-126, 126, 43, device=device).exp2() ** (1 / p)
+    features = torch.stack([sizes, -sizes / 2]).view(1, 2, 1, 43)
+    want = reference.raw_energy(features.double(), p, mapping)
+    torch.testing.assert_close(cuda.raw_energy(features, p, mapping), want.float(), rtol=2e-5, atol=0)
+    wide = cuda.raw_energy(features.double(), p, mapping)
+    torch.testing.assert_close(wide, want, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("p", [1.1, 2.5, 7.3, 31.0, 64.0])
 def test_any_real_exponent(p: float, device: str) -> None:
     features = randn(2, 5, 3, 7, dtype=torch.float64, device=device)

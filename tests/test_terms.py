@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from small_net import Net
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from attention_transfer import (
@@ -149,6 +151,45 @@ def test_the_teachers_gradient_is_by_the_students_input(batch) -> None:
     inner = input_gradient(built.teacher, transform(x), y)
     torch.testing.assert_close(seen.teacher.input_gradient, inner / 2)
     assert not seen.teacher.input_gradient.requires_grad and seen.teacher.logits.grad_fn is None
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated", "ignore:There is a performance drop")
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
+def test_forward_mode_through_a_whole_distiller(batch, grad_mode) -> None:
+    x, y = batch
+    terms = (AttentionTransfer(2.0), KnowledgeDistillation(), GradientTransfer(2.0), FlipSymmetry(3.0))
+    built = distiller(*terms)
+    parameters = {name: parameter.detach() for name, parameter in built.named_parameters()}
+    steps = {name: torch.randn_like(parameter) for name, parameter in parameters.items()}
+    images = torch.randn_like(x)
+
+    def loss(size: float) -> Tensor:
+        moved = {name: value + size * steps[name] for name, value in parameters.items()}
+        return functional_call(built, moved, (x + size * images, y)).loss
+
+    with grad_mode(), forward_ad.dual_level():
+        dual = {name: forward_ad.make_dual(value, steps[name]) for name, value in parameters.items()}
+        output = functional_call(built, dual, (forward_ad.make_dual(x, images), y))
+        tangent = forward_ad.unpack_dual(output.loss).tangent
+    torch.testing.assert_close(tangent, (loss(1e-6) - loss(-1e-6)) / 2e-6, rtol=1e-5, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_each_image_by_torch_func(batch) -> None:
+    x, y = batch
+    built = distiller(AttentionTransfer(2.0), KnowledgeDistillation()).eval()
+    parameters = {name: parameter.detach() for name, parameter in built.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        return functional_call(built, parameters, (image[None], label[None])).loss
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, y)
+    built(x, y).loss.backward()
+    for name, parameter in built.named_parameters():
+        torch.testing.assert_close(each[name].mean(0), parameter.grad)
+    gradient = distiller(GradientTransfer(2.0))
+    with pytest.raises(ValueError, match=r"Distiller: expected to be outside of torch\.func's"):
+        torch.func.grad(lambda values: functional_call(gradient, values, (x, y)).loss)(parameters)
 
 
 def test_all_terms_combine(batch) -> None:

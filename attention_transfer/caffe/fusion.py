@@ -15,7 +15,7 @@ from attention_transfer.caffe.graph import Wiring
 from attention_transfer.caffe.layers import Layer
 from attention_transfer.caffe.layers.convolution import Convolution
 from attention_transfer.caffe.layers.normalization import BatchNorm
-from attention_transfer.functional import attention_map
+from attention_transfer.functional import raw_energy
 
 
 class Branch:
@@ -84,7 +84,7 @@ class AttentionMap(Branch):
         return self._all_ones
 
     def __call__(self, x: Tensor) -> Tensor:
-        energy = attention_map(x, p=self.p, norm=None).to(x.dtype)
+        energy = raw_energy(x, self.p, "sum").to(x.dtype)
         return energy.flatten(1)[:, None, :, None] if self.flat else energy[:, None]
 
 

@@ -4,6 +4,7 @@ Every module in this folder is a backend, named as its file; adding one is addin
 
 - `unsupported(features, p, mapping) -> str | None`: why this backend does not cover the case, or None;
 - `energy(features, p, mapping) -> (energy, scale)`: as the operator `energy` below;
+- `raw_energy(features, p, mapping) -> energy`: the same as it is, with 1 as every sample's scale;
 - `gradient(features, scale, grad_energy, grad_features, p, mapping)`: as `energy_gradient` below;
 - `distance(student, teacher, squared)`: as `distance` below, of two maps of energies;
 - `distance_gradient(student, teacher, grad, squared)`: `grad` times its derivative by the student's map.
@@ -26,6 +27,7 @@ from types import ModuleType
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from . import reference
 from .reference import accumulation_dtype
@@ -64,10 +66,10 @@ def use_backend(name: str) -> Iterator[None]:
 @torch.library.custom_op(
     "attention_transfer::energy",
     mutates_args=(),
-    schema="(Tensor features, float p, str mapping) -> (Tensor, Tensor)",
+    schema="(Tensor features, float p, str mapping, bool relative=True) -> (Tensor, Tensor)",
 )
 def energy(
-    features: Float[Tensor, "b c h w"], p: float, mapping: str
+    features: Float[Tensor, "b c h w"], p: float, mapping: str, relative: bool = True
 ) -> tuple[Float[Tensor, "b h w"], Float[Tensor, " b"]]:
     """Energy over the channels, relative to a scale of each sample: sum (or max) over c of |A_c / scale|^p.
 
@@ -75,9 +77,16 @@ def energy(
     [2^-40, 2^60], so that even its square neither overflows nor vanishes; the energy proper is
     `energy * scale**p`. An all-zero sample has energy 0, one with NaN or infinity a largest energy that is
     not finite. Both are float32, or float64 for float64 features. The gradient flows through the energy; the
-    scale, a step function of the features, has none.
+    scale, a step function of the features, has none. Without `relative` every scale is 1, and the energy is
+    lost where the type cannot hold it.
+
+    An operator is differentiated backwards only: `differentiable_energy` serves all others.
     """
-    return _backend(features, p, mapping).energy(features, p, mapping)
+    backend = _backend(features, p, mapping)
+    if relative:
+        return backend.energy(features, p, mapping)
+    total = backend.raw_energy(features, p, mapping)
+    return total, total.new_ones(len(total))
 
 
 def _backend(features: Tensor, p: float, mapping: str) -> ModuleType:
@@ -104,7 +113,7 @@ def _load(name: str) -> ModuleType | None:
 
 
 @energy.register_fake
-def _(features: Tensor, p: float, mapping: str) -> tuple[Tensor, Tensor]:
+def _(features: Tensor, p: float, mapping: str, relative: bool = True) -> tuple[Tensor, Tensor]:
     b, _, h, w = features.shape
     dtype = accumulation_dtype(features.dtype)
     return features.new_empty((b, h, w), dtype=dtype), features.new_empty((b,), dtype=dtype)
@@ -138,6 +147,33 @@ def _(features: Tensor, *rest: object) -> Tensor:
     return torch.empty_like(features)
 
 
+def differentiable_energy(
+    features: Float[Tensor, "b c h w"], p: float, mapping: str, *, relative: bool = True
+) -> tuple[Float[Tensor, "b h w"], Float[Tensor, " b"]]:
+    """`energy` that forward-mode differentiation and the transforms of torch.func can go through as well."""
+    if not _composed(features):
+        return energy(features, p, mapping, relative)
+    if relative:
+        return reference.energy(features, p, mapping)
+    total = reference.raw_energy(features, p, mapping)
+    return total, total.new_ones(len(total))
+
+
+def _composed(*tensors: Tensor | None) -> bool:
+    """Whether the work must be done by PyTorch's operations, which know the rules that no backend has.
+
+    The tensors wrap others (torch.func, FakeTensor, DTensor), a dispatch mode looks on (as in make_fx), or
+    one carries a tangent, as in forward mode.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0 or any(
+        type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or unpack_dual(tensor).tangent is not None
+        for tensor in tensors
+        if tensor is not None
+    )
+
+
 def pass_energy(
     features: Float[Tensor, "b c h w"], p: float, mapping: str
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b h w"], Float[Tensor, " b"]]:
@@ -146,8 +182,8 @@ def pass_energy(
     In the backward pass the gradient from above and that of the energy are added in the one pass over
     memory which the latter takes anyway; without this, autograd adds them in a pass of its own.
     """
-    if torch.compiler.is_compiling():  # a backend is no code that can be traced
-        return features, *energy(features, p, mapping)
+    if torch.compiler.is_compiling() or _composed(features):  # a backend is no code that can be traced
+        return features, *differentiable_energy(features, p, mapping)
     return _PassEnergy.apply(features, p, mapping)
 
 
@@ -167,8 +203,7 @@ class _PassEnergy(torch.autograd.Function):
         if grad_energy is None:
             return grad_features, None, None
         features, scale = ctx.saved_tensors
-        # with create_graph, the gradient is to be differentiated again
-        backend = reference if torch.is_grad_enabled() else ctx.backend
+        backend = reference if _differentiated(features, grad_features, grad_energy) else ctx.backend
         gradient = backend.gradient(features, scale, grad_energy, grad_features, ctx.p, ctx.mapping)
         return gradient, None, None
 
@@ -180,7 +215,7 @@ def distance(
 
     Takes energies in the range that `energy` keeps them in. All norms are L2; a map of zeros stays zero.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _composed(student, teacher):
         return reference.distance(student, teacher, squared)
     return _Distance.apply(student, teacher, squared)
 
@@ -198,7 +233,8 @@ class _Distance(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         student, teacher = ctx.saved_tensors
-        backend = reference if torch.is_grad_enabled() else _backend(student.unsqueeze(1), 2.0, "sum")
+        plain = _differentiated(student, teacher, grad)
+        backend = reference if plain else _backend(student.unsqueeze(1), 2.0, "sum")
         pairs = [(student, teacher), (teacher, student)]
         grads = [
             backend.distance_gradient(*pair, grad, ctx.squared) if needed else None
@@ -207,18 +243,23 @@ class _Distance(torch.autograd.Function):
         return *grads, None
 
 
+def _differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a gradient in the making is to be differentiated itself: by create_graph, or forwards."""
+    return torch.is_grad_enabled() or _composed(*tensors)
+
+
 def _save(ctx, inputs, output) -> None:
-    features, ctx.p, ctx.mapping = inputs
+    features, ctx.p, ctx.mapping, _ = inputs
     ctx.save_for_backward(features, output[1])
     ctx.requested = _requested.get()
 
 
-def _gradient(ctx, grad_energy: Float[Tensor, "b h w"], _grad_scale) -> tuple[Tensor, None, None]:
+def _gradient(ctx, grad_energy: Float[Tensor, "b h w"], _grad_scale) -> tuple[Tensor, None, None, None]:
     features, scale = ctx.saved_tensors
-    gradient = reference.gradient if torch.is_grad_enabled() else energy_gradient
+    gradient = reference.gradient if _differentiated(features, grad_energy) else energy_gradient
     token = _requested.set(ctx.requested)
     try:
-        return gradient(features, scale, grad_energy, None, ctx.p, ctx.mapping), None, None
+        return gradient(features, scale, grad_energy, None, ctx.p, ctx.mapping), None, None, None
     finally:
         _requested.reset(token)
 

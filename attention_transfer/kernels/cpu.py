@@ -510,6 +510,15 @@ def energy(
     return total, scale
 
 
+def raw_energy(features: Float[Tensor, "b c h w"], p: float, mapping: str) -> Float[Tensor, "b h w"]:
+    """The energy as it is."""
+    if mapping == "max":
+        return _largest(features).pow_(p)
+    if p not in COMPILED_POWERS:
+        return torch.cat([reference.raw_energy(features[slab], p, mapping) for slab in _slabs(features)])
+    return _sum(features, p)[0]
+
+
 def gradient(
     features: Float[Tensor, "b c h w"],
     scale: Float[Tensor, " b"],

@@ -434,6 +434,17 @@ def energy(
     return energies, scale
 
 
+def raw_energy(features: Float[Tensor, "b c h w"], p: float, mapping: str) -> Float[Tensor, "b h w"]:
+    """The energy as it is."""
+    b, _, h, w = features.shape
+    dtype = accumulation_dtype(features.dtype)
+    first, _ = _energy_plans(features.shape, features.stride(), features.element_size(), p, mapping)
+    energies = features.new_empty((b, h, w), dtype=dtype)
+    with torch.cuda.device_of(features):
+        first.launch(_energy_kernel, features, energies, features.new_empty(first.grid, dtype=dtype))
+    return energies
+
+
 def distance(
     student: Float[Tensor, "b h w"], teacher: Float[Tensor, "b h w"], squared: bool
 ) -> Float[Tensor, " b"]:

@@ -20,11 +20,18 @@ def unsupported(features: Tensor, p: float, mapping: str) -> str | None:
 def energy(
     features: Float[Tensor, "b c h w"], p: float, mapping: str
 ) -> tuple[Float[Tensor, "b h w"], Float[Tensor, " b"]]:
-    """See `kernels.energy`."""
+    """See `kernels.energy`; in ops that PyTorch can differentiate, in any mode and twice."""
     wide = features.to(accumulation_dtype(features.dtype))
-    scale = power_of_two_near(wide.abs().amax((1, 2, 3)))
-    powers = (wide / scale.view(-1, 1, 1, 1)).abs().pow(p)
-    return (powers.amax(1) if mapping == "max" else powers.sum(1)), scale
+    scale = power_of_two_near(wide.detach().abs().amax((1, 2, 3)))
+    return raw_energy(wide / scale.view(-1, 1, 1, 1), p, mapping), scale
+
+
+def raw_energy(features: Float[Tensor, "b c h w"], p: float, mapping: str) -> Float[Tensor, "b h w"]:
+    """Sum (or max) over c of |A_c|^p; in ops that PyTorch can differentiate, in any mode and twice."""
+    wide = features.to(accumulation_dtype(features.dtype))
+    # up to 2, PyTorch's second derivative of a power of |x| is wrong at 0
+    powers = wide * _signed_power(wide, p - 1) if 1 < p <= 2 else wide.abs().pow(p)
+    return powers.amax(1) if mapping == "max" else powers.sum(1)
 
 
 def gradient(
@@ -76,6 +83,8 @@ def unit(energy: Float[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
 class L2Norm(torch.autograd.Function):
     """||x||_2 of each row; d||x||/dx = x/||x||, and 0 where x = 0."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Float[Tensor, "b n"]) -> Float[Tensor, "b 1"]:
         relative, largest = _relative(x)
@@ -84,11 +93,17 @@ class L2Norm(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Float[Tensor, "b 1"]) -> Float[Tensor, "b n"]:
         (x,) = ctx.saved_tensors
         return grad * L2Normalise.apply(x)
+
+    @staticmethod
+    def jvp(ctx, tangent: Float[Tensor, "b n"]) -> Float[Tensor, "b 1"]:
+        (x,) = ctx.saved_tensors
+        return (tangent * L2Normalise.apply(x)).sum(1, keepdim=True)
 
 
 class L2Normalise(torch.autograd.Function):
@@ -96,6 +111,8 @@ class L2Normalise(torch.autograd.Function):
 
     The Jacobian (I - y y^T)/||x|| is symmetric and never built.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
@@ -106,11 +123,14 @@ class L2Normalise(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         (x,) = ctx.saved_tensors
         return l2_normalise_gradient(x, grad)
+
+    jvp = backward
 
 
 def l2_normalise_gradient(x: Float[Tensor, "b n"], grad: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
