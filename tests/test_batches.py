@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -277,6 +281,47 @@ def test_a_vanished_image_is_one_line_even_from_a_worker(streamed):
     streamed.encoded.paths[3].unlink()
     with pytest.raises(ValueError, match=r"cannot read .*3\.png \(No such file"):
         seen(Batches(streamed, 2, shuffle=False, workers=1))
+
+
+WITH_LITTLE_SHARED_MEMORY = """
+import torch
+from attention_transfer.data import Batches, StreamedImages
+from attention_transfer.data.decode import EncodedFiles
+
+images = StreamedImages(EncodedFiles(["0.png", "1.png"] * 20), torch.arange(40), torch.arange(40), 128)
+here, elsewhere = (list(Batches(images, 8, shuffle=True, workers=workers)) for workers in (0, 2))
+assert all(torch.equal(a, b) for one, other in zip(here, elsewhere, strict=True) for a, b in zip(one, other))
+print("all seen")
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [("64k", "do not fit into /dev/shm (65,536 bytes)"), ("4k", "cannot start 2 processes")],
+)
+def test_little_shared_memory_is_said_and_waited_for_by_nobody(streamed, size, words):
+    """Batches of 393,216 bytes; 4 kB are too little for the semaphores too."""
+    mount = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        f'mount -t tmpfs -o size={size} none /dev/shm && exec "$@"',
+        "sh",
+    ]
+    try:
+        subprocess.run([*mount, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("to mount a /dev/shm of our own takes Linux and its administrator")
+    done = subprocess.run(
+        [*mount, sys.executable, "-c", WITH_LITTLE_SHARED_MEMORY],
+        cwd=streamed.encoded.paths[0].parent,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert words in done.stderr and ("all seen" in done.stdout) == (size == "64k"), done.stderr[-1000:]
 
 
 def test_grey_and_transparent_images_stream_as_rgb(tmp_path):

@@ -63,7 +63,8 @@ KILLED = [
     Guard("training/module.py", "self._skipped_in_a_row > MOST_IN_A_ROW", "False", "survival broken"),
     Guard("training/finite.py", "(before < 0) & ~torch", "~torch", "survival first_bad"),
     Guard("training/fit.py", "        run.sweep()\n", "        pass\n", "survival before_its_first"),
-    Guard("data/batches.py", "in _or_the_reason(loader):", "in loader:", "survival worker_that_dies"),
+    Guard("data/batches.py", "_or_the_reason(loader), rows", "loader, rows", "survival worker_that_dies"),
+    Guard("data/batches.py", "images.share_memory_()", "images", "batches little_shared_memory"),
     Guard(
         "training/module.py",
         "before != self.teacher_fingerprint",

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from .._reading import one_line
 from .images import Images, StreamedImages
 from .order import Layout
 from .randomness import keyed_generator
 from .views import Views
 
 MOST_WORKERS = 8
+SHARED = Path("/dev/shm")  # where Linux keeps memory that processes share
 Batch = Any  # (images, labels); with fixed views (images, labels, rows)
 
 
@@ -214,9 +220,13 @@ class Batches:
             collate_fn=_as_it_is,
             pin_memory=self.device.type == "cuda",
         )
-        for images, labels, error in _or_the_reason(loader):
+        for (images, error), chosen in zip(_or_the_reason(loader), rows, strict=True):
             if error:
                 raise ValueError(error)
+            if isinstance(images, np.ndarray):
+                _warn_of_pipes()
+                images = torch.from_numpy(images)
+            labels = self.images.labels[chosen]
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def _check(self) -> None:
@@ -237,7 +247,7 @@ class Batches:
 
 
 class _Epoch(Dataset):
-    """One epoch of streamed images, as the workers see it: a list of rows in, a batch or an error out."""
+    """One epoch of streamed images, as the workers see it: a list of rows in, images or an error out."""
 
     def __init__(self, images: StreamedImages, seed: int, epoch: int, *, ahead: bool) -> None:
         self.images = images
@@ -245,9 +255,9 @@ class _Epoch(Dataset):
         self.epoch = epoch
         self.ahead = ahead
 
-    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor, str]:
+    def __getitems__(self, rows: list[int]) -> tuple[Tensor | np.ndarray, str]:
         if not rows:
-            return torch.empty(0, *self.images.shape, dtype=torch.uint8), self.images.labels[:0], ""
+            return torch.empty(0, *self.images.shape, dtype=torch.uint8), ""
         # An exception would arrive wrapped in the worker's traceback; a message arrives as it is.
         try:
             if self.ahead:
@@ -255,14 +265,46 @@ class _Epoch(Dataset):
                     self.images.expect(row)
             decoded = [self.images.decode(row, seed=self.seed, epoch=self.epoch) for row in rows]
         except ValueError as error:
-            return torch.empty(0), torch.empty(0), str(error)
-        return torch.stack(decoded), self.images.labels[rows], ""
+            return torch.empty(0), str(error)
+        return _shared(torch.stack(decoded)), ""
+
+
+def _shared(images: Tensor) -> Tensor | np.ndarray:
+    """Images in memory that the training process shares; as an array, which goes through a pipe, if there is
+    no room for them.
+
+    PyTorch would only find out in a thread that passes them on, which loses them: the loader waits for ever.
+    """
+    if get_worker_info() is None:
+        return images
+    try:
+        return images.share_memory_()
+    except (RuntimeError, OSError):
+        return images.numpy()
+
+
+def _warn_of_pipes() -> None:
+    room = f"{SHARED} ({shutil.disk_usage(SHARED).total:,} bytes)" if SHARED.is_dir() else "shared memory"
+    warnings.warn(
+        f"Batches: the images that processes decode do not fit into {room}: they come through pipes, which "
+        "takes longer. Make it larger, such as by docker run --shm-size=8g, or use fewer processes: "
+        "num_workers.",
+        stacklevel=2,
+    )
 
 
 def _or_the_reason(loader: DataLoader) -> Iterator[Any]:
-    """What the loader gives; that a worker has died, in one line."""
+    """What the loader gives; that a worker has died, or cannot be started, in one line."""
     try:
-        yield from loader
+        batches = iter(loader)
+    except OSError as error:  # semaphores lie in /dev/shm too
+        raise ChildProcessError(
+            f"Batches: cannot start {loader.num_workers} processes that decode images "
+            f"({error.strerror or one_line(error)}). Make room in {SHARED} and in memory, or pass "
+            "num_workers=0, which decodes in the training process."
+        ) from None
+    try:
+        yield from batches
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
