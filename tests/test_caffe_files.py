@@ -118,11 +118,9 @@ def test_v1_layers_keep_their_multipliers_names_and_rules() -> None:
 
 def test_unknown_fields_are_kept_and_named(tmp_path: Path) -> None:
     known = model(np.zeros(3, np.float32))
-    inner = (
-        known.layer[0].SerializeToString() + b"\xca\x0c\x03abc"
-    )  # field 201 of LayerParameter: SSD's MultiBoxLoss
+    inner = known.layer[0].SerializeToString() + b"\xda\x12\x03abc"  # field 299 of LayerParameter: nobody's
     (tmp_path / "m").write_bytes(b"\xa2\x06" + bytes([len(inner)]) + inner)
-    with pytest.warns(UserWarning, match=r"kept without knowing what they mean: LayerParameter field 201\."):
+    with pytest.warns(UserWarning, match=r"kept without knowing what they mean: LayerParameter field 299\."):
         net = read_caffemodel(tmp_path / "m")
     assert b"abc" in net.SerializeToString()
 
@@ -131,7 +129,50 @@ def test_the_lines_of_layers() -> None:
     assert layer_lines(NET) == [3, 4]
 
 
+IDENTITY = 'layer { name: "y" type: "ReLU" bottom: "x" top: "y" }'
+INPUT = 'layer { name: "x" type: "Input" top: "x" input_param { shape { dim: 2 dim: 3 } } }'
+DIMS = "input_dim: 2 input_dim: 3 input_dim: 4 input_dim: 5 "
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        (f'input: "x" {INPUT}', (2, 3)),  # a published AlexNet has it
+        (f'input: "x" {DIMS}', (2, 3, 4, 5)),
+        (f'input: "x" {DIMS} input_dim: 9', (2, 3, 4, 5)),
+        (f'input: "x" {DIMS * 2}', (2, 3, 4, 5)),
+        ('input: "x" input_shape { dim: 7 } input_shape { dim: 8 }', (7,)),
+        (f'input: "x" {DIMS} input_shape {{ dim: 7 dim: 6 }}', (7, 6)),
+    ],
+)
+def test_inputs_are_upgraded_as_caffe_does(text: str, shape: tuple[int, ...]) -> None:
+    net = Net(parse_net(f"{text} {IDENTITY}"))
+    assert net.inputs == {"x": shape} and net.shapes["y"] == shape
+
+
+def test_an_input_that_nothing_declares_is_missed_by_its_reader() -> None:
+    with pytest.raises(ValueError, match=r"layer 'y' .*: expected bottoms that earlier layers make, got 'x'"):
+        Net(parse_net(f'input: "x" {IDENTITY}'))
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "gbk", "shift-jis", "utf-8"])
+def test_comments_may_be_in_any_encoding(tmp_path: Path, encoding: str) -> None:
+    words = {"latin-1": "géné", "gbk": "网络 {", "shift-jis": "表 ソ }", "utf-8": "网"}[encoding]
+    text = f'name: "n" # {words}\n{INPUT}  # {words}\n{IDENTITY}'
+    (tmp_path / "net").write_bytes(text.encode(encoding))
+    assert read_net(tmp_path / "net") == parse_net(f'name: "n" {INPUT} {IDENTITY}')
+
+
 # ------------------------------------------------------------------------------------------ what is refused
+
+
+def test_a_byte_order_mark_and_other_bytes_outside_of_comments_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "net").write_text(INPUT, encoding="utf-8-sig")
+    with pytest.raises(ValueError, match="got a byte-order mark before it"):
+        read_net(tmp_path / "net")
+    (tmp_path / "net").write_bytes('name: "géné" # é'.encode("latin-1"))
+    with pytest.raises(ValueError, match="expected text in UTF-8, got other bytes"):
+        read_net(tmp_path / "net")
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,42 @@ def test_dropout_keeps_and_scales() -> None:
     assert torch.equal(net_of(text).eval()({"x": x})["y"], x)
 
 
+def test_a_dropout_of_all_gives_what_caffe_gives() -> None:
+    net = net_of(source("x", 2, 3) + layer("Dropout", "x", "y", "dropout_param { dropout_ratio: 1 }"))
+    x = torch.randn(2, 3)
+    assert net({"x": x})["y"].isnan().all()
+    assert torch.equal(net.eval()({"x": x})["y"], x)
+
+
+def test_a_parameter_layer_is_a_blob_that_learns() -> None:
+    text = source("x", 2, 3) + layer(
+        "Parameter", "", "p", "param { lr_mult: 3 } parameter_param { shape { dim: 2 dim: 3 } }"
+    )
+    text += layer("Eltwise", "x p", "y", "eltwise_param { operation: PROD }")
+    text += layer("Reduction", "y", "loss", "loss_weight: 2")
+    net, x = net_of(text), torch.randn(2, 3)
+    assert [(entry.layer, entry.lr_mult) for entry in net.learnable] == [("p", 3)]
+    assert torch.equal(net({"x": x})["y"], torch.zeros(2, 3)) and net.inputs == {"x": (2, 3)}
+    net.loss.backward()
+    assert torch.equal(net.params["p"][0].grad, 2 * x)
+    saved = net.to_caffemodel()
+    assert len(saved.layer[1].blobs) == 1
+    net.load(saved)
+
+
+def test_an_hdf5_output_takes_its_bottoms_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = source("x", 2, 3) + source("l", 2)
+    text += (
+        'layer { name: "o" type: "HDF5Output" bottom: "x" bottom: "l" hdf5_output_param { file_name: "f" } }'
+    )
+    net = net_of(text, "TEST")
+    assert list(net({"x": torch.ones(2, 3), "l": torch.zeros(2)})) == ["x", "l"]
+    assert not [*tmp_path.iterdir()]
+
+
 def test_the_attention_branch_runs_on_the_kernels_with_the_numbers_of_its_layers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -728,13 +728,37 @@ REFUSED = [
     ("Convolution", "convolution_param { num_output: 2 }", "1 or 2 values of kernel"),
     ("Convolution", "convolution_param { num_output: 2 kernel_h: 3 }", "kernel_h and kernel_w"),
     ("Convolution", "convolution_param { num_output: 4 kernel_size: 3 group: 2 }", "multiples of group"),
-    ("Convolution", "convolution_param { num_output: 4 kernel_size: 9 }", "a kernel that fits into (7, 7)"),
+    (
+        "Convolution",
+        "convolution_param { num_output: 4 kernel_size: 9 }",
+        "bottoms that it can work on, got (2, 3, 7, 7)",
+    ),
     (
         "Convolution",
         'convolution_param { num_output: 4 kernel_size: 3 weight_filler { type: "he" } }',
         "filler",
     ),
+    ("Convolution", "convolution_param { num_output: 2 kernel_size: 3 kernel_h: 3 kernel_w: 3 }", "got both"),
+    (
+        "Convolution",
+        "convolution_param { num_output: 2 kernel_size: 3 stride: 2 stride_h: 2 }",
+        "either stride",
+    ),
+    ("Deconvolution", "convolution_param { num_output: 2 kernel_size: 3 pad: 1 pad_w: 1 }", "either pad, or"),
     ("Pooling", "pooling_param { }", "a kernel of 1 or more"),
+    (
+        "Pooling",
+        "pooling_param { kernel_size: 2 kernel_h: 2 kernel_w: 2 }",
+        "either kernel_size, or kernel_h",
+    ),
+    ("Pooling", "pooling_param { kernel_size: 2 stride: 2 stride_h: 2 stride_w: 2 }", "either stride, or"),
+    ("Pooling", "pooling_param { kernel_size: 2 pad: 1 pad_h: 1 }", "either pad, or"),
+    ("Pooling", "pooling_param { kernel_size: 2 pad_h: 1 }", "pad_h and pad_w, or pad, got one of the two"),
+    ("Pooling", "pooling_param { kernel_h: 2 }", "kernel_h and kernel_w, or kernel_size, got one of the two"),
+    ("Pooling", "pooling_param { kernel_size: 9 }", "a kernel that fits into its bottom"),
+    ("Pooling", "pooling_param { global_pooling: true stride: 2 }", "a stride of 1 beside global_pooling"),
+    ("Pooling", "pooling_param { global_pooling: true kernel_h: 2 kernel_w: 2 }", "beside global_pooling"),
+    ("Dropout", "dropout_param { dropout_ratio: 1.5 }", "a dropout_ratio from 0 to 1"),
     ("Pooling", "pooling_param { global_pooling: true pad: 1 }", "beside global_pooling"),
     ("Relu", "", "a type that this package runs, got 'Relu'"),
     ("Softmax", "softmax_param { axis: 4 }", "an axis of its bottom"),
@@ -783,6 +807,48 @@ def test_a_layer_with_any_number_of_bottoms_and_tops_is_checked_as_the_net_takes
         findings = check(net)
         assert bool(findings) >= bool(refused), (bottoms, tops)
         assert bool(refused) >= any(f.pitfall == "does_not_build" for f in findings), (bottoms, tops)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_dimensions_of_0_are_refused(place: int) -> None:
+    net = one("ReLU")
+    net.layer[0].input_param.shape[0].dim[place] = 0
+    with pytest.raises(ValueError, match="dimensions of 1 or more"):
+        Net(net)
+    assert [(finding.pitfall, finding.layers) for finding in check(net)] == [("does_not_build", ["x"])]
+
+
+def test_a_net_without_layers_is_refused() -> None:
+    net = one("ReLU")
+    for spec in net.layer:
+        spec.include.add(phase=schema.TRAIN)
+    with pytest.raises(ValueError, match="expected layers in the phase TEST, got none"):
+        Net(net, phase="TEST")
+    with pytest.raises(ValueError, match="check: expected a net with layers, got none"):
+        check(schema.NetParameter())
+
+
+def test_what_only_some_caffes_run_is_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = one("Convolution", "convolution_param { num_output: 2 kernel_size: 3 engine: CUDNN }")
+    net.layer.add().CopyFrom(layer("z", "ReLU", "y", text="relu_param { engine: CAFFE }"))
+    solver = schema.SolverParameter(lr_policy="plateau", base_lr=1, gamma=0.1, plateau_winsize=[3], net="n")
+    notes = check(net, solver)
+    expected = [("plateau_of_the_ssd_fork", []), ("engine_cudnn", ["y"])]
+    assert [(f.pitfall, f.layers) for f in notes] == expected and all(f.note for f in notes)
+    files = tmp_path / "net.prototxt", tmp_path / "solver.prototxt"
+    write_prototxt(net, files[0])
+    write_prototxt(solver, files[1])
+    assert main(["caffe", "check", str(files[0]), "--solver", str(files[1])]) == 0
+    printed = capsys.readouterr().out
+    line = files[0].read_text().split('name: "y"')[0].count("\n")
+    assert f"{files[0]}:{line}: note: engine_cudnn: y" in printed and f"{files[0]}: nothing found" in printed
+
+
+def test_a_dropout_of_all_is_a_mistake_in_training_alone() -> None:
+    net = one("Dropout", "dropout_param { dropout_ratio: 1 }")
+    assert found(net) == [("dropout_of_all", ["y"])]
+    net.layer[1].include.add(phase=schema.TEST)
+    assert found(net) == []
 
 
 def test_what_caffe_alone_runs_is_no_mistake() -> None:

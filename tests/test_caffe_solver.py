@@ -25,7 +25,7 @@ from attention_transfer.caffe.files.caffemodel import (
     read_solverstate,
     write_binary,
 )
-from attention_transfer.caffe.files.prototxt import read_solver
+from attention_transfer.caffe.files.prototxt import parse_net, read_solver
 from attention_transfer.cli import main
 
 REFERENCE = SHARED / "reference" / "caffe"
@@ -495,6 +495,56 @@ def test_weights_for_layers_of_the_train_net_alone_are_no_surprise(tmp_path: Pat
     assert trained.net.params["teacher"][0].tolist() == [[1, 2, 3]]
 
 
+@pytest.mark.parametrize("average", [1, 2])
+def test_plateau_steps_when_the_loss_has_not_fallen_for_long_enough(average: int, tmp_path: Path) -> None:
+    """The SSD fork's policy, against its rule written out; the same from a snapshot in the middle."""
+    values = [5.0, 4.0, 4.5, 4.5, 4.5, 3.0, 3.5, 3.5, 3.5, 3.5, 3.5, 3.5, 2.0, 9.0, 9.0, 9.0]
+    batches = [{"x": np.full((1, 1), value, np.float32)} for value in values]
+    rates, step, lowest, last = [], 0, float("inf"), 0
+    windows = [2, 3, 2]
+    for iteration in range(len(values)):
+        smoothed = np.mean(values[max(0, iteration + 1 - average) : iteration + 1])
+        if smoothed < lowest:
+            lowest, last = smoothed, iteration
+        if step < len(windows) and iteration >= last + windows[step]:
+            step, last = step + 1, iteration
+        rates.append(0.5 * 0.5**step)
+    net = parse_net(
+        'layer { name: "x" type: "Input" top: "x" input_param { shape { dim: 1 dim: 1 } } }'
+        'layer { name: "s" type: "Scale" bottom: "x" top: "s" scale_param { bias_term: true } }'
+        'layer { name: "l" type: "Reduction" bottom: "x" top: "l" loss_weight: 1 }'
+        'layer { name: "m" type: "Reduction" bottom: "s" top: "m" loss_weight: 1e-30 }'
+    )
+    param = schema.SolverParameter(net_param=net, base_lr=0.5, gamma=0.5, lr_policy="plateau")
+    param.plateau_winsize.extend(windows)
+    param.average_loss, param.random_seed, param.solver_mode = average, 0, param.CPU
+    param.snapshot_prefix = str(tmp_path / "p")
+    solver, got = Solver(param, feed=batches), []
+    for iteration in range(len(values)):
+        if iteration == 10 and average == 1:
+            state = solver.snapshot()
+        solver.step()
+        got.append(solver.learning_rate)
+    assert got == rates and len(set(rates)) == 4
+    if average == 1:
+        assert read_solverstate(state).iter_last_event == 8
+        later = Solver(param, feed=batches, snapshot=state)
+        for rate in rates[10:]:
+            later.step()
+            assert later.learning_rate == rate
+
+
+def test_a_solverstate_of_the_ssd_fork_is_known(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    state = schema.SolverState(iter=3, minimum_loss=0.5, iter_last_event=2)
+    (tmp_path / "s").write_bytes(state.SerializeToString())
+    assert read_solverstate(tmp_path / "s").minimum_loss == 0.5
+    inner = b"\xea\x07\x02\x1a\x00"  # softmax_param { an empty field 3 }
+    model = b"\xa2\x06" + bytes([len(inner)]) + inner
+    (tmp_path / "m").write_bytes(model)
+    assert read_caffemodel(tmp_path / "m").SerializeToString() == model
+    assert not recwarn.list
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 FIXED = 'base_lr: 0.1 lr_policy: "fixed" '
@@ -505,7 +555,11 @@ FIXED = 'base_lr: 0.1 lr_policy: "fixed" '
     [
         ('base_lr: 0.1 lr_policy: "stpe"', "expected an lr_policy out of fixed, step, exp, .*, got 'stpe'"),
         ("base_lr: 0.1", "expected an lr_policy out of .*, got none"),
-        ('base_lr: 0.1 lr_policy: "plateau"', "got 'plateau', of the SSD fork. Name the iterations"),
+        ('base_lr: 0.1 lr_policy: "plateau"', "expected a gamma for the lr_policy 'plateau', got none"),
+        (
+            'base_lr: 0.1 lr_policy: "plateau" gamma: 1',
+            "a plateau_winsize for the lr_policy 'plateau', got none",
+        ),
         ('lr_policy: "fixed"', "expected a base_lr, got none"),
         ('base_lr: nan lr_policy: "fixed"', "expected a base_lr, got nan"),
         (

@@ -95,6 +95,10 @@ def _first_tops(layer: Layer, bottoms: list[Tensor]) -> tuple[Tensor, ...]:
 def _countable(layer: Layer, shape: Sequence[int]) -> Tensor:
     if math.prod(shape) > MOST_ENTRIES:
         raise layer.error(f"tops of at most {MOST_ENTRIES} entries", f"the shape {tuple(shape)}")
+    if math.prod(shape) < 1:
+        raise layer.error(
+            "tops with entries", f"the shape {tuple(shape)}", "Caffe stops at the first forward pass."
+        )
     return torch.empty(tuple(shape), device="meta")
 
 

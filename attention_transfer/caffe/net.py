@@ -27,6 +27,7 @@ from attention_transfer.caffe.files.prototxt import read_net
 from attention_transfer.caffe.fusion import Branch, fusable
 from attention_transfer.caffe.graph import connect, loss_weights, select
 from attention_transfer.caffe.layers import Layer
+from attention_transfer.caffe.layers.forks import settle_meaning
 
 Phase = Literal["TRAIN", "TEST"]
 Weights = Any  # a path, a NetParameter, or several of them
@@ -95,6 +96,10 @@ class Net(nn.Module):
         net = prototxt if isinstance(prototxt, schema.NetParameter) else read_net(prototxt)
         self.phase = phase
         self.proto = select(net, phase, level, stages)
+        stored = [] if weights is None else _read_weights(weights)
+        settle_meaning(self.proto.layer, (net for net, _ in stored))
+        if not self.proto.layer:
+            raise ValueError(f"Net: expected layers in the phase {phase}, got none.")
         self.layers = [make_layer(spec, phase) for spec in self.proto.layer]
         self._wiring = connect(self.layers)
         self._weights = [loss_weights(layer) for layer in self.layers]
@@ -110,8 +115,7 @@ class Net(nn.Module):
         self.register_buffer("_anchor", torch.zeros(()), persistent=False)  # has the net's type and place
         self._loss: Tensor | None = None
         self.train(phase == "TRAIN")
-        if weights is not None:
-            self.load(weights)
+        self._load_all(stored)
 
     # --------------------------------------------------------------------------------------- what it holds
 
@@ -209,9 +213,7 @@ class Net(nn.Module):
     def _scores(self, images: Tensor) -> Tensor:
         layer, name = self._scored()
         needed = sorted(self._wiring.ancestors(layer))
-        source = next(
-            (i for i in needed if not self.layers[i].bottoms and len(self._shapes[i][0]) >= 2), None
-        )
+        source = next((i for i in needed if self.layers[i].is_source and len(self._shapes[i][0]) >= 2), None)
         if source is None:
             raise ValueError(
                 f"Net: expected {name!r} to depend on a blob of images, got none. Pass a dictionary."
@@ -329,10 +331,11 @@ class Net(nn.Module):
             ValueError: if a layer has another number of blobs, or one of another shape.
             OSError: if a file cannot be read.
         """
-        several = weights if isinstance(weights, (list, tuple)) else [weights]
-        for source in several:
-            stored = source if isinstance(source, schema.NetParameter) else read_caffemodel(source)
-            self._load_one(stored, source if isinstance(source, (str, PathLike)) else "the given weights")
+        self._load_all(_read_weights(weights))
+
+    def _load_all(self, stored: Sequence[tuple[Any, Any]]) -> None:
+        for net, source in stored:
+            self._load_one(net, source)
 
     def _load_one(self, stored: Any, source: Any) -> None:
         layers, found = self._by_name(), 0
@@ -420,6 +423,17 @@ def _module_names(layers: Sequence[Layer]) -> list[str]:
         taken.add(name)
         names.append(name)
     return names
+
+
+def _read_weights(weights: Weights) -> list[tuple[Any, Any]]:
+    """Each NetParameter, and what to call it."""
+    several = weights if isinstance(weights, (list, tuple)) else [weights]
+    return [
+        (source, "the given weights")
+        if isinstance(source, schema.NetParameter)
+        else (read_caffemodel(source), source)
+        for source in several
+    ]
 
 
 class _Zeros(torch.autograd.Function):

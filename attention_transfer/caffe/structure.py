@@ -12,6 +12,7 @@ from typing import Any
 
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.graph import is_in
+from attention_transfer.caffe.layers.forks import is_segnets
 
 WITH_BIAS_TERM = {
     "Convolution": "convolution_param",
@@ -90,6 +91,8 @@ def count_blobs(spec: Any) -> int:
         return (len(spec.bottom) == 1) + spec.scale_param.bias_term
     if spec.type == "Bias":
         return int(len(spec.bottom) == 1)
+    if spec.type == "BN":
+        return 2 if is_segnets(spec) else 4
     return {"BatchNorm": 3, "PReLU": 1, "Normalize": 1, "Parameter": 1}.get(spec.type, 0)
 
 

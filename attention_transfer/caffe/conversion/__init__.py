@@ -125,9 +125,9 @@ def convert_net(
 
 
 def _read(prototxt: Any, weights: Any, phase: Phase) -> Net:
-    net = net_without_data(prototxt, phase)
     given = weights if isinstance(weights, (list, tuple)) else [weights]
     stored = [read_caffemodel(each) if isinstance(each, (str, PathLike)) else each for each in given]
+    net = net_without_data(prototxt, phase, stored)
     net.load(stored)
     doubles = any(blob.double_data for each in stored for layer in each.layer for blob in layer.blobs)
     known = {layer.name for each in stored for layer in each.layer}

@@ -107,7 +107,7 @@ def _fill(entries: Mapping[str, Tensors], state: Mapping[str, Tensor]) -> None:
 
 def _put(key: str, entry: Tensors, tensor: Tensor) -> None:
     layer, blob = entry.layer, entry.layer.blobs[entry.index]
-    if tensor.shape != blob.shape and (tensor.numel() != 1 or blob.numel() != 1):
+    if [size for size in tensor.shape if size > 1] != [size for size in blob.shape if size > 1]:
         raise ValueError(
             f"to_caffemodel: expected {tuple(blob.shape)} for {key!r}, got {tuple(tensor.shape)}. "
             "Is it the state of another net?"

@@ -9,6 +9,7 @@ from typing import Any
 
 from attention_transfer.caffe.layers import Layer
 from attention_transfer.caffe.layers.arithmetic import MAX, PROD
+from attention_transfer.caffe.layers.forks import SEGNETS_EPS
 from attention_transfer.caffe.layers.pooling import AVE
 
 WIDTH = 88  # columns; what does not fit gets a line for each argument, and its last comma keeps it so
@@ -153,7 +154,7 @@ def axes(values: Any) -> str:
 # -------------------------------------------------------------------------------------------- with weights
 
 
-@emits("Convolution", "Deconvolution")
+@emits("Convolution", "Deconvolution", "ConvolutionDepthwise", "DepthwiseConvolution")
 def _convolution(site: Site) -> Code:
     layer: Any = site.layer
     spatial = len(layer.kernel)
@@ -171,7 +172,7 @@ def _convolution(site: Site) -> Code:
             arguments.append(f"{name}={numbers(values)}")
     if len(layer.blobs) == 1:
         arguments.append("bias=False")
-    kind = "Conv" if layer.type == "Convolution" else "ConvTranspose"
+    kind = "ConvTranspose" if layer.type == "Deconvolution" else "Conv"
     code = site.module(f"nn.{kind}{spatial}d", *arguments)
     if layer.channels_axis != 1:
         code.steps = [
@@ -278,10 +279,36 @@ def _spread(name: str, trailing: int) -> str:
     return f"{name}[..., {', '.join(['None'] * trailing)}]" if trailing else name
 
 
+@emits("Parameter")
+def _parameter(site: Site) -> Code:
+    made = Call("Learned", [str(size) for size in site.layer.blobs[0].shape])
+    steps: list[tuple[list[str], Call | str]] = [(site.tops, Call(f"self.{site.attribute}", []))]
+    return Code(site.attribute, made, {"value": Tensors(site.layer, 0)}, steps)
+
+
 @emits("PReLU")
 def _prelu(site: Site) -> Code:
     code = site.module("nn.PReLU", str(site.layer.blobs[0].numel()))
     code.tensors = {"weight": Tensors(site.layer, 0)}
+    return code
+
+
+@emits("BN")
+def _bn(site: Site) -> Code:
+    layer: Any = site.layer
+    param, channels = layer.spec.bn_param, layer.factor.numel()
+    if layer.has_averages:
+        arguments = [f"eps={number(param.eps)}", f"momentum={number(round(1 - param.momentum, 7))}"]
+    elif param.bn_mode == param.INFERENCE:
+        code = site.module("Scale", str(channels), f"trailing={site.dim - 2}")
+        code.tensors = {"weight": Tensors(layer, 0), "bias": Tensors(layer, 1)}
+        return code
+    else:
+        arguments = [f"eps={number(SEGNETS_EPS)}", "track_running_stats=False"]
+    kind = "2" if site.dim == 4 else "3" if site.dim == 5 else "1"
+    code = site.module(f"nn.BatchNorm{kind}d", str(channels), *arguments)
+    names = ("weight", "bias", "running_mean", "running_var")[: len(layer.blobs)]
+    code.tensors = {name: Tensors(layer, index) for index, name in enumerate(names)}
     return code
 
 
@@ -306,6 +333,40 @@ def _normalize(site: Site) -> Code:
 def _relu(site: Site) -> Code:
     slope = site.layer.spec.relu_param.negative_slope
     return site.module("nn.LeakyReLU", number(slope)) if slope else site.module("nn.ReLU")
+
+
+@emits("ReLU6")
+def _relu6(site: Site) -> Code:
+    slope = site.layer.spec.relu6_param.negative_slope
+    if not slope:
+        return site.module("nn.ReLU6")
+    inner = Call("F.leaky_relu", [site.bottoms[0], number(slope)])
+    return site.apply(Call("torch.clamp", [str(inner), "max=6.0"]))
+
+
+@emits("Axpy")
+def _axpy(site: Site) -> Code:
+    a, x, y = site.bottoms
+    trailing = len(site.shapes[1]) - site.dim
+    return site.apply(f"{_spread(a, trailing)} * {x} + {y}")
+
+
+@emits("Interp")
+def _interp(site: Site) -> Code:
+    layer: Any = site.layer
+    param, x, top = layer.spec.interp_param, site.bottoms[0], site.tops[0]
+    steps: list[tuple[list[str], Call | str]] = []
+    if param.pad_beg or param.pad_end:
+        part = f"{-param.pad_beg or ''}:{param.pad_end or ''}"
+        steps.append(([top], f"{x}[:, :, {part}, {part}]"))
+        x = top
+    if len(site.bottoms) == 1 and layer.by_factors:
+        call = Call("zoomed", [x, f"shrink={param.shrink_factor}", f"zoom={param.zoom_factor}"])
+    else:
+        size = f"({param.height}, {param.width})"
+        size = size if len(site.bottoms) == 1 else f"{site.bottoms[1]}.shape[2:]"
+        call = Call("F.interpolate", [x, f"size={size}", 'mode="bilinear"', "align_corners=True"])
+    return Code(steps=[*steps, ([top], call)])
 
 
 @emits("Sigmoid")
@@ -341,7 +402,9 @@ def _threshold(site: Site) -> Code:
 
 @emits("Dropout")
 def _dropout(site: Site) -> Code:
-    return site.module("nn.Dropout", number(site.layer.spec.dropout_param.dropout_ratio))
+    ratio = site.layer.spec.dropout_param.dropout_ratio
+    differs = "in training, with a ratio of 1, nothing is a number" if ratio == 1 else ""
+    return site.module("nn.Dropout", number(ratio), differs=differs)
 
 
 @emits("Exp")

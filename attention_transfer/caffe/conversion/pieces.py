@@ -51,6 +51,17 @@ class Normalize(nn.Module):
         return x / norm * self.scale.reshape(-1, *[1] * (x.dim() - 2))
 
 
+class Learned(nn.Module):
+    """Values that are learned, and nothing else."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(shape))
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
 class TransposedLinear(nn.Module):
     """x @ weight + bias, with weights (inputs, outputs)."""
 
@@ -77,6 +88,12 @@ def exponential(x: Tensor, scale: float, factor: float) -> Tensor:
 def logarithm(x: Tensor, scale: float, shift: float, factor: float) -> Tensor:
     """factor * log(shift + scale * x)."""
     return torch.log(x * scale + shift) * factor
+
+
+def zoomed(x: Tensor, shrink: int, zoom: int) -> Tensor:
+    """Every `shrink`-th place, then `zoom` - 1 places between any two, bilinearly."""
+    size = [(n - 1) // shrink * zoom + 1 for n in x.shape[2:]]
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
 def above(x: Tensor, threshold: float) -> Tensor:

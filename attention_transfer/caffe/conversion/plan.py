@@ -11,6 +11,7 @@ from attention_transfer.caffe import schema
 from attention_transfer.caffe.files.prototxt import read_net
 from attention_transfer.caffe.graph import Version, Wiring, connect
 from attention_transfer.caffe.layers import Layer
+from attention_transfer.caffe.layers.forks import settle_meaning
 from attention_transfer.caffe.layers.loss import Loss
 from attention_transfer.caffe.net import Net, Phase
 from attention_transfer.caffe.structure import with_known_sizes
@@ -52,13 +53,18 @@ class Plan:
         return self.net.shapes[self.name(version)]
 
 
-def net_without_data(prototxt: Any, phase: Phase) -> Net:
+def net_without_data(prototxt: Any, phase: Phase, stored: Sequence[Any] = ()) -> Net:
     """A net whose data need not be there, if its prototxt tells the size of the images.
+
+    Args:
+        stored: its weights, NetParameters, which tell what the prototxt leaves open.
 
     Raises:
         ValueError, OSError: as `Net`.
     """
-    net = prototxt if isinstance(prototxt, schema.NetParameter) else read_net(prototxt)
+    net = schema.NetParameter()
+    net.CopyFrom(prototxt if isinstance(prototxt, schema.NetParameter) else read_net(prototxt))
+    settle_meaning(net.layer, stored)
     try:
         return Net(net, phase=phase)
     except FileNotFoundError:
@@ -80,10 +86,10 @@ def make_plan(net: Net, wanted: Sequence[str] = ()) -> Plan:
     if not outputs:  # sums with a loss weight are losses only beside something else
         outputs = _ends(layers, wiring, _losses(net, wiring, weighted=False))
     needed = sorted(set().union(*(wiring.ancestors(layer) for layer, _ in outputs)))
-    computing = [i for i in needed if not _is_source(layers[i])]
+    computing = [i for i in needed if not layers[i].is_source]
     inputs = list(dict.fromkeys(source for i in computing for source in wiring.sources[i]))
     dropped = [i for i in range(len(layers)) if i not in needed]
-    sources = [version for version in inputs if _is_source(layers[version[0]])]
+    sources = [version for version in inputs if layers[version[0]].is_source]
     if not computing:
         raise ValueError(
             "convert: expected layers that compute something besides losses, got none in "
@@ -94,10 +100,6 @@ def make_plan(net: Net, wanted: Sequence[str] = ()) -> Plan:
 
 def _gives_places(layer: Layer) -> bool:
     return layer.type == "Pooling" and len(layer.tops) > 1
-
-
-def _is_source(layer: Layer) -> bool:
-    return not layer.bottoms
 
 
 def _losses(net: Net, wiring: Wiring, *, weighted: bool) -> set[int]:
@@ -123,7 +125,7 @@ def _ends(layers: Sequence[Layer], wiring: Wiring, losses: set[int]) -> list[Ver
     labels: set[int] = set()
     ends: list[Version] = []
     for index in reversed(range(len(layers))):
-        if index in losses or index in silent or _is_source(layers[index]):
+        if index in losses or index in silent or layers[index].is_source:
             continue
         uses = {(index, top): wiring.uses[index, top] for top in range(len(layers[index].tops))}
         if all(each and all(user in silent for user, _ in each) for each in uses.values()):
@@ -149,7 +151,7 @@ def _is_label(layers: Sequence[Layer], losses: set[int], use: tuple[int, int]) -
 
 
 def _find(net: Net, wiring: Wiring, wanted: Sequence[str], losses: set[int]) -> list[Version]:
-    known = [name for name, (index, _) in wiring.last.items() if not _is_source(net.layers[index])]
+    known = [name for name, (index, _) in wiring.last.items() if not net.layers[index].is_source]
     found = []
     for name in dict.fromkeys(wanted):
         if name not in known:

@@ -154,7 +154,7 @@ class _Writer:
         """The shape of what a layer gives, where it is another than the bottom's."""
         layer, shapes = self.plan.net.layers[index], self.plan.net.shapes
         shape = shapes[layer.tops[0]]
-        changed = len(layer.tops) == 1 and shape != shapes[layer.bottoms[0]]
+        changed = len(layer.tops) == 1 and (not layer.bottoms or shape != shapes[layer.bottoms[0]])
         return f"  # {self._shape(shape)}" if changed else ""
 
     def _shape(self, shape: tuple[int, ...]) -> str:

@@ -18,6 +18,8 @@ from attention_transfer.caffe.files.upgrade import upgrade_net
 from attention_transfer.caffe.schema import DecodeError, UnknownFieldSet
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+# Settings of losses in several forks (weights of classes and the like), on which no blob depends.
+HARMLESS = {"LossParameter field 4", "SoftmaxParameter field 3"}
 MOST_ENTRIES = 2**31 - 1  # of a blob: Caffe counts them in an int
 
 
@@ -82,7 +84,7 @@ def read_binary(path: str | PathLike[str], message: Any, user: str) -> Any:
             f"{user}: expected a {kind} in protobuf's binary form, got something else in {path} "
             f"({len(data)} bytes): it is damaged, cut off, or of another kind."
         ) from None
-    if unknown := sorted(unknown_names(message)):
+    if unknown := sorted(unknown_names(message) - HARMLESS):
         listed = ", ".join(unknown[:6]) + (" and more" if len(unknown) > 6 else "")
         warnings.warn(f"{user}: {path}: kept without knowing what they mean: {listed}.", stacklevel=3)
     return message

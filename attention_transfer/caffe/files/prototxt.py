@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
@@ -16,6 +17,8 @@ from attention_transfer.caffe.files.upgrade import upgrade_net, upgrade_solver
 from attention_transfer.caffe.schema import text_format
 
 LARGEST_TEXT = 4 << 20  # bytes; the deepest published nets take 0.2 MB
+
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how such bytes come out of Python's decoding
 
 TOKEN = re.compile(r"""#[^\n]*|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|[{}<>]|[^\s{}<>"'#:;,\[\]]+|\S""")
 
@@ -56,10 +59,10 @@ def write_prototxt(message: Any, path: str | PathLike[str], *, comment: str = ""
 
 
 def read_text(path: str | PathLike[str], user: str) -> str:
-    """The text of a file of bearable size.
+    """The text of a file of bearable size. What is not UTF-8 in comments becomes question marks.
 
     Raises:
-        ValueError: if it is too large, or not UTF-8.
+        ValueError: if it is too large, not UTF-8 outside of comments, or begins with a byte-order mark.
         OSError: if it cannot be read.
     """
     with open_file(path) as file:
@@ -68,11 +71,18 @@ def read_text(path: str | PathLike[str], user: str) -> str:
         raise ValueError(
             f"{user}: expected a prototxt of at most {LARGEST_TEXT >> 20} MB, got more in {path}."
         )
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
+    if data.startswith(BOM_UTF8):
+        raise ValueError(
+            f"{user}: expected text, got a byte-order mark before it in {path}: Caffe cannot read it. "
+            "Save the file as UTF-8 without one."
+        )
+    text = data.decode("utf-8", errors="surrogateescape")
+    if not NOT_UTF8.search(text):
+        return text
+    if any(NOT_UTF8.search(token) for token, _, _ in tokens(text)):
         remedy = "A .caffemodel holds weights; the net is in a .prototxt."
-        raise ValueError(f"{user}: expected text, got other bytes in {path}. {remedy}") from None
+        raise ValueError(f"{user}: expected text in UTF-8, got other bytes in {path}. {remedy}")
+    return NOT_UTF8.sub("?", text)
 
 
 def parse(text: str, message: Any, source: str, user: str) -> Any:

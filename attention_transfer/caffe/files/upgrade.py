@@ -18,8 +18,8 @@ TRANSFORMED = {"Data": "data_param", "ImageData": "image_data_param", "WindowDat
 def upgrade_net(net: Any, user: str) -> Any:
     """Bring `net`, a NetParameter, to the current form, in place; returns it.
 
-    V1 `layers` become `layer`, `input` fields an Input layer, transformations inside a data layer's own
-    parameters a `transform_param`; a BatchNorm loses a spec of exactly three `param` entries.
+    V1 `layers` become `layer`, `input` fields with shapes an Input layer, transformations inside a data
+    layer's own parameters a `transform_param`; a BatchNorm loses a spec of exactly three `param` entries.
 
     Raises:
         ValueError: if it mixes `layer` and `layers`, or declares inputs in a way that does not fit.
@@ -94,18 +94,25 @@ def _upgrade_transformation(layer: Any) -> None:
 
 
 def _upgrade_inputs(net: Any, user: str) -> None:
-    given = len(net.input_dim) // 4 if net.input_dim else len(net.input_shape)
-    if len(net.input_dim) % 4 or (given and given != len(net.input)):
-        raise ValueError(
-            f"{user}: expected one input_shape, or four input_dim, for each of {len(net.input)} `input`, got "
-            f"{len(net.input_shape)} input_shape and {len(net.input_dim)} input_dim."
-        )
-    layer = schema.LayerParameter(name="input", type="Input", top=net.input)
-    for index in range(given):
-        dims = net.input_dim[4 * index : 4 * index + 4] or net.input_shape[index].dim
-        layer.input_param.shape.add(dim=dims)
-    layers = [layer, *net.layer]
-    del net.layer[:]
-    net.layer.extend(layers)
+    """Make an Input layer of `input` fields with shapes. Those without say nothing: a layer declares them.
+
+    Shapes come before dimensions, and more of either than inputs count for nothing, as in Caffe.
+    """
+    shapes = [list(shape.dim) for shape in net.input_shape]
+    if not shapes:
+        shapes = [list(net.input_dim[start : start + 4]) for start in range(0, len(net.input_dim), 4)]
+    if shapes:
+        own = shapes[: len(net.input)]
+        if len(own) < len(net.input) or (not net.input_shape and len(own[-1]) < 4):
+            raise ValueError(
+                f"{user}: expected one input_shape, or four input_dim, for each of {len(net.input)} `input`, "
+                f"got {len(net.input_shape)} input_shape and {len(net.input_dim)} input_dim."
+            )
+        layer = schema.LayerParameter(name="input", type="Input", top=net.input)
+        for dims in own:
+            layer.input_param.shape.add(dim=dims)
+        layers = [layer, *net.layer]
+        del net.layer[:]
+        net.layer.extend(layers)
     for field in ("input", "input_dim", "input_shape"):
         net.ClearField(field)

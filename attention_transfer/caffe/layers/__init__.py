@@ -10,6 +10,7 @@ from attention_transfer.caffe.layers import (
     arithmetic,
     convolution,
     data,
+    forks,
     loss,
     normalization,
     pooling,
@@ -20,8 +21,8 @@ from attention_transfer.caffe.layers import (
 from attention_transfer.caffe.layers.base import REGISTRY, Layer
 
 __all__ = [
-    "REGISTRY", "Layer", "Unknown", "activation", "arithmetic", "convolution", "data", "loss", "new_layer",
-    "normalization", "pooling", "python", "score", "shape",
+    "FORKS", "REGISTRY", "Layer", "Unknown", "activation", "arithmetic", "convolution", "data", "forks",
+    "loss", "new_layer", "normalization", "pooling", "python", "score", "shape",
 ]  # fmt: skip
 
 
@@ -34,6 +35,17 @@ SSDS_OWN = {
     "AnnotatedData", "DetectionEvaluate", "DetectionOutput", "MultiBoxLoss", "PriorBox", "SmoothL1Loss",
     "VideoData",
 }  # fmt: skip
+
+
+# What other forks have, and whose layer it is.
+FORKS = {
+    "Axpy": "SENet's",
+    "BN": "PSPNet's and SegNet's, two of one name",
+    "ConvolutionDepthwise": "of forks for depthwise convolutions",
+    "DepthwiseConvolution": "of forks for depthwise convolutions",
+    "Interp": "DeepLab's and PSPNet's",
+    "ReLU6": "of MobileNet's forks",
+}
 
 
 class Unknown(Layer):

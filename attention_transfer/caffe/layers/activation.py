@@ -75,15 +75,21 @@ class Threshold(Layer):
 
 @register("Dropout")
 class Dropout(Layer):
-    """In training, entries are kept with probability 1 - dropout_ratio and scaled by its inverse."""
+    """In training, entries are kept with probability 1 - dropout_ratio and scaled by its inverse.
+
+    With a ratio of 1 that is 0 times infinity, so nothing is a number in training.
+    """
 
     def setup(self, x: Tensor) -> None:
         ratio = self.spec.dropout_param.dropout_ratio
-        if not 0 <= ratio < 1:
-            raise self.error("a dropout_ratio from 0 to below 1", ratio)
+        if not 0 <= ratio <= 1:
+            raise self.error("a dropout_ratio from 0 to 1", ratio)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.spec.dropout_param.dropout_ratio, self.learning)
+        ratio = self.spec.dropout_param.dropout_ratio
+        if ratio == 1 and self.learning:
+            return x * math.nan
+        return F.dropout(x, ratio, self.learning)
 
 
 @register("PReLU")

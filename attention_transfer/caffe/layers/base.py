@@ -97,6 +97,11 @@ class Layer(nn.Module):
         return [getattr(self, name) for name in self.blob_names]
 
     @property
+    def is_source(self) -> bool:
+        """Whether its tops come from outside of the net, as those of Parameter do not."""
+        return not self.bottoms and not self.blob_names
+
+    @property
     def learning(self) -> bool:
         """Whether this forward pass is one of training: the phase is TRAIN, and `eval()` is not on."""
         return self.train_phase and self.training

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -31,13 +31,13 @@ class _Window(Layer):
         self.stride = _per_axis(self, param, "stride", spatial, 1)
         self.pad = _per_axis(self, param, "pad", spatial, 0)
         self.dilation = _listed(self, param.dilation, "dilation", spatial, 1)
-        self.groups, channels = param.group, first.shape[self.channels_axis]
+        channels = first.shape[self.channels_axis]
+        self.groups = self.count_groups(channels)
         if param.num_output < 1 or self.groups < 1:
-            raise self.error("num_output and group of 1 or more", f"{param.num_output} and {param.group}")
+            raise self.error("num_output and group of 1 or more", f"{param.num_output} and {self.groups}")
         if channels % self.groups or param.num_output % self.groups:
             got = f"{channels} channels, num_output {param.num_output} and group {self.groups}"
             raise self.error("channels and num_output that are multiples of group", got)
-        self._check_extent(first.shape[self.channels_axis + 1 :])
         self.add_blob(
             "weight", (*self._channels(channels, param.num_output), *self.kernel), param.weight_filler
         )
@@ -45,8 +45,9 @@ class _Window(Layer):
             self.add_blob("bias", (param.num_output,), param.bias_filler)
         self.function = self.functions[spatial - 1]
 
-    def _check_extent(self, sizes: Sequence[int]) -> None:
-        """Refuse a bottom that the window does not fit into."""
+    def count_groups(self, channels: int) -> int:
+        """The groups of a bottom of so many channels."""
+        return self.spec.convolution_param.group
 
     def _channels(self, channels: int, outputs: int) -> tuple[int, int]:
         raise NotImplementedError
@@ -70,14 +71,6 @@ class Convolution(_Window):
     """Weights (num_output, channels / group, *kernel) and, with bias_term, a bias (num_output)."""
 
     functions = (F.conv1d, F.conv2d, F.conv3d)
-
-    def _check_extent(self, sizes: Sequence[int]) -> None:
-        extents = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
-        padded = [size + 2 * pad for size, pad in zip(sizes, self.pad, strict=True)]
-        if any(extent > size for extent, size in zip(extents, padded, strict=True)):
-            raise self.error(
-                f"a kernel that fits into {tuple(padded)}, pad included", f"one of {tuple(extents)}"
-            )
 
     def _channels(self, channels: int, outputs: int) -> tuple[int, int]:
         return outputs, channels // self.groups
@@ -103,12 +96,13 @@ class Deconvolution(_Window):
 
 def _per_axis(layer: Layer, param: Any, name: str, spatial: int, default: int | None) -> tuple[int, ...]:
     """One number for each spatial axis, from the repeated field or from NAME_h and NAME_w."""
-    h, w = f"{name}_h", f"{name}_w"
+    h, w, listed = f"{name}_h", f"{name}_w", "kernel_size" if name == "kernel" else name
     if not (param.HasField(h) or param.HasField(w)):
-        repeated = getattr(param, "kernel_size" if name == "kernel" else name)
-        return _listed(layer, repeated, name, spatial, default)
+        return _listed(layer, getattr(param, listed), name, spatial, default)
     if spatial != 2:
         raise layer.error(f"{h} and {w} for two spatial axes only", f"{spatial} of them")
+    if getattr(param, listed):
+        raise layer.error(f"either {listed}, or {h} and {w}", "both")
     values = getattr(param, h), getattr(param, w)
     if name != "pad" and min(values) < 1:
         raise layer.error(f"{h} and {w} of 1 or more", values)

@@ -36,12 +36,14 @@ class Pooling(Layer):
             raise self.unsupported("pool MAX or AVE", "STOCHASTIC", "It cannot run here.")
         if len(self.tops) > 1 and param.pool != MAX:
             raise self.error("a second top for pool MAX only", "AVE")
+        self.stride = _pair(self, param, "stride", "stride")
+        self.pad = _pair(self, param, "pad", "pad")
         if not param.global_pooling:
             self.kernel = _pair(self, param, "kernel", "kernel_size")
-            self.stride = _pair(self, param, "stride", "stride")
-        self.pad = _pair(self, param, "pad", "pad")
-        if param.global_pooling and (any(self.pad) or param.HasField("kernel_size")):
+        elif any(param.HasField(name) for name in ("kernel_size", "kernel_h", "kernel_w")) or any(self.pad):
             raise self.error("neither kernel nor pad beside global_pooling", "one")
+        elif self.stride != (1, 1):
+            raise self.error("a stride of 1 beside global_pooling", self.stride)
         if not param.global_pooling and any(p >= k for p, k in zip(self.pad, self.kernel, strict=True)):
             raise self.error("a pad smaller than the kernel", f"{self.pad} and {self.kernel}")
 
@@ -53,6 +55,8 @@ class Pooling(Layer):
             kernel, stride = self.kernel, self.stride
         axes = zip(hw, kernel, stride, self.pad, strict=True)
         sizes = [count_windows(*axis, clip=any(self.pad)) for axis in axes]
+        if min(sizes) < 1:
+            raise self.error("a kernel that fits into its bottom", f"{kernel} for {hw}")
         plain = all(_is_plain(*axis) for axis in zip(hw, kernel, stride, self.pad, sizes, strict=True))
         if self.spec.pooling_param.pool == AVE:
             return self._mean(x, kernel, stride, sizes, plain)
@@ -111,11 +115,14 @@ def _is_plain(size: int, kernel: int, stride: int, pad: int, count: int) -> bool
 
 
 def _pair(layer: Layer, param: Any, name: str, square: str) -> Pair:
+    """(h, w) of a size: from the one field, or from both of NAME_h and NAME_w."""
     h, w = f"{name}_h", f"{name}_w"
-    if param.HasField(h) or param.HasField(w):
-        values = getattr(param, h), getattr(param, w)
-    else:
-        values = (getattr(param, square),) * 2
+    given = param.HasField(h) + param.HasField(w)
+    if param.HasField(square) and given > (name == "kernel"):  # of a kernel, one is overlooked
+        raise layer.error(f"either {square}, or {h} and {w}", "both")
+    if given == 1 and not param.HasField(square):
+        raise layer.error(f"{h} and {w}, or {square}", "one of the two")
+    values = (getattr(param, h), getattr(param, w)) if given == 2 else (getattr(param, square),) * 2
     if name != "pad" and min(values) < 1:
         raise layer.error(f"a {name} of 1 or more", values)
     return values

@@ -24,8 +24,8 @@ class Input(Layer):
         if len(given) not in (1, len(self.tops)):
             expected = "1 shape" if len(self.tops) == 1 else f"1 or {len(self.tops)} shapes"
             raise self.error(expected, len(given), "Declare them by `input_param { shape { dim: ... } }`.")
-        if any(dim < 0 for shape in given for dim in shape):
-            raise self.error("dimensions of 0 or more", given)
+        if any(dim < 1 for shape in given for dim in shape):
+            raise self.error("dimensions of 1 or more", given)
         return given * len(self.tops) if len(given) == 1 else given
 
 
@@ -48,6 +48,34 @@ class Silence(Layer):
 
     def forward(self, *bottoms: Tensor) -> tuple[()]:
         return ()
+
+
+@register("HDF5Output")
+class HDF5Output(Layer):
+    """Takes data and labels. Caffe writes them into a file; here nothing is written."""
+
+    bottoms_expected = (2, 2)
+    tops_expected = (0, 0)
+
+    def forward(self, *bottoms: Tensor) -> tuple[()]:
+        return ()
+
+
+@register("Parameter")
+class Parameter(Layer):
+    """A blob as a top: learned values that no bottom goes into, zeros at first."""
+
+    bottoms_expected = (0, 0)
+    value: Tensor
+
+    def setup(self, *bottoms: Tensor) -> None:
+        self.add_blob("value", tuple(self.spec.parameter_param.shape.dim))
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [tuple(self.value.shape)]
+
+    def forward(self, *bottoms: Tensor) -> Tensor:
+        return self.value
 
 
 @register("Reshape")

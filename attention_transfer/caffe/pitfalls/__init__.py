@@ -74,7 +74,7 @@ def check(prototxt: str | PathLike[str] | Any, solver: str | PathLike[str] | Any
         blames = [blame for case, _ in tried if (blame := rule(case))]
         if blames:
             found.append(_finding(name, blames, lines))
-    blamed = {name for finding in found for name in finding.layers}
+    blamed = {name for finding in found if not finding.note for name in finding.layers}
     found += _refused(net, [trial for case, trial in tried], blamed, lines)
     return sorted(found, key=lambda finding: finding.line)
 
@@ -181,7 +181,8 @@ def _finding(name: str, blames: list[Blame], lines: list[int]) -> Finding:
     nodes = {node.index: node.name for blame in reversed(blames) for node in blame.nodes}
     order = sorted(nodes)
     names = list(dict.fromkeys(nodes[index] for index in order))
-    return Finding(name, names, lines[order[0]], blames[0].message, blames[0].mend)
+    line = lines[order[0]] if order else 1
+    return Finding(name, names, line, blames[0].message, blames[0].mend, blames[0].note)
 
 
 def _by_name(unknown: list[Misspelt]) -> list[list[Misspelt]]:

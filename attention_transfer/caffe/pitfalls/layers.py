@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from attention_transfer.caffe.layers import FORKS
 from attention_transfer.caffe.layers.pooling import count_windows
 from attention_transfer.caffe.pitfalls.rules import Blame, Case, named, pitfall
-from attention_transfer.caffe.structure import Node
+from attention_transfer.caffe.structure import Node, tests_always
 
 OWN_TOP = "Give it a top of its own name."
 RECTIFIERS = {"AbsVal", "ReLU", "PReLU"}
@@ -226,6 +227,58 @@ def watches(case: Case, node: Node) -> bool:
 def counts(case: Case, node: Node) -> bool:
     """Whether a layer's top adds to the net's loss, by itself or through layers above."""
     return any(weight for above in {node, *case.graph.above([node])} for weight in above.loss_weights)
+
+
+@pitfall("dropout_of_all")
+def dropout_of_all(case: Case) -> Blame | None:
+    """A Dropout of everything, in the TRAIN phase."""
+    blamed = [
+        node
+        for node in case.graph.nodes
+        if case.train and node.type == "Dropout" and node.spec.dropout_param.dropout_ratio == 1
+    ]
+    if not blamed or all(tests_always(node.spec) for node in blamed):
+        return None
+    message = f"What {named(blamed)} gives in training is 0 times infinity, not a number. Caffe says nothing."
+    return Blame(blamed, message, "Take a dropout_ratio below 1.")
+
+
+@pitfall("layer_of_a_fork")
+def layer_of_a_fork(case: Case) -> Blame | None:
+    """Layers that neither stock Caffe nor the SSD fork has."""
+    blamed = [node for node in case.graph.nodes if node.type in FORKS]
+    if not blamed:
+        return None
+    kinds = "; ".join(f"{kind} is {FORKS[kind]}" for kind in sorted({node.type for node in blamed}))
+    message = f"Neither stock Caffe nor the SSD fork has the types of {named(blamed)}: {kinds}."
+    return Blame(blamed, message, "Train it in this package, or in a Caffe that has them.", note=True)
+
+
+@pitfall("engine_cudnn")
+def engine_cudnn(case: Case) -> Blame | None:
+    """Layers that ask for cuDNN."""
+    blamed = [node for node in case.graph.nodes if _asks_for_cudnn(node)]
+    if not blamed:
+        return None
+    message = f"A Caffe without cuDNN, such as one for CPUs, stops at {named(blamed)}: unknown engine."
+    return Blame(blamed, message, "Leave the engine out: Caffe takes cuDNN where it has it.", note=True)
+
+
+def _asks_for_cudnn(node: Node) -> bool:
+    params = [value for field, value in node.spec.ListFields() if field.name.endswith("_param")]
+    engines = [param for param in params if "engine" in param.DESCRIPTOR.fields_by_name]
+    return any(param.engine == param.CUDNN for param in engines)
+
+
+@pitfall("plateau_of_the_ssd_fork")
+def plateau_of_the_ssd_fork(case: Case) -> Blame | None:
+    """A learning rate policy that stock Caffe has not."""
+    if case.solver is None or case.solver.lr_policy != "plateau":
+        return None
+    message = "The solver's lr_policy 'plateau' is the SSD fork's; stock Caffe stops at the first iteration."
+    return Blame(
+        [], message, "Name the iterations yourself: lr_policy 'multistep' with stepvalue.", note=True
+    )
 
 
 @pitfall("same_layer_name")

@@ -47,11 +47,12 @@ class Case:
 
 
 class Blame(NamedTuple):
-    """What a rule found: the layers, what real Caffe does about it, and how to mend it."""
+    """What a rule found: the layers, what real Caffe does about it, how to mend it, and `Finding.note`."""
 
     nodes: Collection[Node]
     message: str
     mend: str
+    note: bool = False
 
 
 Rule = Callable[[Case], Blame | None]

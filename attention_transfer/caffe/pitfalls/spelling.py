@@ -14,11 +14,8 @@ from attention_transfer.caffe.schema import text_format
 
 # Fields of other Caffes whose layers this package has no messages for: their users have spelled them right.
 FOREIGN = {
-    "annotated_data_param", "detection_evaluate_param", "detection_output_param", "multibox_loss_param",
-    "prior_box_param", "video_data_param", "resize_param", "noise_param", "distort_param", "expand_param",
-    "emit_constraint", "crop_h", "crop_w", "clip_param", "swish_param", "roi_pooling_param", "interp_param",
-    "upsample_param", "bn_param", "shuffle_channel_param", "relu6_param", "focal_loss_param", "l1_loss_param",
-    "smooth_l1_loss_param",
+    "clip_param", "swish_param", "roi_pooling_param", "upsample_param", "shuffle_channel_param",
+    "focal_loss_param", "l1_loss_param", "smooth_l1_loss_param", "dense_image_data_param",
 }  # fmt: skip
 
 

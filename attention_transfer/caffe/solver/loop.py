@@ -20,7 +20,7 @@ from attention_transfer.caffe.files.prototxt import read_solver
 from attention_transfer.caffe.layers.data import DataLayer
 from attention_transfer.caffe.net import Net, Weights
 from attention_transfer.caffe.solver.nets import check_solver, make_nets, starting_weights
-from attention_transfer.caffe.solver.rates import learning_rate, next_step
+from attention_transfer.caffe.solver.rates import Progress, advance, learning_rate
 from attention_transfer.caffe.solver.updates import LINEAR, SLOTS, UPDATES, clip, decay
 
 Feed = Iterable[Mapping[str, Any]]
@@ -86,7 +86,8 @@ class Solver:
             )
         self._feeds = {id(self.net): _Cycle(feed)} if feed is not None else {}
         self._feeds |= {id(net): _Cycle(one) for net, one in zip(self.test_nets, test_feed, strict=False)}
-        self.iteration = self._step = self._tests = 0
+        self.iteration = self._tests = 0
+        self._progress = Progress()
         self.tested: tuple[int, list[dict[str, Value]]] = (-1, [])
         self._history: dict[int, list[Tensor]] = {}
         self._losses: dict[str, Tensor] = {}
@@ -103,9 +104,9 @@ class Solver:
     def learning_rate(self) -> float:
         """Of the iteration last done; before any, of the first."""
         iteration = max(self.iteration - 1, 0)
-        step = self._step if self.iteration else next_step(self.param, 0, 0)
+        progress = self._progress if self.iteration else advance(self.param, 0, Progress(), lambda: 0.0)
         number = np.float64 if self.net.dtype == torch.float64 else np.float32
-        return learning_rate(self.param, iteration, step, number)
+        return learning_rate(self.param, iteration, progress.step, number)
 
     @property
     def device(self) -> torch.device:
@@ -243,7 +244,7 @@ class Solver:
         for tensor in self._losses.values():
             tensor /= self.param.iter_size
         self._recent.append(total / self.param.iter_size)
-        self._step = next_step(self.param, self.iteration, self._step)
+        self._progress = advance(self.param, self.iteration, self._progress, lambda: self.smoothed_loss)
         self.iteration += 1
         with torch.no_grad():
             self._update()
@@ -331,8 +332,12 @@ class Solver:
         model, state_file = self.snapshot_path(".caffemodel"), self.snapshot_path(".solverstate")
         model.parent.mkdir(parents=True, exist_ok=True)
         write_binary(self.net.to_caffemodel(), model)
-        state = schema.SolverState(iter=self.iteration, learned_net=str(model), current_step=self._step)
+        state = schema.SolverState(
+            iter=self.iteration, learned_net=str(model), current_step=self._progress.step
+        )
         state.random_seed = self.seed
+        if self.param.lr_policy == "plateau":
+            state.minimum_loss, state.iter_last_event = self._progress.minimum_loss, self._progress.last_event
         blobs = [entry.tensor for entry in self.net.learnable]
         for slot in range(SLOTS.get(self.param.type, 1)):
             slots = [self._buffers(index, blob)[slot] for index, blob in enumerate(blobs)]
@@ -351,12 +356,13 @@ class Solver:
             OSError: if a file cannot be read.
         """
         state = read_solverstate(path)
-        if min(state.iter, state.current_step, state.random_seed) < 0:
+        if min(state.iter, state.current_step, state.iter_last_event, state.random_seed) < 0:
             raise ValueError(f"Solver.restore: expected counts of 0 or more, got negative ones in {path}.")
         arrays = [torch.from_numpy(blob_array(blob)) for blob in state.history]
         self._check_history(arrays, path)
         self.net.load(_learned_net(state, Path(path)))
-        self.iteration, self._step = state.iter, state.current_step
+        self.iteration = state.iter
+        self._progress = Progress(state.current_step, state.minimum_loss, state.iter_last_event)
         if state.HasField("random_seed"):
             self.seed = state.random_seed
         count = len(self.net.learnable)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,24 @@ NEEDED = {
     "multistep": ("gamma", "stepvalue"),
     "poly": ("power", "max_iter"),
     "sigmoid": ("gamma",),
+    "plateau": ("gamma", "plateau_winsize"),  # of the SSD fork
 }
+LARGEST = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far down a learning rate is.
+
+    Attributes:
+        step: the steps that were passed, of `step`, `multistep` and `plateau`.
+        minimum_loss: the smallest smoothed loss so far, of `plateau`.
+        last_event: the iteration of that, or of a step after it.
+    """
+
+    step: int = 0
+    minimum_loss: float = LARGEST
+    last_event: int = 0
 
 
 def check_policy(solver: Any) -> None:
@@ -28,11 +46,6 @@ def check_policy(solver: Any) -> None:
         ValueError: if the policy is unknown, or one of its fields is missing or unusable.
     """
     policy = solver.lr_policy
-    if policy == "plateau":
-        raise ValueError(
-            "Solver: expected an lr_policy that depends on the iteration alone, got 'plateau', of the SSD "
-            "fork. Name the iterations yourself: lr_policy 'multistep' with stepvalue."
-        )
     if policy not in NEEDED:
         got = repr(policy) if policy else "none"
         raise ValueError(f"Solver: expected an lr_policy out of {', '.join(NEEDED)}, got {got}.")
@@ -50,7 +63,9 @@ def check_policy(solver: Any) -> None:
 def _is_given(solver: Any, name: str) -> bool:
     if name in ("stepsize", "max_iter"):
         return getattr(solver, name) >= 1
-    return bool(solver.stepvalue) if name == "stepvalue" else solver.HasField(name)
+    if name in ("stepvalue", "plateau_winsize"):
+        return bool(getattr(solver, name))
+    return solver.HasField(name)
 
 
 def _wanted(name: str) -> str:
@@ -59,16 +74,26 @@ def _wanted(name: str) -> str:
     )
 
 
-def next_step(solver: Any, iteration: int, step: int) -> int:
-    """How many steps of `step` and `multistep` are passed at `iteration`, if `step` were before.
+def advance(solver: Any, iteration: int, before: Progress, smoothed_loss: Callable[[], float]) -> Progress:
+    """How far down the learning rate is at `iteration`, if it were `before`.
 
-    At most one step of `multistep` is passed in an iteration.
+    At most one step of `multistep` and `plateau` is passed in an iteration. A step of `plateau` is passed
+    when neither the loss fell to a new minimum nor a step was passed for `plateau_winsize` iterations.
     """
+    step = before.step
     if solver.lr_policy == "step":
-        return iteration // solver.stepsize
+        return Progress(iteration // solver.stepsize)
     if solver.lr_policy == "multistep":
-        return step + (step < len(solver.stepvalue) and iteration >= solver.stepvalue[step])
-    return step
+        passed = step < len(solver.stepvalue) and iteration >= solver.stepvalue[step]
+        return Progress(step + passed)
+    if solver.lr_policy != "plateau":
+        return before
+    loss, minimum, last = smoothed_loss(), before.minimum_loss, before.last_event
+    if loss < minimum:
+        minimum, last = loss, iteration
+    if step < len(solver.plateau_winsize) and iteration >= last + solver.plateau_winsize[step]:
+        step, last = step + 1, iteration
+    return Progress(step, minimum, last)
 
 
 def learning_rate(solver: Any, iteration: int, step: int, number: Number) -> float:
@@ -103,6 +128,7 @@ _FACTORS: dict[str, Callable[[Any, int, int, Number], Any]] = {
     "exp": lambda solver, iteration, step, number: _power_of_gamma(solver, iteration),
     "inv": _inv,
     "multistep": lambda solver, iteration, step, number: _power_of_gamma(solver, step),
+    "plateau": lambda solver, iteration, step, number: _power_of_gamma(solver, step),
     "poly": _poly,
     "sigmoid": _sigmoid,
 }

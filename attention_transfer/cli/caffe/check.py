@@ -9,7 +9,7 @@ from attention_transfer.cli.parsing import PROGRAM, parse, verb_parser
 
 
 def run(arguments: list[str]) -> int:
-    """Print what is wrong; the exit status is 1 if something is."""
+    """Print what is wrong; the exit status is 1 if something is, and not only to be known."""
     parser = verb_parser(
         "caffe check",
         f"{PROGRAM} caffe check at_train.prototxt --solver at_train_solver.prototxt",
@@ -22,8 +22,10 @@ def run(arguments: list[str]) -> int:
 
     findings = check(flags.net, solver=flags.solver)
     for finding in findings:
-        print(f"{flags.net}:{finding.line}: {finding.pitfall}: {', '.join(finding.layers)}")
+        kind = "note: " if finding.note else ""
+        print(f"{flags.net}:{finding.line}: {kind}{finding.pitfall}: {', '.join(finding.layers)}")
         print(f"  {finding.message}", f"  Mend: {finding.mend}", "", sep="\n")
-    if not findings:
+    mistakes = [finding for finding in findings if not finding.note]
+    if not mistakes:
         print(f"{flags.net}: nothing found")
-    return 1 if findings else 0
+    return 1 if mistakes else 0
