@@ -1,9 +1,16 @@
-"""Opening image files that anyone may have made."""
+"""Image files that anyone may have made, and the one rule by which they become pixels.
+
+They are turned upright as EXIF says. Of several frames the first counts. Transparency is dropped: the
+colour beneath shows. CMYK becomes RGB by the plain formula; colour profiles are left aside. More than 8 bits
+a channel are refused, because nobody says which of them are the picture: 12 bits in a file of 16 would come
+out black.
+"""
 
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
 from ._extras import require
 
@@ -13,12 +20,33 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
 """What is opened, whatever its name says. Pillow knows more, and hands EPS to the program Ghostscript."""
 
+LARGEST = 1 << 30  # bytes of an encoded image: as many pixels as Pillow bears, at 8 bytes, take 0.7e9
 
-def open_picture(data: bytes, *, extra: str, user: str) -> Image:
-    """Decode an image, of one with several frames the first.
+GREY_MODES = ("1", "L", "LA")
+MODES = (*GREY_MODES, "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # that Pillow makes L and RGB of
+
+ORIENTATION, BITS_PER_SAMPLE = 0x0112, 258  # tags of EXIF and TIFF
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}  # what undoes an orientation
+
+
+class DeepError(ValueError):
+    """An image of more than 8 bits a channel; the message is its mode."""
+
+
+def open_picture(data: bytes, *, extra: str, user: str, upright: bool = True) -> Image:
+    """Decode an image to one of `MODES`, turned upright as EXIF says unless `upright` is False.
 
     Raises:
-        ValueError: in one line, if it is damaged, of another format, or has more than
+        DeepError: if it has more than 8 bits a channel.
+        ValueError: in one line, if it is damaged, of another format or colour space, or has more than
             `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
     pillow = require("PIL.Image", extra=extra, user=user)
@@ -29,12 +57,26 @@ def open_picture(data: bytes, *, extra: str, user: str) -> Image:
         limit, pixels = pillow.MAX_IMAGE_PIXELS, image.width * image.height
         if limit is not None and pixels > limit:
             raise pillow.DecompressionBombError(f"{pixels:,} pixels, limit {limit:,}")
+        _refuse_deep(image)
         image.load()
+        if image.mode not in MODES:
+            raise ValueError(f"the colour space {image.mode}")
+        return _turned(pillow, image) if upright else image
+    except DeepError:
+        raise
     except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
         raise ValueError(f"too large to decode safely ({_first_line(error)})") from None
     except Exception as error:  # a broken file makes Pillow's decoders raise almost anything
         raise ValueError(_first_line(error)) from None
-    return image
+
+
+def convert(image: Image, channels: int) -> Image:
+    """What `open_picture` gave as mode L (1 channel) or RGB (3 channels)."""
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode == mode:
+        return image
+    # Pillow warns when a palette's transparency is dropped in one go
+    return (image.convert("RGBA") if "transparency" in image.info else image).convert(mode)
 
 
 def _without_bomb_warning(pillow: object, data: bytes) -> Image | None:
@@ -49,6 +91,30 @@ def _without_bomb_warning(pillow: object, data: bytes) -> Image | None:
         except (SyntaxError, IndexError, TypeError, KeyError, EOFError):
             continue  # Pillow's word for: not mine after all
     return None
+
+
+def _refuse_deep(image: Any) -> None:
+    """Of 16 bits Pillow would keep the upper 8 in colour images, all in grey ones, and clip these later."""
+    if image.mode.startswith(("I", "F")):
+        raise DeepError(image.mode)
+    samples = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, ())
+    depths = [*(samples if isinstance(samples, tuple) else (samples,))]
+    for codec, _, _, arguments in image.tile:
+        raw, *rest = arguments if isinstance(arguments, tuple) else (arguments,)
+        if codec.startswith("ppm") and rest:
+            depths.append(rest[0].bit_length())  # of the largest value
+        elif named := re.fullmatch(r"(?!BGR)\w+;(\d+)\w*", str(raw)):  # BGR;16 are 5, 6 and 5 bits
+            depths.append(int(named[1]))
+    if max(depths, default=8) > 8:
+        raise DeepError(f"{image.mode} of {max(depths)} bits a channel")
+
+
+def _turned(pillow: Any, image: Image) -> Image:
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # notes that are damaged, and say nothing: the picture may still be whole
+        return image
+    return image if turn is None else image.transpose(pillow.Transpose[turn])
 
 
 def _first_line(error: Exception) -> str:

@@ -66,14 +66,18 @@ def open_file(path: str | os.PathLike[str], *, buffering: int = -1) -> Any:
     return os.fdopen(open_descriptor(path), "rb", buffering=buffering)
 
 
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
+def read_bytes(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
     """The bytes of a file.
 
     Raises:
+        ValueError: if there are more than `limit`.
         OSError: as `open_file`.
     """
     with open_file(path) as file:
-        return file.read()
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            raise ValueError(f"more than {limit:,} bytes")
+        return file.read(-1 if limit is None else limit)
 
 
 def read_text(path: Path, limit: int = LARGEST) -> str:

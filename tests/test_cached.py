@@ -247,6 +247,41 @@ def test_streamed_images(live: Recipe, tmp_path: Path, monkeypatch: pytest.Monke
     assert numbers(runs[0])[0] == pytest.approx(numbers(runs[1])[0], rel=0.01)
 
 
+def _as_before_there_was_a_rule(cache: Path) -> None:
+    facts = json.loads((cache / "cache.json").read_text())
+    del facts["decoding"]
+    (cache / "cache.json").write_text(json.dumps(facts))
+
+
+def test_a_cache_of_pixels_by_another_rule_is_refused_by_its_name(
+    live: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attention_transfer.data.loading.IN_MEMORY_BYTES", 0)
+    streamed = replace(live, method="at", image_size=16, num_workers=0, pad=0, epochs=1)
+    with monkeypatch.context() as before:
+        before.setattr("attention_transfer.data.identity.DECODING", "")
+        cache = build_cache(streamed, tmp_path / "cache", say=silent)
+    _as_before_there_was_a_rule(cache.folder)
+    Cache.read(cache.folder).require(2)
+    with pytest.raises(
+        ValueError,
+        match="built from images as they are stored, whatever EXIF says; images are now turned upright",
+    ):
+        train(
+            replace(streamed, cache=str(cache.folder), teacher=None, output=str(tmp_path / "run")), say=silent
+        )
+    with pytest.raises(
+        ValueError, match=r"data: \w+, not \w+; decoding: as they are stored, whatever EXIF says, not turned"
+    ):
+        build_cache(streamed, cache.folder, say=silent)
+
+
+def test_a_cache_of_the_same_pixels_serves_whatever_the_rule(recipe: Recipe, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(recipe.cache or "", tmp_path / "cache"))
+    _as_before_there_was_a_rule(copied)
+    train(replace(recipe, cache=str(copied), epochs=1), say=silent)
+
+
 TWO_PROCESSES = """
 import sys
 from attention_transfer.training import Recipe, train

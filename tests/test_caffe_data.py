@@ -126,13 +126,17 @@ def test_encoded_images_come_as_opencv_reads_them(tmp_path: Path, pictures: np.n
     assert np.abs(grey[0, 0].numpy() - want).max() <= 1
 
 
+@pytest.mark.parametrize("turn", [1, 5, 6])  # by EXIF
 @pytest.mark.parametrize(
     ("mode", "flag"), [("L", -1), ("L", 1), ("P", -1), ("RGBA", -1), ("RGBA", 1), ("RGB", 0)]
 )
-def test_modes_of_images(mode: str, flag: int, pictures: np.ndarray) -> None:
+def test_modes_of_images(mode: str, flag: int, turn: int, pictures: np.ndarray) -> None:
     image = Image.fromarray(pictures[0].transpose(1, 2, 0).copy())
     image = image.quantize(16) if mode == "P" else image.convert(mode)
-    data = encoded(image).data
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = turn
+    image.save(buffer, "png", exif=exif)
+    data = buffer.getvalue()
     want = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
     want = want[None] if want.ndim == 2 else want.transpose(2, 0, 1)
     got = decode_image(data, None if flag < 0 else bool(flag), "it")

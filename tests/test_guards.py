@@ -116,6 +116,7 @@ HOSTILE = [
     Guard("_reading.py", "isinstance(event, yaml.AliasEvent)", "False", "security yaml_makes_no"),
     Guard("_reading.py", "except RecursionError:", "except ZeroDivisionError:", "security deep_json"),
     Guard("_reading.py", "if _depth_exceeds(value, DEEPEST):", "if False:", "security deep_json"),
+    Guard("_pictures.py", "        _refuse_deep(image)\n", "", "pictures more_than_8_bits"),
     Guard("_pictures.py", "for name in FORMATS:", 'for name in (*FORMATS, "EPS"):', "security postscript"),
     Guard("_pictures.py", "limit is not None and pixels > limit", "False", "security an_image_bomb"),
     Guard("data/parquet.py", "if held > limit:", "if False:", "security parquet_that_unfolds"),

@@ -44,6 +44,7 @@ class Manifest:
         source: how the images were chosen: recipe fields that say which they are.
         settings: the settings the cache is built with, to go on with it.
         version: of the package that began it.
+        decoding: the rule by which image files became pixels, which `data` depends on.
     """
 
     teacher: str
@@ -68,6 +69,7 @@ class Manifest:
     source: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     version: str = ""
+    decoding: str = "as they are stored, whatever EXIF says"  # before there was another rule
 
     @property
     def identity(self) -> str:
@@ -80,6 +82,8 @@ class Manifest:
         """In which facts another cache differs from this one, each as "name: ours, not theirs"."""
         ours, theirs = asdict(self), asdict(other)
         names = [name for name in ours if name not in _BESIDE and ours[name] != theirs[name]]
+        if "data" in names and self.decoding != other.decoding:
+            names.append("decoding")
         values = [(name, _short(getattr(self, name)), _short(getattr(other, name))) for name in names]
         return [f"{name}: {mine}, not {other}" for name, mine, other in values]
 
@@ -149,14 +153,16 @@ class Manifest:
         if not all(type(value) is int for value in (manifest.pad, manifest.view_seed)):
             raise ValueError("pad and view_seed")
         texts = (manifest.teacher, manifest.teacher_fingerprint, manifest.precision, manifest.data)
-        if not all(isinstance(text, str) for text in texts) or type(manifest.flip) is not bool:
-            raise ValueError("teacher, precision, data and flip")
+        if not all(isinstance(text, str) for text in (*texts, manifest.decoding)):
+            raise ValueError("teacher, precision, data and decoding")
+        if type(manifest.flip) is not bool:
+            raise ValueError("flip")
         if not isinstance(manifest.source, dict) or not isinstance(manifest.settings, dict):
             raise ValueError("source and settings")
         return manifest
 
 
-_BESIDE = ("views", "source", "settings", "version")  # what no stored map depends on
+_BESIDE = ("views", "source", "settings", "version", "decoding")  # what no map depends on, but through `data`
 _COUNTS = ("images", "views", "shard_images", "classes")
 MOST_FILES = 1 << 20  # of a cache: with 64 MB each, 64 TB
 

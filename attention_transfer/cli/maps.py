@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attention_transfer._extras import require
-from attention_transfer._pictures import open_picture
-from attention_transfer._reading import one_line
+from attention_transfer._pictures import LARGEST, DeepError, convert, open_picture
+from attention_transfer._reading import read_bytes
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
 from attention_transfer.training.recipe import parse_pairs
 
@@ -133,20 +132,17 @@ def _normalise(loaded: Loaded) -> Callable[[Tensor], Tensor]:
 
 
 def _read_image(path: str, channels: int, size: int) -> Tensor:
-    """A file as uint8 (c, h, w), its central square resized to `size`."""
-    import torch
+    """A file as uint8 (c, h, w), its central square resized to `size`: pixels as in training."""
+    from attention_transfer.data.decode import resize_and_crop, to_tensor
 
-    operations = require("PIL.ImageOps", extra="plots", user="maps")
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"maps: expected an image file, got {path}, which is not there.")
     try:
-        image = open_picture(Path(path).read_bytes(), extra="plots", user="maps")
-        image = operations.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-    except OSError:
-        raise
-    except Exception as error:  # damaged notes on how it was held make Pillow raise almost anything
-        raise ValueError(f"maps: {path} is not a readable image ({one_line(str(error))}).") from None
-    image = operations.fit(image, (size, size))
-    return (
-        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, -1).permute(2, 0, 1)
-    )
+        image = open_picture(read_bytes(path, LARGEST), extra="plots", user="maps")
+    except DeepError as error:
+        raise ValueError(
+            f"maps: expected 8 bits a channel in {path}, got mode {error}. Convert it."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"maps: {path} is not a readable image ({error}).") from None
+    return to_tensor(resize_and_crop(convert(image, channels), size))

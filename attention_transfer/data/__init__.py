@@ -2,6 +2,7 @@
 
 from .augment import Augment as Augment
 from .batches import Batches as Batches
+from .decode import DECODING as DECODING
 from .identity import data_fingerprint as data_fingerprint
 from .images import Images as Images
 from .images import Splits as Splits

@@ -14,14 +14,15 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from .._extras import require
-from .._pictures import open_picture
+from .._pictures import GREY_MODES, LARGEST, DeepError, convert, open_picture
 from .._reading import one_line, read_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 CHUNK = 256  # images a thread takes at a time
-GREY_MODES = ("1", "L", "LA", "La")
+DECODING = "turned upright as EXIF says"
+"""What tells these pixels from those that another version made of the same files; caches know it."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class EncodedFiles:
         return len(self.paths)
 
     def read(self, row: int) -> bytes:
-        return read_bytes(self.paths[row])
+        return read_bytes(self.paths[row], LARGEST)
 
     def name(self, row: int) -> str:
         return str(self.paths[row])
@@ -102,23 +103,19 @@ def read_image(encoded: Encoded, row: int, channels: int) -> Image:
         NotGreyError: if `channels` is 1 and the image has colour.
     """
     image = _open(encoded, row)
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(
-            f"load_data: expected 8-bit images, got mode {image.mode} in {encoded.name(row)}. "
-            "Convert it to 8 bits a channel."
-        )
     if channels == 1 and image.mode not in GREY_MODES:
         raise NotGreyError
-    mode = "L" if channels == 1 else "RGB"
-    if image.mode == mode:
-        return image
-    # Pillow warns when a palette's transparency is dropped in one go
-    return (image.convert("RGBA") if "transparency" in image.info else image).convert(mode)
+    return convert(image, channels)
 
 
 def _open(encoded: Encoded, row: int) -> Image:
     try:
         return open_picture(_read_bytes(encoded, row), extra="data", user="load_data")
+    except DeepError as error:
+        raise ValueError(
+            f"load_data: expected 8-bit images, got mode {error} in {encoded.name(row)}. "
+            "Convert it to 8 bits a channel: which of its values are black and white, it does not say."
+        ) from None
     except ValueError as error:
         if str(error).startswith("load_data: "):
             raise
@@ -140,6 +137,12 @@ def _read_bytes(encoded: Encoded, row: int) -> bytes:
         raise ValueError(
             f"load_data: cannot read {encoded.name(row)} ({error.strerror or one_line(error)}). "
             "Check the file and its permissions."
+        ) from None
+    except ValueError as error:
+        if str(error).startswith("load_data: "):
+            raise
+        raise ValueError(
+            f"load_data: {encoded.name(row)} is too large to decode safely ({error}). Shrink it."
         ) from None
     if not data:
         raise ValueError(

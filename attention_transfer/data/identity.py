@@ -7,6 +7,7 @@ import hashlib
 import numpy as np
 import torch
 
+from .decode import DECODING
 from .images import Images, StreamedImages
 
 SAMPLE = 64  # streamed images whose bytes are read; of the others, name and size tell enough
@@ -15,9 +16,9 @@ SAMPLE = 64  # streamed images whose bytes are read; of the others, name and siz
 def data_fingerprint(images: Images | StreamedImages) -> str:
     """16 hexadecimal digits of the SHA-256 over images and labels in their order.
 
-    Images in memory count pixel by pixel. Of streamed ones, which would take hours to read, count the size to
-    which they are decoded, every file's name and size (every row's size of a table), and the content of 64
-    that are evenly spread. Where the data set lies makes no difference.
+    Images in memory count pixel by pixel. Of streamed ones, which would take hours to read, count the rule
+    and the size by which they are decoded, every file's name and size (every row's size of a table), and the
+    content of 64 that are evenly spread. Where the data set lies makes no difference.
 
     Raises:
         OSError: if a streamed image is no longer there.
@@ -27,6 +28,7 @@ def data_fingerprint(images: Images | StreamedImages) -> str:
     if isinstance(images, Images):
         digest.update(np.ascontiguousarray(images.images.numpy()).data)
         return digest.hexdigest()[:16]
+    digest.update(DECODING.encode())
     for identity in images.encoded.identify(images.rows.tolist()):
         digest.update(f"{identity}\n".encode())
     for position in torch.linspace(0, len(images) - 1, min(SAMPLE, len(images))).long().tolist():

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._pictures import LARGEST
 from .._reading import open_descriptor
 from .decode import Stretches
 from .sources import RawSplit, Source, group_by_split, numbered_classes
@@ -58,6 +59,8 @@ class TarMembers:
         file = self._file_of(row)
         opened = self._open(file)
         check_unchanged(self.files[file], self.stamps[file], opened.number)
+        if self.sizes[row] > LARGEST:
+            raise ValueError(f"more than {LARGEST:,} bytes")
         return os.pread(opened.number, int(self.sizes[row]), int(self.offsets[row]))
 
     def name(self, row: int) -> str:

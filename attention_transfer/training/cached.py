@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attention_transfer._patterns import is_pattern
 from attention_transfer._weights_path import split_prefix
 from attention_transfer.cache import Cache, Manifest
-from attention_transfer.data import Splits, data_fingerprint
+from attention_transfer.data import DECODING, Splits, data_fingerprint
 from attention_transfer.distiller import Distiller
 from attention_transfer.losses import Energy, Reading, Term
 from attention_transfer.models import fingerprint
@@ -182,6 +182,11 @@ def _check_images(splits: Splits, cache: Cache) -> None:
     facts, found = cache.manifest, data_fingerprint(splits.train)
     ours = (found, splits.mean, splits.std)
     if ours != (facts.data, facts.mean, facts.std):
+        if facts.decoding != DECODING:
+            raise ValueError(
+                f"train: the cache {cache.folder} was built from images {facts.decoding:.80}; images are now "
+                f"{DECODING}, and the fingerprints differ ({facts.data}, not {found}). Build another cache."
+            )
         raise ValueError(
             f"train: the cache {cache.folder} was built from {facts.images:,} other images (fingerprint "
             f"{facts.data}, from {facts.settings.get('data')}), got {len(splits.train):,} of {splits.name} "

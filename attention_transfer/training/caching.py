@@ -15,7 +15,7 @@ from attention_transfer._locks import locked
 from attention_transfer._ranks import is_first_process
 from attention_transfer._tables import duration
 from attention_transfer.cache import Cache, Filler, Layout, Manifest, Shard, megabytes
-from attention_transfer.data import Batches, Splits, Views, data_fingerprint
+from attention_transfer.data import DECODING, Batches, Splits, Views, data_fingerprint
 from attention_transfer.training.build import build_teacher, load_splits
 from attention_transfer.training.onlooker import Onlooker
 from attention_transfer.training.processes import (
@@ -129,6 +129,7 @@ def describe(recipe: Recipe, splits: Splits, onlooker: Onlooker, dtype: Stored) 
         shard_images=1,
         source={name: getattr(recipe, name) for name in IMAGES},
         version=version("attention-transfer"),
+        decoding=DECODING,
     )
     return replace(manifest, shard_images=max(1, SHARD_BYTES // Layout.of(manifest).bytes))
 

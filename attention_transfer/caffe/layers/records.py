@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from attention_transfer._pictures import open_picture
+from attention_transfer._pictures import DeepError, open_picture
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.files.lmdb import Pages
 from attention_transfer.caffe.schema import DecodeError
@@ -116,6 +116,8 @@ def datum_pixels(datum: Any, color: bool | None, what: str) -> np.ndarray:
 def decode_image(data: bytes, color: bool | None, what: str) -> np.ndarray:
     """An encoded image as uint8 (c, h, w), channels in the order blue, green, red.
 
+    As OpenCV does, it is turned upright by EXIF unless it comes as it is.
+
     Args:
         color: three channels or one; None as it is, with alpha as a fourth.
         what: how to call it in an error.
@@ -124,13 +126,13 @@ def decode_image(data: bytes, color: bool | None, what: str) -> np.ndarray:
         ValueError: if it cannot be decoded, is too large, or has not 8 bits a channel.
     """
     try:
-        image = open_picture(data, extra="caffe", user=USER)
+        image = open_picture(data, extra="caffe", user=USER, upright=color is not None)
+    except DeepError as error:
+        raise ValueError(f"{USER}: expected 8 bits a channel in {what}, got the mode {error}.") from None
     except ValueError as error:
         raise ValueError(
             f"{USER}: expected an image in {what}, got what cannot be decoded: {error}."
         ) from None
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"{USER}: expected 8 bits a channel in {what}, got the mode {image.mode}.")
     if image.mode in ("P", "PA") and "transparency" in image.info:
         image = image.convert("RGBA")
     pixels = np.asarray(image.convert(_mode(image.mode, color)))
@@ -145,4 +147,4 @@ def _mode(mode: str, color: bool | None) -> str:
         return "RGB" if color else "L"
     if mode in ("1", "L"):
         return "L"
-    return "RGBA" if mode in ("RGBA", "LA", "PA", "La", "RGBa") else "RGB"
+    return "RGBA" if mode in ("RGBA", "LA", "PA") else "RGB"
