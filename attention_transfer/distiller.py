@@ -35,6 +35,7 @@ AUTO_SHARE = 1.0
 
 Images = Float[Tensor, "b channels height width"]
 Statistics = tuple[Sequence[float], Sequence[float]]
+Layouts = str | Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Distiller(nn.Module):
         terms: the terms beside the cross-entropy. What they learn themselves is among the parameters.
         example_input: a batch (b, channels, height, width) as the student will see it.
         teacher_transform: from the student's input to the teacher's, where they differ; see `InputTransform`.
+        layout: how to read layers that leave a doubt, as in `Taps`: by name of a layer, or one for all; a
+            tuple of two for student and teacher. A name may say it too: ("blocks.3@tokens+0+4", "layer3").
         teacher_dtype: the precision of the teacher's arithmetic, by autocast; None follows the student's.
 
     Raises:
@@ -79,6 +82,7 @@ class Distiller(nn.Module):
         example_input: Images | None = None,
         teacher_transform: Callable[[Images], Images] | None = None,
         teacher_dtype: torch.dtype | None = None,
+        layout: Layouts | tuple[Layouts, Layouts] = "auto",
     ) -> None:
         super().__init__()
         self.student = student
@@ -89,6 +93,7 @@ class Distiller(nn.Module):
             self._check_apart(teacher)
             teacher.requires_grad_(False).eval()
         self.pairs = self._resolve(pairs, example_input) if self._terms(at_pairs=True) else []
+        self._layouts = _by_side(layout, self.pairs)
         self._plan = self._measure(example_input)
         self._prepare_terms()
 
@@ -151,16 +156,16 @@ class Distiller(nn.Module):
                 )
 
     def _ask_student(self, x: Images, y: Tensor, energies: list[Energy], keep_features: bool) -> Reading:
-        names = [pair.student for pair in self.pairs]
+        names, layout = [pair.student for pair in self.pairs], self._layouts[0]
         if not any(term.needs_input_gradient for term in self._terms()):
-            return _read(self.student, names, x, energies, keep_features, dense=y.dim() > 1)
+            return _read(self.student, names, layout, x, energies, keep_features, dense=y.dim() > 1)
         check_double_backward(self.student, "Distiller")
         twice = torch.is_grad_enabled()
         flipped = any(term.needs_flip for term in self._terms())
         images, labels = (torch.cat([x, x.flip(-1)]), torch.cat([y, y])) if flipped else (x, y)
         with torch.enable_grad():
             images = leaf(images, "Distiller")
-            seen = _read(self.student, names, images, energies, keep_features)
+            seen = _read(self.student, names, layout, images, energies, keep_features)
             gradient = input_gradient_of(seen.logits, labels, images, create_graph=twice, user="Distiller")
         seen = seen.of_first(len(x))
         return replace(
@@ -180,7 +185,9 @@ class Distiller(nn.Module):
         wanted = any(term.needs_teacher and term.needs_input_gradient for term in self._terms())
         with torch.set_grad_enabled(wanted), _precision(self.teacher_dtype, x.device):
             x = leaf(x, "Distiller") if wanted else x
-            seen = _read(self.teacher, names, self._as_teacher_sees(x), energies, keep_features)
+            seen = _read(
+                self.teacher, names, self._layouts[1], self._as_teacher_sees(x), energies, keep_features
+            )
             if not wanted:
                 return seen
             gradient = input_gradient_of(seen.logits, y, x, create_graph=False, user="Distiller (teacher)")
@@ -328,8 +335,9 @@ class Distiller(nn.Module):
             return self._plan_of(None)
         names, others = [pair.student for pair in self.pairs], [pair.teacher for pair in self.pairs]
         with torch.no_grad(), untouched(self.student, training=False):
-            student = _read(self.student, names, example_input, [], False)
-            teacher = _read(self.teacher, others, self._as_teacher_sees(example_input), [], False)
+            student = _read(self.student, names, self._layouts[0], example_input, [], False)
+            images = self._as_teacher_sees(example_input)
+            teacher = _read(self.teacher, others, self._layouts[1], images, [], False)
             labels = torch.zeros(len(example_input), dtype=torch.long)
             return self._plan_of(Observation(self.pairs, student, teacher, labels))
 
@@ -406,6 +414,24 @@ def _precision(dtype: torch.dtype | None, device: torch.device) -> AbstractConte
     return torch.autocast(device.type, dtype=dtype if low else None, enabled=low)
 
 
+def _by_side(layout: Layouts | tuple[Layouts, Layouts], pairs: Sequence[Pair]) -> tuple[Layouts, Layouts]:
+    """For student and teacher, what is said of their own layers."""
+    sides = layout if isinstance(layout, tuple) else (layout, layout)
+    names = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
+    for name in [name for side in sides if not isinstance(side, str) for name in side]:
+        if name not in (known := [*names[0], *names[1]]):
+            raise ValueError(
+                f"Distiller: expected layout= for layers of the pairs, got one for {name!r}. They are "
+                f"{', '.join(dict.fromkeys(known)) or 'none'}."
+            )
+    own = (
+        side if isinstance(side, str) else {name: side[name] for name in here if name in side}
+        for side, here in zip(sides, names, strict=True)
+    )
+    first, second = own
+    return first, second
+
+
 class _Layer(NamedTuple):
     """What is read of one layer."""
 
@@ -417,6 +443,7 @@ class _Layer(NamedTuple):
 def _read(
     model: nn.Module,
     names: list[str],
+    layout: Layouts,
     x: Images,
     energies: list[Energy],
     keep_features: bool,
@@ -435,7 +462,7 @@ def _read(
         _, c, h, w = features.shape
         return passed, _Layer(found, features if keep_features else None, (c, h, w))
 
-    with Taps(model, list(dict.fromkeys(names)), read=read) as taps:
+    with Taps(model, list(dict.fromkeys(names)), layout=layout, read=read) as taps:
         logits = logits_of(model(x), user="Distiller", dense=dense)
         found = taps.pop()
     layers = [found[name] for name in names]

@@ -352,7 +352,7 @@ class _Recorder:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             parent = self._open[-1] if self._open else None
             given = taps.first_tensor((*args, *kwargs.values()))
-            call = _Call(name, self.calls[name], module, parent, given, self._measure(given)[2])
+            call = _Call(name, self.calls[name], module, parent, given, self._measure(given, module)[2])
             self.calls[name] += 1
             if parent is None:
                 self.root = call
@@ -366,17 +366,20 @@ class _Recorder:
         call = self._open.pop()
         call.tensor = taps.first_tensor(output)
         call.version = 0 if call.tensor is None else taps.version(call.tensor)
-        call.shape, call.stride, call.level = self._measure(call.tensor)
+        call.shape, call.stride, call.level = self._measure(call.tensor, module)
         if call is self.root and isinstance(output, Mapping):
             logits = find_logits(output, dense=True)
             self.classes = None if logits is None or logits.dim() == 2 else logits.shape[1]
 
-    def _measure(self, tensor: Tensor | None) -> tuple[tuple[int, int, int] | None, float, int | None]:
+    def _measure(
+        self, tensor: Tensor | None, module: nn.Module
+    ) -> tuple[tuple[int, int, int] | None, float, int | None]:
         """Shape, stride and level of a map; a batch of windows or heads, or tokens by tokens, is none."""
         if tensor is None or tensor.dim() not in (3, 4) or len(tensor) != self._batch:
             return None, math.nan, None
         shape = tuple(tensor.shape)
-        layouts = taps.possible_layouts(shape, self._hw, has_layer_norm=self._has_layer_norm)
+        path = [*(call.module for call in self._open), module]
+        layouts = taps.possible_layouts(shape, self._hw, has_layer_norm=self._has_layer_norm, path=path)
         if not layouts or math.prod(layouts[0].hw) <= 1 or not self._tokens().isdisjoint(layouts[0].hw):
             return None, math.nan, None
         stride = math.sqrt(math.prod(self._hw) / math.prod(layouts[0].hw))

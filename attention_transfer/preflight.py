@@ -17,6 +17,7 @@ from .kernels.reference import accumulation_dtype
 from .losses import Observation, Reading
 from .pairs import Pair
 from .plan import Plan
+from .taps import source
 
 DOMINANT_SHARE = 0.95  # of the gradient at a pair: beyond it the terms leave the labels no say there
 IDLE_SHARE = 0.005  # of the parameters' gradient: below it a term costs its time and does nothing
@@ -189,15 +190,10 @@ def gradient_norms_at_pairs(addend: Float[Tensor, ""], seen: Observation) -> flo
 
 def _gradients(addend: Float[Tensor, ""], seen: Observation) -> Gradients:
     """d(addend)/d(activation) at each pair of the student."""
-    sources = [_source(features) for features in seen.student.features]
+    sources = [source(features) for features in seen.student.features]
     if not sources or not addend.requires_grad:
         return [None] * len(sources)
     return torch.autograd.grad(addend, sources, retain_graph=True, allow_unused=True)
-
-
-def _source(features: Tensor) -> Tensor:
-    """The tensor that the network goes on with, of which a tap may have given a permuted view."""
-    return features if features._base is None else features._base
 
 
 def _differentiate(name: str, addend: Float[Tensor, ""], parameters: Sequence[Tensor]) -> Gradients:

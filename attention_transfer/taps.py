@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +37,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-LAYOUTS = ("auto", "nchw", "nhwc", "tokens", "tokens+K")
+from .tokens import Tokens, rolled, tokens_around
+
+LAYOUTS = ("auto", "nchw", "nhwc", "tokens", "tokens+PREFIX+SUFFIX", "HxW", "HxW+PREFIX+SUFFIX")
+TOKEN_LAYOUT = re.compile(r"(?:tokens|(\d+)x(\d+))(?:\+(\d+))?(?:\+(\d+))?")
 MAX_PREFIX = 8  # class, distillation and register tokens: DINOv2 has the most in common use, five
 
 
@@ -54,7 +59,13 @@ def resolve(model: nn.Module, name: str) -> nn.Module:
     Raises:
         ValueError: if there is no such module; the message lists near matches.
     """
+    return path_to(model, name)[-1]
+
+
+def path_to(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules from the root to the one of a dotted name; as `resolve`."""
     module = unwrap(model)
+    path = [module]
     for part in name.split(".") if name else ():
         if part in ("module", "_orig_mod") and part not in module._modules:
             continue  # a name as the wrapped model's own `named_modules()` spells it
@@ -62,7 +73,8 @@ def resolve(model: nn.Module, name: str) -> nn.Module:
         if child is None:
             raise ValueError(_unknown_name(model, name))
         module = unwrap(child)
-    return module
+        path.append(module)
+    return path
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -106,25 +118,31 @@ def _unknown_name(model: nn.Module, name: str) -> str:
 
 
 class Layout(NamedTuple):
-    """How a tensor holds a map: `kind` is nchw, nhwc or tokens; the last with a grid and a prefix."""
+    """How a tensor holds a map: `kind` is nchw, nhwc or tokens; the last with a grid and tokens beside it."""
 
     kind: str
     hw: tuple[int, int]
-    prefix: int = 0
+    prefix: int = 0  # tokens in front of the grid
+    suffix: int = 0  # and behind it
+    order: Tensor | None = None  # the number of each token in row-major order; None if they are in it
 
     def view(self, tensor: Tensor) -> Float[Tensor, "b c h w"]:
-        """The map as a view of `tensor`."""
+        """The map as a view of `tensor`, or as a copy where the tokens are in another order."""
         if self.kind == "nchw":
             return tensor
         if self.kind == "tokens":
-            tensor = tensor[:, self.prefix :].unflatten(1, self.hw)
+            if self.order is not None:
+                ordered = tensor.index_select(1, self.order.to(tensor.device))
+                ordered.source = tensor  # type: ignore[attr-defined]
+                tensor = ordered
+            tensor = tensor[:, self.prefix : self.prefix + math.prod(self.hw)].unflatten(1, self.hw)
         return tensor.permute(0, 3, 1, 2)
 
     def restore(self, view: Float[Tensor, "b c h w"]) -> Tensor | None:
-        """The tensor of which `view` is the view; None where the view left something out."""
+        """The tensor of which `view` is the view; None where the view left something out, or is none."""
         if self.kind == "nchw":
             return view
-        if self.prefix:
+        if self.prefix or self.suffix or self.order is not None:
             return None
         channels_last = view.permute(0, 2, 3, 1)
         return channels_last if self.kind == "nhwc" else channels_last.flatten(1, 2)
@@ -133,6 +151,22 @@ class Layout(NamedTuple):
         """(c, h, w) of the map in a tensor of this `shape`."""
         return (shape[1] if self.kind == "nchw" else shape[-1], *self.hw)
 
+    @property
+    def like(self) -> tuple[str, int, int]:
+        """What the layouts of a model's maps have in common: all but the grid and the order."""
+        return self.kind, self.prefix, self.suffix
+
+    def __str__(self) -> str:
+        if self.kind != "tokens":
+            return self.kind
+        return f"{self.hw[0]}x{self.hw[1]}+{self.prefix}" + (f"+{self.suffix}" if self.suffix else "")
+
+
+def source(features: Float[Tensor, "b c h w"]) -> Tensor:
+    """The tensor that the network goes on with, of which a tap gave this view or copy."""
+    base = features if features._base is None else features._base
+    return getattr(base, "source", base)
+
 
 def possible_layouts(
     shape: Sequence[int],
@@ -140,16 +174,24 @@ def possible_layouts(
     *,
     layout: str = "auto",
     has_layer_norm: bool = False,
+    path: Sequence[nn.Module] = (),
 ) -> list[Layout]:
     """Every way to read a tensor of this shape as a map; `Taps` documents the rule.
+
+    Args:
+        path: the modules from the root to the one that gave the tensor, which may say how they keep tokens.
 
     Returns:
         No entry where it cannot be a map, several where the shape leaves a doubt; the likelier come first.
     """
-    if len(shape) == 3 and layout.startswith(("auto", "tokens")):
-        prefix = int(layout.removeprefix("tokens+")) if "+" in layout else None
-        return _token_layouts(shape[1], input_hw, prefix)
-    if len(shape) != 4 or layout.startswith("tokens"):
+    asked = TOKEN_LAYOUT.fullmatch("tokens" if layout == "auto" else layout)
+    if len(shape) == 3 and asked is not None:
+        h, w, prefix, suffix = (None if part is None else int(part) for part in asked.groups())
+        if h is not None and w is not None:
+            return _with_grid(shape[1], (h, w), prefix, suffix)
+        found = [] if input_hw is None else _token_layouts(shape[1], input_hw, path, suffix)
+        return [each for each in found if prefix in (None, each.prefix) and suffix in (None, each.suffix)]
+    if len(shape) != 4 or TOKEN_LAYOUT.fullmatch(layout):
         return []
     nchw, nhwc = Layout("nchw", (shape[2], shape[3])), Layout("nhwc", (shape[1], shape[2]))
     if layout != "auto":
@@ -168,17 +210,39 @@ def _misfit(hw: tuple[int, int], input_hw: tuple[int, int] | None) -> float:
     return abs(h * width - w * height) / max(height, width)
 
 
-def _token_layouts(n: int, input_hw: tuple[int, int] | None, prefix: int | None) -> list[Layout]:
-    if input_hw is None:
-        return []
+def _with_grid(n: int, hw: tuple[int, int], prefix: int | None, suffix: int | None) -> list[Layout]:
+    """The layout of `n` tokens with a known grid; the rest is in front of it, if neither is given."""
+    around = n - math.prod(hw)
+    if prefix is None:
+        prefix = around - (suffix or 0)
+    suffix = around - prefix if suffix is None else suffix
+    fits = prefix >= 0 and suffix >= 0 and prefix + suffix == around
+    return [Layout("tokens", hw, prefix, suffix)] if fits else []
+
+
+def _token_layouts(
+    n: int, input_hw: tuple[int, int], path: Sequence[nn.Module], suffix: int | None
+) -> list[Layout]:
+    if reordered := rolled(path, n):
+        hw, order = reordered
+        return [Layout("tokens", hw, order=order)]
+    said = tokens_around(path)
+    if said is None:
+        return _guessed_layouts(n, input_hw, suffix or 0)
+    prefixes = range(MAX_PREFIX + 1) if said.prefix is None else (0, said.prefix)
+    suffixes = {said.suffix, 0} if suffix is None else {suffix}
+    found = [Layout("tokens", hw, n - math.prod(hw) - k, k) for hw in said.grids(input_hw) for k in suffixes]
+    return [layout for layout in found if layout.prefix in prefixes]
+
+
+def _guessed_layouts(n: int, input_hw: tuple[int, int], suffix: int) -> list[Layout]:
     height, width = input_hw
     patches = range(1, min(height, width) // 2 + 1)
     exact = [p for p in patches if height % p == 0 and width % p == 0]
     for sizes, most in ((exact, MAX_PREFIX), (patches, 1)):  # some embeddings cut off the rest of the image
         grids = dict.fromkeys((height // p, width // p) for p in sizes)
-        found = [Layout("tokens", (h, w), n - h * w) for h, w in grids if 0 <= n - h * w <= most]
-        found = [layout for layout in found if prefix is None or layout.prefix == prefix]
-        if found:
+        layouts = [Layout("tokens", (h, w), n - h * w - suffix, suffix) for h, w in grids]
+        if found := [layout for layout in layouts if 0 <= layout.prefix <= most]:
             return found
     return []
 
@@ -342,7 +406,8 @@ class Taps:
 
     Names are dotted, as in `model.named_modules()`; prefixes of DDP and `torch.compile` may be given or left
     out. `"relu#2"` is the third call of `relu` in one forward pass, needed where a module is called several
-    times. Only the latest forward pass is remembered, so nothing piles up when nobody pops.
+    times. `"blocks.3@tokens+1"` says how to read the layer, as `layout` does. Only the latest forward pass is
+    remembered, so nothing piles up when nobody pops.
 
     **What is taken** from a module that does not return a tensor: from a tuple or list its first tensor; from
     a dict (and a Hugging Face ModelOutput) `last_hidden_state`, else the first 3-D or 4-D tensor.
@@ -352,10 +417,15 @@ class Taps:
        the middle two have; the better fit wins. If both fit alike (c = h = w), or neither does: `nchw` for a
        model without LayerNorm; else as the other tapped maps of four axes that leave no doubt, if they agree
        (they are then read when they are popped); else an error that asks for `layout=`.
-    2. Three axes: tokens (b, n, c). n = h * w + prefix with h = H / patch, w = W / patch for one whole patch
-       size, and 0 to 8 prefix tokens (class, registers) in front, which are dropped. If no patch size that
-       divides the image fits, one that cuts it off may, with a prefix of 0 or 1. Two possible grids: an
-       error that asks for `tokens+K`.
+    2. Three axes: tokens (b, n, c), row by row, with some that are dropped in front (class, registers).
+       A model of timm or Hugging Face says what grids it has, and timm's how many tokens are in front; any
+       other number of tokens is refused, such as what dropping patches leaves. A Hiera's tokens are brought
+       into the order of rows, as a copy. Of a model that says nothing: n = h * w + prefix with h = H / patch,
+       w = W / patch for one whole patch size, and a prefix of 0 to 8. If no patch size that divides the image
+       fits, one that cuts it off may, with a prefix of 0 or 1. Two possible grids: the one with the prefix of
+       the tapped maps of tokens that leave no doubt, if they agree; else an error that asks for `layout=`.
+       Whether the tokens of such a model are in this order cannot be seen by their number:
+       `Distiller.preflight` finds out.
 
     **torch.compile**: taps may be open during the first call or be opened later, may stay open or be opened
     around each step; the model is compiled once with and once without its taps. Values, gradients and the
@@ -368,12 +438,13 @@ class Taps:
     module has run, and `pop` gives what it found in place of the map, which is then not kept. What it returns
     as features takes their place in the model: the same tensor, or one passed through an autograd function.
     In compiled code and under checkpointing, maps are read when they are popped, and nothing is replaced; nor
-    is it where the map is a part of the output (a tuple, tokens with a prefix).
+    is it where the map is a part of the output (a tuple, tokens with a prefix) or a copy of it.
 
     Args:
         model: any module. A DataParallel over several devices is refused: it runs copies of the model.
-        names: dotted names, each optionally with `#k`.
-        layout: "auto", "nchw", "nhwc", "tokens" or "tokens+K" (K prefix tokens), or a dict of name to it.
+        names: dotted names, each optionally with `#k`, then `@layout`.
+        layout: "auto", "nchw", "nhwc", "tokens", or a dict of name to it. "tokens+1" has one token in front
+            of the grid, "tokens+1+4" also four behind; "14x14" in place of "tokens" is the grid.
         read: what to read of each map, instead of keeping it.
 
     Raises:
@@ -394,10 +465,11 @@ class Taps:
         if len(set(names)) != len(names):
             raise ValueError(f"Taps: expected each name once, got {list(names)}. Remove the repeated one.")
         self._taps = [_parse(name, layout) for name in names]
-        _check_layouts(layout, names)
+        _check_layouts(self._taps, layout)
         _refuse_replicas(model)
         self._root = unwrap(model)
-        self._modules = {tap.path: resolve(model, tap.path) for tap in self._taps}
+        self._paths = {tap.path: path_to(model, tap.path) for tap in self._taps}
+        self._found: dict[tuple, list[Layout]] = {}  # layouts, by what they depend on
         self._has_layer_norm = has_layer_norm(self._root)
         self._read = read
         self._open = False
@@ -415,8 +487,8 @@ class Taps:
                 "Taps: expected to be closed on entering, got taps that are open. Make a second Taps."
             )
         self._open = True
-        for path, module in self._modules.items():
-            self._listen(path, module)
+        for name, path in self._paths.items():
+            self._listen(name, path[-1])
         self._watch()
         return self
 
@@ -450,7 +522,7 @@ class Taps:
             (tap, self._select(tap, [firing for firing in fired if firing.key == tap.path]))
             for tap in self._taps
         ]
-        kinds = self._certain_kinds(chosen, hw)
+        kinds = self._certain(chosen, hw)
         maps = {}
         for tap, firing in chosen:
             if firing.output is not None:
@@ -458,16 +530,16 @@ class Taps:
             maps[tap.name] = self._read_late(tap, firing, hw, kinds) if firing.found is None else firing.found
         return maps
 
-    def _certain_kinds(self, chosen: list[tuple[_Tap, _Firing]], hw: tuple[int, int] | None) -> set[str]:
-        """The layouts of the maps that can be read in one way only."""
-        kinds = {firing.layout.kind for _, firing in chosen if firing.layout is not None}
+    def _certain(self, chosen: list[tuple[_Tap, _Firing]], hw: tuple[int, int] | None) -> set[tuple]:
+        """The kinds of those maps that can be read in one way only."""
+        kinds = {firing.layout.like for _, firing in chosen if firing.layout is not None}
         for tap, firing in chosen:
             if firing.layout is None and firing.output is not None:
                 layouts = self._layouts(tap, firing.output, hw)
-                kinds |= {layouts[0].kind} if len(layouts) == 1 else set()
+                kinds |= {layouts[0].like} if len(layouts) == 1 else set()
         return kinds
 
-    def _read_late(self, tap: _Tap, firing: _Firing, hw: tuple[int, int] | None, kinds: set[str]) -> Any:
+    def _read_late(self, tap: _Tap, firing: _Firing, hw: tuple[int, int] | None, kinds: set[tuple]) -> Any:
         """The map of a firing, or what is read of it."""
         if firing.output is None:
             raise ValueError(
@@ -477,9 +549,9 @@ class Taps:
         view = self._layout(tap, firing.output, hw, kinds).view(firing.output)
         return view if self._read is None else self._read(view)[1]
 
-    def _listen(self, path: str, module: nn.Module) -> None:
+    def _listen(self, name: str, module: nn.Module) -> None:
         """Add the hook of a tapped module."""
-        tapped, handle = _enter(module), module.register_forward_hook(self._record(path))
+        tapped, handle = _enter(module), module.register_forward_hook(self._record(name))
         tapped.hooks.append(handle)
 
         def undo() -> None:
@@ -580,20 +652,30 @@ class Taps:
         return calls[index]
 
     def _layouts(self, tap: _Tap, tensor: Tensor, hw: tuple[int, int] | None) -> list[Layout]:
-        shape = tuple(tensor.shape)
-        return possible_layouts(shape, hw, layout=tap.layout, has_layer_norm=self._has_layer_norm)
+        key = (tap, tuple(tensor.shape), hw)
+        if key not in self._found:
+            self._found[key] = possible_layouts(
+                key[1],
+                hw,
+                layout=tap.layout,
+                has_layer_norm=self._has_layer_norm,
+                path=self._paths[tap.path],
+            )
+        return self._found[key]
 
     def _layout(
-        self, tap: _Tap, tensor: Tensor, hw: tuple[int, int] | None, kinds: Collection[str] = ()
+        self, tap: _Tap, tensor: Tensor, hw: tuple[int, int] | None, kinds: Collection[tuple] = ()
     ) -> Layout:
         """The one way to read a map, or of several the one that is of a kind in `kinds`."""
         shape = tuple(tensor.shape)
         found = self._layouts(tap, tensor, hw)
         if len(found) > 1:
-            found = [layout for layout in found if layout.kind in kinds] or found
+            found = [layout for layout in found if layout.like in kinds] or found
         if len(found) == 1:
             return found[0]
         seen = f"got shape {shape} with {_describe_input(hw)}"
+        if not found and len(shape) == 3 and tap.layout == "auto" and hw is not None:
+            _refuse_tokens(tap, shape[1], hw, tokens_around(self._paths[tap.path]))
         if not found:
             raise ValueError(
                 f"Taps.pop: expected {tap.name!r} to return a map (b, c, h, w), (b, h, w, c) or tokens "
@@ -603,7 +685,8 @@ class Taps:
         options = " or ".join(_option(layout) for layout in found)
         raise ValueError(
             f"Taps.pop: expected one way to read {tap.name!r}, {seen}, which may be {options}. "
-            f"Pass layout={{{tap.name!r}: {_option(found[0])!r}}} or the other."
+            f"Pass layout={{{tap.name!r}: {_option(found[0])!r}}} or the other, or call it "
+            f'"{tap.name}@{_option(found[0])}".'
         )
 
 
@@ -633,19 +716,24 @@ def _check_intact(name: str, firing: _Firing, end_version: int) -> None:
 
 
 def _parse(name: str, layout: str | Mapping[str, str]) -> _Tap:
-    path, hash_, call = name.partition("#")
+    called, at, own = name.partition("@")
+    path, hash_, call = called.partition("#")
     if hash_ and not call.isdecimal():
         raise ValueError(f'Taps: expected "name#k" with a whole number k from 0, got {name!r}.')
     chosen = layout if isinstance(layout, str) else layout.get(name, "auto")
-    return _Tap(name, path, int(call) if hash_ else None, chosen)
+    return _Tap(name, path, int(call) if hash_ else None, own if at else chosen)
 
 
-def _check_layouts(layout: str | Mapping[str, str], names: Sequence[str]) -> None:
-    layouts = {"": layout} if isinstance(layout, str) else dict(layout)
-    for name, value in layouts.items():
-        if not (value in LAYOUTS[:-1] or (value.startswith("tokens+") and value[7:].isdecimal())):
-            raise ValueError(f"Taps: expected layout to be one of {', '.join(LAYOUTS)}, got {value!r}.")
-        if name and name not in names:
+def _check_layouts(taps: Sequence[_Tap], layout: str | Mapping[str, str]) -> None:
+    for tap in taps:
+        if tap.layout not in LAYOUTS[:3] and not TOKEN_LAYOUT.fullmatch(tap.layout):
+            raise ValueError(
+                f"Taps: expected layout to be one of {', '.join(LAYOUTS)}, got {tap.layout!r} for "
+                f"{tap.name!r}."
+            )
+    names = [tap.name for tap in taps]
+    for name in layout if isinstance(layout, Mapping) else ():
+        if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0) or ["nothing"]
             raise ValueError(
                 f"Taps: expected layout= for tapped names, got one for {name!r}. Near: {near[0]}."
@@ -659,6 +747,30 @@ def _refuse_replicas(model: nn.Module) -> None:
                 f"Taps: expected a model that runs once a step, got DataParallel over "
                 f"{len(module.device_ids)} devices, which runs copies. Use DistributedDataParallel."
             )
+
+
+def _refuse_tokens(tap: _Tap, n: int, hw: tuple[int, int], said: Tokens | None) -> None:
+    """Raise if the model says what grids it has, and `n` tokens are of none of them."""
+    if said is None:
+        return
+    grids = said.grids(hw)
+    if n < min(map(math.prod, grids)):
+        mend = (
+            "Tokens are dropped or masked, and nothing says where the others belong: build the model without "
+            "that (patch_drop_rate=0, mask_ratio=0), or tap a layer before it."
+        )
+    else:
+        mend = (
+            "Others stand around them: say how many in front and behind, "
+            f'layout={{{tap.name!r}: "{grids[0][0]}x{grids[0][1]}+PREFIX+SUFFIX"}} or '
+            f'"{tap.name}@{grids[0][0]}x{grids[0][1]}+PREFIX+SUFFIX" as its name; or tap another layer.'
+        )
+    expected = " or ".join(f"{h}x{w}" for h, w in grids)
+    expected += "" if said.prefix is None else f" and {said.prefix} in front"
+    raise ValueError(
+        f"Taps.pop: expected {tap.name!r} to return tokens of a grid that {said.by} has, {expected}, got {n} "
+        f"with {_describe_input(hw)}. {mend}"
+    )
 
 
 def _describe_input(hw: tuple[int, int] | None) -> str:

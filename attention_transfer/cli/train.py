@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,11 +34,12 @@ def run(arguments: list[str]) -> None:
         return
     say = teller(options["progress"])
     if options["resume"]:
-        _check_alone(arguments)
         folder = Path(options["resume"])
+        _check_alone(arguments, folder)
         places = {name: flags[name] for name in PLACES if _is_named(name, arguments)}
         _start(folder, lambda: _resume(folder, options["keep_memory"], places, say), say or say_text)
         return
+    _check_teacher_is_used(recipe, arguments)
     if recipe.cache:
         from attention_transfer.training.cached import take_over
 
@@ -46,19 +48,33 @@ def run(arguments: list[str]) -> None:
     _start(recipe.folder, lambda: _train_new(recipe, *new), say or say_text)
 
 
-def _check_alone(arguments: list[str]) -> None:
+def _check_teacher_is_used(recipe: Recipe, arguments: list[str]) -> None:
+    """A teacher on the command line is meant; one that a --config has left over is only said to be unused."""
+    named = [name for name in ("teacher", "teacher-weights") if _is_named(name, arguments)]
+    given = [
+        (name, value) for name in named if (value := getattr(recipe, name.replace("-", "_"))) is not None
+    ]
+    if given and not recipe.needs_teacher:
+        flag, value = given[0]
+        raise UsageError(
+            f'train: method "{recipe.method}" learns from no teacher, got --{flag} {value}. Leave it out, or '
+            "name a method that learns from one, such as --method at."
+        )
+
+
+def _check_alone(arguments: list[str], folder: Path) -> None:
     """A resumed run follows its own recipe: other flags would be ignored without a word."""
     allowed = ("--resume", "--progress", "--keep-memory", "--keep_memory", *(f"--{name}" for name in PLACES))
     others = [word for word in arguments if word.startswith("--") and not word.startswith(allowed)]
     if others:
         raise UsageError(
             f"train: --resume goes on with the run's own recipe, got {others[0]} beside it. "
-            "For other settings start a new run: --config RUN/recipe.yaml --output ..."
+            f"For other settings start a new run: {_command_anew(folder)}"
         )
 
 
 def _is_named(name: str, arguments: list[str]) -> bool:
-    return any(word.partition("=")[0] == f"--{name}" for word in arguments)
+    return any(word.partition("=")[0].replace("_", "-") == f"--{name}" for word in arguments)
 
 
 def _train_new(recipe: Recipe, overwrite: bool, keep_memory: bool, say: Say | None) -> Run:
@@ -89,10 +105,16 @@ def _start(folder: Path, work: Callable[[], Run], say: Say) -> None:
         if Run(folder).exists:
             _say_how_to_go_on(folder, "\nStopped; nothing is lost. Go on with")
         raise
-    except (OSError, ValueError):
-        if _saved_since(start, folder):
+    except (OSError, ValueError, FloatingPointError) as error:
+        if _saved_since(start, folder) and not isinstance(error, FloatingPointError):
             _say_how_to_go_on(
                 folder, "Stopped by an error; what is saved is not lost. Go on, once it is mended, with"
+            )
+        if _only_the_teacher_is_trained(Run(folder)) and is_first_process():
+            print(
+                f"Its teacher is trained. To go on from it with other settings, add them to: {PROGRAM} train "
+                f"{_command_anew(folder)}",
+                file=sys.stderr,
             )
         raise
     if is_first_process():
@@ -105,10 +127,26 @@ def _saved_since(start: float, folder: Path) -> bool:
     return any(state.is_file() and state.stat().st_mtime >= start for state in states)
 
 
+def _only_the_teacher_is_trained(run: Run) -> bool:
+    return run.exists and run.teacher.finished and not (run.finished or run.last_checkpoint.is_file())
+
+
+def _command_anew(folder: Path) -> str:
+    """The flags of a new run with a run's settings, and with the teacher that it has trained."""
+    place = folder if folder.name not in ("", "..") else folder.resolve()
+    others = (place.with_name(f"{place.name}-{number}") for number in itertools.count(2))
+    free = next(other for other in others if not other.exists())
+    teacher = f" --teacher {folder / 'teacher'}" if Run(folder).teacher.finished else ""
+    return f"--config {folder / 'recipe.yaml'}{teacher} --output {free}{_own_factories()}"
+
+
+def _own_factories() -> str:
+    return "".join(f" --trust {name}" for name in sorted(trusted()))
+
+
 def _say_how_to_go_on(folder: Path, how: str) -> None:
     if is_first_process():
-        own = "".join(f" --trust {name}" for name in sorted(trusted()))
-        print(f"{how}: {PROGRAM} train --resume {folder}{own}", file=sys.stderr)
+        print(f"{how}: {PROGRAM} train --resume {folder}{_own_factories()}", file=sys.stderr)
 
 
 def _say_outcome(run: Run, say: Say) -> None:

@@ -105,6 +105,13 @@ class Teacher:
     transform: InputTransform | None
 
 
+def trains_teacher(recipe: Recipe) -> bool:
+    """Whether the teacher that the recipe names has no weights yet: it is trained first."""
+    if recipe.teacher is None or not recipe.needs_teacher or recipe.cache or recipe.teacher_weights:
+        return False
+    return not (Run(Path(recipe.teacher)).exists or Path(recipe.teacher).is_file())
+
+
 def build_teacher(recipe: Recipe, splits: Splits, train_first: Callable[[], Run]) -> Teacher | None:
     """The teacher that the recipe names: from a run folder, from weights, or trained now; None for none.
 
@@ -114,6 +121,12 @@ def build_teacher(recipe: Recipe, splits: Splits, train_first: Callable[[], Run]
     if recipe.teacher is None or not recipe.needs_teacher:
         return None
     named = Run(Path(recipe.teacher))
+    if recipe.teacher_weights and (named.exists or named.folder.is_file()):
+        raise ValueError(
+            f"train: expected the teacher's weights once, got {recipe.teacher} as --teacher and "
+            f"{recipe.teacher_weights} as --teacher-weights. Leave the latter out, or pass a model's name as "
+            "--teacher."
+        )
     if named.exists:
         teacher = _teacher_of_run(named, splits)
     elif named.folder.is_file():

@@ -28,6 +28,7 @@ from attention_transfer.training.build import (
     build_views,
     has_unused_parameters,
     load_splits,
+    trains_teacher,
 )
 from attention_transfer.training.cached import CachedTeacher, take_over
 from attention_transfer.training.card import ModelCard
@@ -41,6 +42,7 @@ from attention_transfer.training.processes import (
     quiet,
 )
 from attention_transfer.training.recipe import AUTO, Recipe
+from attention_transfer.training.rehearsal import rehearse
 from attention_transfer.training.run import Run
 from attention_transfer.training.speed import choose_speed, prepare, uncompiled
 from attention_transfer.training.telling import Say, say_above_the_bar
@@ -72,6 +74,10 @@ def train(recipe: Recipe, *, overwrite: bool = False, say: Say | None = None) ->
     """
     require("lightning", extra="train", user="train")
     named = [name for name in (recipe.student, recipe.teacher) if name and is_factory(name)]
+    if unused := recipe.unused_teacher:
+        only_first(say or say_above_the_bar)(
+            f'note: method "{recipe.method}" learns from no teacher: {unused} is not used'
+        )
     recipe = take_over(recipe).resolved()
     run = Run(recipe.folder)
     if is_first_process():
@@ -102,6 +108,8 @@ def _start(run: Run, recipe: Recipe, say: Say | None, create: Callable[[Recipe],
     student = build_student(recipe, splits)
     cached = CachedTeacher.of(recipe, splits, student) if recipe.cache else None
     _check_processes(recipe)
+    if trains_teacher(recipe) and not run.teacher.finished:
+        rehearse(recipe, splits, student, recipe.for_teacher())
     speed = choose_speed(recipe)
     recipe = replace(recipe, precision=speed.precision)  # what the folder keeps repeats the run anywhere
     tell = only_first(say or say_above_the_bar)

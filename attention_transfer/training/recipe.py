@@ -263,6 +263,13 @@ class Recipe:
         return any(term not in WITHOUT_TEACHER for term in self.terms)
 
     @property
+    def unused_teacher(self) -> str | None:
+        """What is named as a teacher though no term asks one; the default does not count as named."""
+        if self.needs_teacher:
+            return None
+        return self.teacher_weights or (None if self.teacher == Recipe.teacher else self.teacher)
+
+    @property
     def images(self) -> str:
         """The data, cifar10 if `data` is not given."""
         return self.data or "cifar10"
@@ -283,8 +290,10 @@ class Recipe:
         return replace(self, **paths)
 
     def resolved(self) -> Recipe:
-        """The same recipe with its data, output and absolute paths filled in, so that it works anywhere."""
-        return replace(self, data=self.images, output=str(self.folder.absolute())).located()
+        """The same recipe, settled, with absolute paths, so that it works anywhere."""
+        teacher = self.teacher if self.needs_teacher else None
+        settled = replace(self, teacher=teacher, data=self.images, output=str(self.folder.absolute()))
+        return settled.located()
 
     def alone(self) -> Recipe:
         """The recipe without a teacher and all that concerns one; the output folder is left open."""

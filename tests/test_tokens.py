@@ -1,0 +1,216 @@
+"""Tokens: the grid, what stands around it, and the order, as the model says or as its answers show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from attention_transfer import AttentionTransfer, Distiller, attention_map
+from attention_transfer.pairs import stage_ends
+from attention_transfer.taps import Taps
+
+SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def tapped(model: nn.Module, x: Tensor, *names: str, **options: Any) -> list[Tensor]:
+    with torch.no_grad(), Taps(model, names, **options) as taps:
+        model(x)
+        return list(taps.pop().values())
+
+
+# ------------------------------------------------------------------------------ what timm's models say
+
+TIMM = {
+    "vit_tiny_patch16_224": {"img_size": (64, 96), "depth": 2},
+    "vit_base_patch14_reg4_dinov2": {"img_size": 70, "depth": 2, "embed_dim": 64, "num_heads": 2},
+    "deit3_small_patch16_224": {"img_size": 64, "depth": 2},
+    "deit_tiny_distilled_patch16_224": {"img_size": 64, "depth": 2},
+    "eva02_tiny_patch14_224": {"img_size": 70, "depth": 2},
+    "beit_base_patch16_224": {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 2},
+    "cait_xxs24_224": {"img_size": 64, "depth": 2},
+    "hiera_tiny_224": {"img_size": (64, 96), "stages": (1, 1, 1, 1), "embed_dim": 24},
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_maps_are_those_that_timm_hands_out_itself(name: str) -> None:
+    options = TIMM[name]
+    model = timm.create_model(name, **options).eval()
+    height, width = size if isinstance(size := options["img_size"], tuple) else (size, size)
+    x = torch.randn(2, 3, height, width)
+    with torch.no_grad():
+        expected = model.forward_intermediates(x, intermediates_only=True)
+    got = tapped(model, x, *(f"blocks.{i}" for i in range(len(expected))))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
+
+
+def test_an_attention_map_of_hiera_is_in_the_order_of_the_image() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("hiera_tiny_224", img_size=64, stages=(1, 1, 1, 1), embed_dim=24).eval()
+    x = torch.randn(1, 3, 64, 64)
+    [features] = tapped(model, x, "blocks.0")
+    x[..., 16:32, 32:48] += 3  # rows 4 to 7 and columns 8 to 11 of the grid
+    [other] = tapped(model, x, "blocks.0")
+    change = attention_map(other - features)[0]
+    assert change[4:9, 8:13].square().sum() > 0.99
+
+
+def hiera(**options: Any) -> nn.Module:
+    return timm.create_model(
+        "hiera_tiny_224", img_size=64, stages=(1, 1, 1, 1), embed_dim=24, num_classes=5, **options
+    )
+
+
+@pytest.mark.filterwarnings("ignore::attention_transfer.preflight.PreflightWarning")
+def test_a_hiera_learns_at_each_of_its_stages() -> None:
+    """The map is a copy in another order, and all the same the gradient at the layer is known."""
+    x = torch.randn(2, 3, 64, 64)
+    student = hiera()
+    nn.init.normal_(student.head.fc.weight)
+    distiller = Distiller(student, hiera(), terms=[AttentionTransfer(100.0)], example_input=x)
+    assert [pair.student for pair in distiller.pairs] == [f"blocks.{i}" for i in range(4)]
+    report = distiller.preflight(x, torch.tensor([0, 1]))
+    for row in report.plan.rows:
+        assert 0.01 < row.shares["ce"] < 0.99
+
+
+@pytest.mark.filterwarnings("ignore::attention_transfer.preflight.PreflightWarning")
+def test_dropped_patches_are_refused_in_training() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, patch_drop_rate=0.75, num_classes=5)
+    x = torch.randn(1, 3, 224, 224)
+    assert tapped(model.eval(), x, "blocks.1")[0].shape == (1, 192, 14, 14)
+    dropped = (
+        r"tokens of a grid that VisionTransformer has, 14x14 and 1 in front, got 50 .* \(patch_drop_rate=0"
+    )
+    with pytest.raises(ValueError, match=dropped):
+        tapped(model.train(), x, "blocks.1")
+    teacher = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=5)
+    distiller = Distiller(model, teacher, terms=[AttentionTransfer(1.0)], example_input=x)
+    with pytest.raises(ValueError, match=dropped):
+        distiller.preflight(x, torch.tensor([1]))
+
+
+# ---------------------------------------------------------------------- what those of Hugging Face say
+
+
+def test_hiera_of_hugging_face() -> None:
+    config = hf.HieraConfig(image_size=[64, 64], depths=[1, 1, 2, 1], embed_dim=24, num_heads=[1, 2, 2, 4])
+    model = hf.HieraModel(config).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x, output_hidden_states=True).reshaped_hidden_states[1:]
+    got = tapped(model, x, *(f"encoder.stages.{i}" for i in range(4)))
+    assert all(
+        torch.equal(mine.permute(0, 2, 3, 1), theirs) for mine, theirs in zip(got, expected, strict=True)
+    )
+
+
+def test_a_masked_autoencoder_is_refused() -> None:
+    model = hf.ViTMAEModel(hf.ViTMAEConfig(image_size=64, **SMALL)).eval()
+    with pytest.raises(ValueError, match=r"that ViTMAEModel has, 4x4, got 5 with .*dropped or masked"):
+        tapped(model, torch.randn(2, 3, 64, 64), "layers.1")
+
+
+def test_detection_tokens_are_at_the_end() -> None:
+    model = hf.YolosModel(
+        hf.YolosConfig(image_size=[64, 96], use_mid_position_embeddings=False, **SMALL)
+    ).eval()
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        tokens = model.encoder.layer[0](model.embeddings(x))
+    assert tokens.shape[1] == 1 + 4 * 6 + 100
+    [features] = tapped(model, x, "encoder.layer.0")
+    assert torch.equal(features, tokens[:, 1:25].mT.unflatten(2, (4, 6)))
+
+
+def test_swin_of_hugging_face_at_96_pixels() -> None:
+    """Its last map has 9 tokens: 3x3 at stride 32, and never 2x2 with five in front."""
+    config = hf.SwinConfig(image_size=96, window_size=3, depths=[1] * 4, num_heads=[1] * 4, embed_dim=24)
+    stages = stage_ends(hf.SwinModel(config), torch.randn(1, 3, 96, 96))
+    assert [stage.shape[1:] for stage in stages] == [(24, 24), (12, 12), (6, 6), (3, 3)]
+    shapes = tapped(hf.SwinModel(config), torch.randn(1, 3, 96, 96), stages[-1].name)
+    assert shapes[0].shape == (1, 192, 3, 3)
+
+
+# ------------------------------------------------------------------------------- what the user says
+
+
+class Registers(nn.Module):
+    """A vision transformer that says nothing, with register tokens behind its patches."""
+
+    def __init__(self, behind: int = 4, front: int = 0, depth: int = 2) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 24, 8, 8)
+        self.behind = nn.Parameter(torch.randn(1, behind, 24))
+        self.front = nn.Parameter(torch.randn(1, front, 24))
+        layer = {"dim_feedforward": 48, "batch_first": True, "norm_first": True, "dropout": 0.0}
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(24, 2, **layer) for _ in range(depth))
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).mT
+        front, behind = (each.expand(len(x), -1, -1) for each in (self.front, self.behind))
+        tokens = torch.cat([front, tokens, behind], 1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(tokens.mean(1))
+
+
+@pytest.mark.parametrize("layout", ["tokens+1+4", "6x6+1+4", "6x6+1"])
+def test_a_layout_may_say_what_stands_around_the_grid(layout: str) -> None:
+    model, x = Registers(front=1).eval(), torch.randn(2, 3, 48, 48)
+    whole = tapped(model, x, "blocks.0", layout="1x41")[0]  # all of them
+    expected = whole[:, :, 0, 1:37].unflatten(2, (6, 6))
+    for options in ({"layout": layout}, {"layout": {"blocks.0": layout}}):
+        assert torch.equal(tapped(model, x, "blocks.0", **options)[0], expected)
+    assert torch.equal(tapped(model, x, f"blocks.0#0@{layout}")[0], expected)
+    with pytest.raises(ValueError, match=r"as layout='6x7' says, got shape \(2, 41, 24\)"):
+        tapped(model, x, "blocks.0@6x7")
+    with pytest.raises(ValueError, match=r"layout to be one of auto, .*got '6x' for 'blocks.0@6x'"):
+        tapped(model, x, "blocks.0@6x")
+
+
+def test_the_distiller_takes_a_layout_for_each_side() -> None:
+    student, teacher, x = Registers(), Registers(front=1).eval(), torch.randn(2, 3, 48, 48)
+    pairs, y = [("blocks.1", "blocks.1")], torch.tensor([0, 1])
+    options = {"terms": [AttentionTransfer(1.0)], "example_input": x}
+    by_side = ("tokens+0+4", {"blocks.1": "tokens+1+4"})
+    distiller = Distiller(student, teacher, pairs=pairs, layout=by_side, **options)
+    theirs = attention_map(tapped(teacher, x, "blocks.1", layout="tokens+1+4")[0])
+    mine = attention_map(tapped(student, x, "blocks.1", layout="tokens+0+4")[0])
+    expected = (mine - theirs).flatten(1).norm(dim=1).mean() / 2
+    torch.testing.assert_close(distiller(x, y).terms["at/blocks.1"], expected)
+    named = [("blocks.1@tokens+0+4", "blocks.1@6x6+1")]
+    distiller = Distiller(student, teacher, pairs=named, **options)
+    torch.testing.assert_close(distiller(x, y).terms["at/blocks.1@tokens+0+4"], expected)
+    for layout in ({"blocks.7": "tokens"}, ("auto", {"blocks.7": "tokens"})):
+        with pytest.raises(ValueError, match=r"Distiller: .*got one for 'blocks.7'. They are blocks.1\."):
+            Distiller(student, teacher, pairs=pairs, layout=layout, **options)
+
+
+class Grids(nn.Module):
+    """Says nothing, and gives tokens of 6x6 and 3x3 patches for images of 96 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 12, 16, 16), nn.Conv2d(12, 24, 2, 2)
+        self.one, self.two = nn.LayerNorm(12), nn.LayerNorm(24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.first(x)
+        return self.two(self.second(first).flatten(2).mT) + self.one(first.flatten(2).mT).mean()
+
+
+def test_a_doubtful_grid_of_tokens_is_read_as_the_others_are() -> None:
+    """9 tokens are 3x3, or 2x2 and five in front; 36 are 6x6."""
+    model, x = Grids(), torch.randn(1, 3, 96, 96)
+    assert tapped(model, x, "two", "one")[0].shape == (1, 24, 3, 3)
+    read = {"read": lambda features: (features, features.shape)}
+    assert tapped(model, x, "two", "one", **read)[0] == (1, 24, 3, 3)
+    with pytest.raises(ValueError, match=r'tokens\+0 or tokens\+5\. Pass layout=.*call it "two@tokens\+0"'):
+        tapped(model, x, "two")
