@@ -125,7 +125,9 @@ def stage_ends(model: nn.Module, example_input: Float[Tensor, "b c h w"]) -> lis
     What counts as the last, when several modules end at a resolution:
     1. A block (a module with two or more weight layers) comes before single layers: the residual stage, not
        the norm and ReLU after it; the dense block, not the transition; the last inverted residual block, not
-       the 1x1 head. A block that begins in one resolution and ends in the next belongs to the next.
+       the 1x1 head. A block that begins in one resolution and ends in the next belongs to the next, with
+       what it holds, unless nothing else does more work at the first. What works on windows or blocks of a
+       map counts as work on the map.
     2. Without blocks (VGG, AlexNet) it is the last weight layer with the norm and activation behind it.
     3. Pooling makes no stage of its own, nor does a map of 1x1 pixel. The stem, which is a single strided
        layer a resolution or goes straight into pooling, makes none when blocks follow.
@@ -220,6 +222,7 @@ class _Call:
     shape: tuple[int, int, int] | None = None  # (c, h, w), None for anything but a map larger than 1x1
     stride: float = math.nan
     level: int | None = None
+    works_at: int | None = None  # the level at which a weight in it works: its own, or that of the map around
 
     def walk(self) -> Iterator[_Call]:
         """This call and all inside it, in the order in which they ended."""
@@ -228,13 +231,13 @@ class _Call:
         yield self
 
     def weighted(self) -> list[_Call]:
-        """The layers with a weight matrix or kernel that return maps.
+        """The layers with a weight matrix or kernel that work on maps, as such or cut into windows.
 
         A layer is the innermost call that has such a weight, of its own or in a module that is not called:
         its parametrisation, a convolution whose weight alone is used. A layer with an adapter is one.
         """
         inner = [layer for child in self.children for layer in child.weighted()]
-        if inner or self.level is None:
+        if inner or self.works_at is None:
             return [self] if self._is_adapted(inner) else inner
         explained = {id(weight) for call in self.walk() if call is not self for weight in _weights(call)}
         return [] if all(id(weight) in explained for weight in _weights(self)) else [self]
@@ -327,6 +330,7 @@ def _trace(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Trace:
             f"{user}: expected a {role} that calls its layers as modules, got {type(model).__name__}, which "
             "calls none with weights, as an exported program does. Pass the model as it was before that."
         )
+    recorder.look_again(recorder.root)
     return _Trace(recorder.root, recorder.calls, recorder.classes)
 
 
@@ -351,7 +355,7 @@ class _Recorder:
     def enter(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             parent = self._open[-1] if self._open else None
-            given = taps.first_tensor((*args, *kwargs.values()))
+            given = taps.first_tensor((*args, *kwargs.values()), self._batch)
             call = _Call(name, self.calls[name], module, parent, given, self._measure(given, module)[2])
             self.calls[name] += 1
             if parent is None:
@@ -364,12 +368,41 @@ class _Recorder:
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         call = self._open.pop()
-        call.tensor = taps.first_tensor(output)
+        call.tensor = taps.first_tensor(output, self._batch)
         call.version = 0 if call.tensor is None else taps.version(call.tensor)
         call.shape, call.stride, call.level = self._measure(call.tensor, module)
         if call is self.root and isinstance(output, Mapping):
             logits = find_logits(output, dense=True)
             self.classes = None if logits is None or logits.dim() == 2 else logits.shape[1]
+
+    def look_again(
+        self, call: _Call, finest: float = -math.inf, around: int | None = None, inside: bool = False
+    ) -> None:
+        """Take back what is no map after all, and find the level of the work that is done in another shape.
+
+        A map inside a module is no finer than both what that is given and what it returns: what looks so is
+        windows of tokens, or states. `around` is the level of the map that the call works for.
+        """
+        if inside and call.level is not None and call.level < finest:
+            call.shape, call.stride, call.level = None, math.nan, None
+        call.works_at = call.level
+        if call.level is None and around is not None and self._level_of_work(call) == around:
+            call.works_at = around
+        if call.level is not None:
+            around = call.level
+            if call.input_level is not None:
+                finest = max(finest, min(call.level, call.input_level))
+        for child in call.children:
+            self.look_again(child, finest, around, inside=True)
+
+    def _level_of_work(self, call: _Call) -> int | None:
+        """By the number of positions of a layer's output, of whatever shape: (b * windows, tokens, c)."""
+        weight = next(_weights(call), None)
+        if weight is None or call.tensor is None or call.tensor.dim() < 3:
+            return None
+        channels = call.tensor.shape[-1 if weight.dim() == 2 else 1]
+        positions = call.tensor.numel() / channels / self._batch
+        return _level(math.sqrt(math.prod(self._hw) / positions)) if positions > 1 else None
 
     def _measure(
         self, tensor: Tensor | None, module: nn.Module
@@ -380,6 +413,12 @@ class _Recorder:
         shape = tuple(tensor.shape)
         path = [*(call.module for call in self._open), module]
         layouts = taps.possible_layouts(shape, self._hw, has_layer_norm=self._has_layer_norm, path=path)
+        if (
+            tensor.dim() == 4
+            and len(layouts) > 1
+            and not any(taps.fits(layout.hw, self._hw) for layout in layouts)
+        ):
+            return None, math.nan, None
         if not layouts or math.prod(layouts[0].hw) <= 1 or not self._tokens().isdisjoint(layouts[0].hw):
             return None, math.nan, None
         stride = math.sqrt(math.prod(self._hw) / math.prod(layouts[0].hw))
@@ -432,7 +471,7 @@ def _units(call: _Call) -> list[_Call]:
 
 
 def _within_one_stage(call: _Call) -> bool:
-    layers = Counter(layer.level for layer in call.weighted())
+    layers = Counter(layer.works_at for layer in call.weighted())
     levels = layers.keys()
     # a stage that ends by entering the next one is no block of that one, if it adds nothing itself
     leaves = not call.adds_work and layers[call.input_level] > layers[call.level]
@@ -443,17 +482,43 @@ def _within_one_stage(call: _Call) -> bool:
 
 def _candidates(level: int, here: list[_Call], units: list[_Call]) -> list[_Call]:
     """Possible ends of the stage, the best first."""
-    working = [unit for unit in here if any(layer.level == level for layer in unit.weighted())]
+    working = [unit for unit in here if any(layer.works_at == level for layer in unit.weighted())]
     blocks = [unit for unit in working if unit.is_block]
     if blocks or not working:
-        return blocks[::-1]
+        ways_down = {block for block in blocks if _is_way_down(block, level, blocks)}
+        return [*(block for block in blocks[::-1] if block not in ways_down), *ways_down]
     tail = [working[-1]]  # a single layer, then its norm and activation
     for unit in units[units.index(tail[0]) + 1 :]:
         if unit.level != level:
             break
+        if unit.input is not tail[-1].tensor:  # it stands beside, such as a pool in another branch
+            continue
         if not unit.same_output(tail[-1]):  # dropout is the identity here, but not in training
             tail.append(unit)
     return [*tail[::-1], *working[-2::-1]]
+
+
+def _is_way_down(block: _Call, level: int, blocks: list[_Call]) -> bool:
+    """Whether a block only leads on to the next stage: a part of one that does its work further down.
+
+    Then another block has more layers at `level` than all of that stage.
+    """
+    stage = block.parent
+    while stage is not None:
+        if (
+            stage.level is not None
+            and stage.input_level is not None
+            and stage.input_level <= level < stage.level
+        ):
+            inside = set(stage.walk())
+            here = _layers_at(level, stage)
+            return any(other not in inside and _layers_at(level, other) > here for other in blocks)
+        stage = stage.parent
+    return False
+
+
+def _layers_at(level: int, call: _Call) -> int:
+    return sum(layer.works_at == level for layer in call.weighted())
 
 
 def _safe(call: _Call, root: _Call) -> _Call | None:
@@ -467,7 +532,7 @@ def _is_stem(level: int, here: list[_Call], units: list[_Call], *, first: bool) 
     """A stage below full resolution of one weight layer; or the first, if it goes straight into pooling."""
     if level < 1:
         return False
-    layers = [layer for unit in here for layer in unit.weighted() if layer.level == level]
+    layers = [layer for unit in here for layer in unit.weighted() if layer.works_at == level]
     if not first:
         return len(layers) == 1
     after = next((unit for unit in units[units.index(here[-1]) + 1 :] if unit.level is not None), None)
@@ -476,13 +541,13 @@ def _is_stem(level: int, here: list[_Call], units: list[_Call], *, first: bool) 
 
 
 def _repeated_blocks(trace: _Trace) -> list[_Call]:
-    """The longest run of blocks of one class called by one module; empty for a single block."""
+    """The blocks of one class called by one module that do the most of the work; empty for a single block."""
     runs = defaultdict(list)
     for call in trace.root.walk():
         if call.level is not None and call.intact and call.is_block:
             runs[call.parent, type(call.module)].append(call)
-    longest = max(runs.values(), key=len, default=[])
-    return longest if len(longest) >= 2 else []
+    several = [run for run in runs.values() if len(run) >= 2]
+    return max(several, key=lambda run: (sum(len(call.weighted()) for call in run), len(run)), default=[])
 
 
 def _outermost(ends: list[_Call], root: _Call) -> list[_Call]:

@@ -198,8 +198,14 @@ def possible_layouts(
         return [nchw if layout == "nchw" else nhwc]
     misfits = {choice: _misfit(choice.hw, input_hw) for choice in (nchw, nhwc)}
     best = min(misfits.values())
-    fitting = [choice for choice, misfit in misfits.items() if misfit == best] if best <= 1 else [nchw, nhwc]
+    fits_one = any(fits(choice.hw, input_hw) for choice in misfits)
+    fitting = [choice for choice, misfit in misfits.items() if misfit == best] if fits_one else [nchw, nhwc]
     return fitting if has_layer_norm else fitting[:1]
+
+
+def fits(hw: tuple[int, int], input_hw: tuple[int, int] | None) -> bool:
+    """Whether a map has the aspect ratio of the input, to within one pixel."""
+    return _misfit(hw, input_hw) <= 1
 
 
 def _misfit(hw: tuple[int, int], input_hw: tuple[int, int] | None) -> float:
@@ -252,8 +258,8 @@ def has_layer_norm(model: nn.Module) -> bool:
     return any(isinstance(module, nn.LayerNorm) for module in model.modules())
 
 
-def first_tensor(output: Any) -> Tensor | None:
-    """The tensor a tap takes from a module's output; `Taps` documents the rule."""
+def first_tensor(output: Any, batch: int | None = None) -> Tensor | None:
+    """The tensor a tap takes from a module's output for `batch` images; `Taps` documents the rule."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
@@ -263,16 +269,19 @@ def first_tensor(output: Any) -> Tensor | None:
         maps = [tensor for tensor in tensors if tensor.dim() in (3, 4)]
         return next(iter(maps or tensors), None)
     if isinstance(output, tuple | list):
-        return next((tensor for item in output if (tensor := first_tensor(item)) is not None), None)
+        of_images = (
+            item for item in output if isinstance(item, Tensor) and item.dim() and len(item) == batch
+        )
+        if (found := next(of_images, None)) is not None:
+            return found
+        return next((tensor for item in output if (tensor := first_tensor(item, batch)) is not None), None)
     return None
 
 
-def input_hw(args: tuple, kwargs: dict) -> tuple[int, int] | None:
-    """(H, W) of the first image batch (b, c, H, W) among a model's arguments."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() == 4:
-            return value.shape[2], value.shape[3]
-    return None
+def input_images(args: tuple, kwargs: dict) -> Float[Tensor, "b c h w"] | None:
+    """The first image batch among a model's arguments."""
+    given = (*args, *kwargs.values())
+    return next((value for value in given if isinstance(value, Tensor) and value.dim() == 4), None)
 
 
 def version(tensor: Tensor) -> int:
@@ -409,8 +418,9 @@ class Taps:
     times. `"blocks.3@tokens+1"` says how to read the layer, as `layout` does. Only the latest forward pass is
     remembered, so nothing piles up when nobody pops.
 
-    **What is taken** from a module that does not return a tensor: from a tuple or list its first tensor; from
-    a dict (and a Hugging Face ModelOutput) `last_hidden_state`, else the first 3-D or 4-D tensor.
+    **What is taken** from a module that does not return a tensor: from a tuple or list its first tensor with
+    as many entries as there are images (else its first); from a dict (and a Hugging Face ModelOutput)
+    `last_hidden_state`, else the first 3-D or 4-D tensor.
 
     **How the layout is told** (`layout="auto"`), given (H, W), the size of the first 4-D input of the model:
     1. Four axes: `nchw` if the last two axes have the aspect ratio of (H, W) to within one pixel, `nhwc` if
@@ -588,10 +598,13 @@ class Taps:
         self._fired: list[_Firing] = []
         self._end_versions: list[int] = []
         self._input_hw: tuple[int, int] | None = None
+        self._batch: int | None = None
 
     def _begin(self, args: tuple, kwargs: dict) -> None:
         self._forget()
-        self._input_hw = input_hw(args, kwargs)
+        images = input_images(args, kwargs)
+        if images is not None:
+            self._batch, self._input_hw = images.shape[0], (images.shape[2], images.shape[3])
 
     def _end(self) -> None:
         self._end_versions = [0 if f.output is None else version(f.output) for f in self._fired]
@@ -600,7 +613,7 @@ class Taps:
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             if _recomputing():
                 return None
-            tensor = first_tensor(output)
+            tensor = first_tensor(output, self._batch)
             if tensor is not None and self._read is not None and not _deferred():
                 return self._read_now(key, tensor, output)
             count = 0 if tensor is None else version(tensor)
