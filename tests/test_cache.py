@@ -269,6 +269,28 @@ def test_a_flipped_bit_is_found_by_the_checksum_alone(cache: Cache) -> None:
     cache.require(2)
     found = [(shard.name, fault) for shard, fault in cache.faults(deep=True) if fault]
     assert found == [("view-0/000000010.safetensors", "is damaged: its checksum does not fit its content")]
+    cache = Cache.read(cache.folder)
+    cache.read_records(torch.arange(20), 1)
+    with pytest.raises(
+        ValueError,
+        match=r"^cache: .*view-0/000000010\.safetensors is damaged: its checksum .* Delete it, and .* --res",
+    ):
+        cache.read_records(torch.arange(3), 0)
+
+
+def test_checksums_are_compared_once_for_each_file_as_it_is(cache: Cache) -> None:
+    cache.read_records(torch.arange(20), 0)
+    cache.read_records(torch.arange(20), 1)
+    path = cache.folder / cache.shards(0)[1].name
+    former, content = path.stat(), bytearray(path.read_bytes())
+    content[-5] ^= 16
+    path.write_bytes(content)
+    os.utime(path, ns=(former.st_atime_ns, former.st_mtime_ns))
+    cache.read_records(torch.arange(20), 0)  # as far as anyone can tell it is the file that was looked at
+    cache.read_records(torch.arange(20), 1)
+    os.utime(path)
+    with pytest.raises(ValueError, match="its checksum does not fit"):
+        cache.read_records(torch.arange(20), 0)
 
 
 def test_views_beyond_those_stored(cache: Cache) -> None:

@@ -518,6 +518,26 @@ def test_an_unfinished_cache_is_one_line(
     )
 
 
+def test_a_flipped_bit_stops_the_training_where_it_would_be_learnt(
+    recipe: Recipe, live: Recipe, folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """In the second view, after an epoch of the first; built anew, the run goes on as if nothing had been."""
+    whole = train(replace(recipe, output=str(tmp_path / "whole")), say=silent)
+    copied = Path(shutil.copytree(folder, tmp_path / "cache"))
+    path = copied / Cache.read(copied).shards(1)[1].name
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+    run = tmp_path / "run"
+    (tmp_path / "recipe.yaml").write_text(replace(recipe, cache=str(copied), output=str(run)).to_yaml())
+    assert main(["train", "--config", str(tmp_path / "recipe.yaml"), "--progress", "none"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"cache: .*view-1/0+\d+\.safetensors is damaged: its checksum does not fit", error)
+    path.unlink()
+    build_cache(live, copied, say=silent)
+    assert equal(whole, resume(run, say=silent))
+
+
 def test_a_damaged_cache_is_one_line(
     recipe: Recipe, folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

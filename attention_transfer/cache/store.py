@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from .._files import is_bookkeeping, remove_leftovers
+from ..data.stamps import Stamp
 from .manifest import FILE, Manifest
 from .records import Layout
 from .shards import MISSING, Shard
+
+THREADS = 8  # each compares the checksum of its own file
 
 
 @dataclass(eq=False)
@@ -29,6 +33,9 @@ class Cache:
     folder: Path
     manifest: Manifest
     _opened: dict[int, list[UInt8[np.ndarray, "_ _"]]] = field(default_factory=dict, repr=False)
+    _compared: dict[Shard, Stamp] = field(
+        default_factory=dict, repr=False
+    )  # whose checksums are known to fit
 
     @classmethod
     def read(cls, folder: str | Path) -> Cache:
@@ -126,7 +133,12 @@ class Cache:
     def read_records(
         self, rows: Int64[Tensor, " b"], view: int, *, pinned: bool = False
     ) -> UInt8[Tensor, "b r"]:
-        """The records of one view of the images at `rows`, from files that have been seen to be whole."""
+        """The records of one view of the images at `rows`.
+
+        Raises:
+            ValueError: if one of the view's files is damaged; all their checksums are compared when the view
+                is asked for the first time, and again where a file has changed.
+        """
         shards = self._open(view)
         records = torch.empty(len(rows), self.layout.bytes, dtype=torch.uint8, pin_memory=pinned)
         target = records.numpy()
@@ -153,8 +165,20 @@ class Cache:
         """The records of a view; those of the view before are let go."""
         if view not in self._opened:
             self._opened.clear()
-            self._opened[view] = [shard.open(self.folder) for shard in self.shards(view)]
+            with ThreadPoolExecutor(THREADS) as pool:
+                self._opened[view] = list(pool.map(self._open_shard, self.shards(view)))
         return self._opened[view]
+
+    def _open_shard(self, shard: Shard) -> UInt8[np.ndarray, "_ _"]:
+        path = self.folder / shard.name
+        stamp = Stamp.of(path)
+        fault = shard.fault(self.folder, deep=self._compared.get(shard) != stamp)
+        if fault:
+            raise ValueError(
+                f"cache: {path} {fault}. Delete it, and build it anew, the rest is kept: {self.build_command}"
+            )
+        self._compared[shard] = stamp
+        return shard.open(self.folder)
 
     def _check_space(self) -> None:
         """Before a long work begins: is there room for it?"""
