@@ -17,6 +17,7 @@ import socket
 import sys
 import tarfile
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hostile_pickles import in_archive
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,6 +158,25 @@ def read_checkpoint(path: Path) -> None:
     (path.parent / "checkpoints").mkdir(exist_ok=True)
     path.replace(path.parent / "checkpoints" / path.name)
     checkpoint_to_resume(Run(path.parent), lambda line: None)
+
+
+def _checkpoint_pickles(folder: Path) -> list[bytes]:
+    torch.save({"state_dict": _net().state_dict(), "keys": {(1, 2.5): {1}, 3: b"text"}}, folder / "zip.pt")
+    with zipfile.ZipFile(folder / "zip.pt") as archive:
+        return [archive.read("zip/data.pkl")]
+
+
+@reader("pickle of a checkpoint", "data.pkl", _checkpoint_pickles)
+def read_checkpoint_pickle(path: Path) -> None:
+    from attention_transfer._reading import check_regular
+    from attention_transfer.models import load_weights
+
+    check_regular(path)
+    state = _net().state_dict()
+    numbers = {str(i): bytes(tensor.nbytes) for i, tensor in enumerate(state.values())}
+    weights = path.with_name("weights.pt")
+    weights.write_bytes(in_archive(path.read_bytes(), numbers))
+    load_weights(_net(), weights)
 
 
 def _recipes(folder: Path) -> list[bytes]:

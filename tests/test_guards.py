@@ -96,7 +96,44 @@ FILES = [
 ]
 
 HOSTILE = [
-    Guard("models/checkpoint.py", "weights_only=True", "weights_only=False", "security a_pickle_that_runs"),
+    Guard(
+        "models/checkpoint.py",
+        """        _check_proportion(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of odd pickle protocols before it refuses them
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+""",
+        '        return torch.load(path, map_location="cpu", weights_only=False)\n',
+        "security a_pickle_that_runs",
+    ),
+    Guard(
+        "models/checkpoint.py", "        _check_proportion(path)\n", "", "security a_small_checkpoint", True
+    ),
+    Guard(
+        "models/checkpoint.py",
+        'file.read(4) == b"PK',
+        'zipfile.is_zipfile(path) or b"" == b"PK',
+        "security an_archive_at",
+    ),
+    Guard(
+        "models/checkpoint.py",
+        "(stored := sum(storages.values()))",
+        "(stored := 0)",
+        "security lie_in_each_other",
+    ),
+    Guard("models/pickles.py", "self._work > self._allowed", "False", "security a_small_checkpoint", True),
+    Guard(
+        "models/pickles.py", "self._odd_keys > MOST_ODD_KEYS", "False", "security a_small_checkpoint", True
+    ),
+    Guard("models/pickles.py", "if depth > DEEPEST:", "if False:", "security a_small_checkpoint"),
+    Guard("models/pickles.py", "each in _CODECS", "True", "security a_small_checkpoint"),
+    Guard("models/pickles.py", "and needed * item >", "and 0 >", "security a_small_checkpoint"),
+    Guard(
+        "models/pickles.py",
+        'raise pickle.UnpicklingError(f"GLOBAL {name}")',
+        "return Made()",
+        "security a_small_ch",
+    ),
     Guard(
         "models/checkpoint.py", "entry.compress_type != zipfile.ZIP_STORED", "False", "security a_compressed"
     ),

@@ -7,14 +7,18 @@ Every hostile file here is real: read the careless way, it would do what it says
 from __future__ import annotations
 
 import ast
+import collections
+import copy
 import gzip
 import io
 import json
 import os
 import pickle
+import random
 import struct
 import subprocess
 import sys
+import time
 import tracemalloc
 import warnings
 import zipfile
@@ -31,6 +35,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from hostile_pickles import BOMBS, PROTOCOL, TOWER, in_archive, in_old_format, keyed, text, view
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -41,6 +46,7 @@ from attention_transfer.caffe.files.prototxt import parse_net
 from attention_transfer.cli import main
 from attention_transfer.data import load_data
 from attention_transfer.models import build_model, load_weights, read_metadata, save_weights, trusting
+from attention_transfer.models.checkpoint import read_checkpoint
 from attention_transfer.pairs import Stage
 from attention_transfer.training import train
 from attention_transfer.training.cached import name_teacher
@@ -135,6 +141,71 @@ def test_a_pickle_that_runs_code_is_no_weights_and_no_checkpoint(where: str, zip
 def test_a_plain_pickle_is_no_weights() -> None:
     Path("weights.pt").write_bytes(pickle.dumps({"weight": Evil()}))
     refused(lambda: load_weights(nn.Linear(2, 1), "weights.pt"), "load_weights: expected tensors alone")
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_checkpoint_takes_no_hours_and_no_gigabytes(name: str) -> None:
+    content, words = BOMBS[name]
+    assert len(content) < 3_000_000
+    run = Run(Path("run"))
+    run.checkpoints.mkdir(parents=True)
+    run.last_checkpoint.write_bytes(content)
+    start = time.process_time()
+    refused(lambda: load_weights(nn.Linear(2, 1), run.last_checkpoint), words)
+    refused(lambda: checkpoint_to_resume(run, print), "resume: expected a whole checkpoint")
+    assert time.process_time() - start < 10
+
+
+def test_an_archive_at_its_end_does_not_hide_what_a_file_begins_with() -> None:
+    torch.save({"weight": torch.zeros(1, 2), "bias": torch.zeros(1)}, "plain.pt")
+    Path("both.pt").write_bytes(in_old_format(keyed(TOWER)) + Path("plain.pt").read_bytes())
+    assert zipfile.is_zipfile("both.pt")
+    refused(lambda: load_weights(nn.Linear(2, 1), "both.pt"), "would unfold to more")
+
+
+def test_entries_of_an_archive_that_lie_in_each_other_are_counted_each() -> None:
+    entries, size = [str(i) for i in range(50)], 100_000
+    floats = b"".join(text(key) + view(size, 0, (size,), (1,), key=key) for key in entries)
+    Path("nested.pt").write_bytes(in_archive(PROTOCOL + b"}(" + floats + b"u.", {"0": bytes(4 * size)}))
+    with zipfile.ZipFile("nested.pt", "a") as archive:
+        archive.writestr("archive/last", "")  # so that the list of entries is written anew
+        for key in entries[1:]:
+            again = copy.copy(archive.getinfo("archive/data/0"))
+            again.filename = f"archive/data/{key}"
+            archive.filelist.append(again)
+    assert Path("nested.pt").stat().st_size < 5 * size
+    refused(lambda: load_weights(nn.Linear(2, 1), "nested.pt"), "which promises 20,000,000 bytes of numbers")
+
+
+def test_what_real_checkpoints_hold_is_read() -> None:
+    base = torch.arange(12.0)
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.origin = "here"
+    content = {
+        "views": [base[2:5], base[::3], base.view(3, 4).t(), base[:0], base[0], base.expand(2, 12)],
+        "kinds": [base.to(kind) for kind in (torch.bfloat16, torch.float64, torch.int8, torch.complex64)],
+        "odd": (
+            torch.Size([1, 2]),
+            torch.device("cpu"),
+            torch.float32,
+            b"\xff",
+            bytearray(b"\xff"),
+            1 + 2j,
+            1 << 90,
+        ),
+        "keys": {1: {1, "a"}, (0, 1): collections.Counter("aab"), None: random.getstate(), 0.5: [[[[]]]]},
+        "parameters": [parameter, nn.Parameter(base)],
+        "momenta": torch.optim.SGD([parameter], lr=0.1).state_dict(),
+        "one list twice": [content_of := [1, 2], content_of],
+    }
+    for zipped in (True, False):
+        torch.save(content, "real.pt", _use_new_zipfile_serialization=zipped)
+        found = read_checkpoint(Path("real.pt"))
+        for name in ("views", "kinds", "parameters"):
+            assert all(map(torch.equal, found[name], content[name]))
+        for name in ("odd", "keys", "momenta", "one list twice"):
+            assert found[name] == content[name]
+        assert found["parameters"][0].origin == "here"
 
 
 def test_a_checkpoint_that_contains_itself_ends() -> None:

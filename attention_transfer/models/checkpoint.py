@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import warnings
@@ -10,6 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from .pickles import OutOfProportionError, Pickle
+
+LEGACY_PICKLES = (
+    5  # before the numbers: a magic one, the protocol, the system, the content, the storages' keys
+)
 
 STATE_DICT_REMEDY = "Save the weights alone, with save_weights(model, FILE), and pass that file."
 
@@ -22,28 +29,56 @@ def read_checkpoint(path: Path, *, mmap: bool = False) -> Any:
         OSError: if it cannot be read.
     """
     try:
-        _check_archive(path)
+        _check_proportion(path)
         with warnings.catch_warnings():
-            # torch warns of odd pickle protocols and of TorchScript before it refuses them below
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # torch warns of odd pickle protocols before it refuses them
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise
     except pickle.UnpicklingError as error:
         raise ValueError(_refused(path, str(error))) from error
+    except OutOfProportionError as error:
+        raise ValueError(
+            f"load_weights: expected a checkpoint that takes no more than its size is worth, got {path}, "
+            f"which {error}. {STATE_DICT_REMEDY}"
+        ) from error
     # a damaged pickle can end in any exception at all: KeyError, struct.error, UnicodeDecodeError, ...
     except Exception as error:
         raise ValueError(damaged(path, error)) from error
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse what unfolds in memory: `torch.save` never compresses."""
-    if not zipfile.is_zipfile(path):
-        return
+def _check_proportion(path: Path) -> None:
+    """Refuse what would take more time or memory than a file of this size is worth, before it is loaded.
+
+    Raises:
+        pickle.UnpicklingError, ValueError: as `Pickle.check`.
+    """
+    storages: dict[str, int] = {}
+    with path.open("rb") as file:
+        if file.read(4) == b"PK\x03\x04":  # by which torch tells the two formats apart
+            Pickle(io.BytesIO(_pickle_in_archive(path)), storages).check()
+        else:
+            file.seek(0)
+            for _ in range(LEGACY_PICKLES):
+                Pickle(file, storages).check()
+    if (stored := sum(storages.values())) > path.stat().st_size:
+        raise OutOfProportionError(f"promises {stored:,} bytes of numbers")
+
+
+def _pickle_in_archive(path: Path) -> bytes:
+    """The pickle of an archive, as torch finds it there.
+
+    Raises:
+        ValueError: if an entry would unfold in memory: `torch.save` never compresses.
+    """
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"the entry {entry.filename:.80} is compressed")
+    reader = torch._C.PyTorchFileReader(str(path))
+    if "constants.pkl" in reader.get_all_records():
+        raise ValueError("a TorchScript archive")
+    return reader.get_record("data.pkl")
 
 
 def _refused(path: Path, reason: str) -> str:
