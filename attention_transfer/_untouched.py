@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -18,7 +18,8 @@ def untouched(model: nn.Module, *, training: bool | None = None) -> Iterator[Non
     hides the calls and gradients of the layers inside of it.
     """
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = {module: dict(module._buffers) for module in model.modules()}
+    contents = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=list(devices)))
@@ -31,7 +32,17 @@ def untouched(model: nn.Module, *, training: bool | None = None) -> Iterator[Non
         finally:
             for module, mode in modes.items():
                 module.training = mode
+            for module, own in buffers.items():
+                module._buffers.clear()
+                module._buffers.update(own)
             with torch.no_grad():
-                for buffer, before in buffers:
-                    if not torch.equal(buffer, before):
-                        buffer.copy_(before)
+                for buffer, before in contents:
+                    _restore(buffer, before)
+
+
+def _restore(buffer: Tensor, before: Tensor) -> None:
+    """Write what a buffer held into it; observers of quantisation give theirs another shape."""
+    if buffer.shape != before.shape:
+        buffer.resize_(before.shape)
+    if not torch.equal(buffer, before):
+        buffer.copy_(before)

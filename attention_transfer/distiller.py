@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Num
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import kernels
-from ._outputs import logits_of
+from ._outputs import Place, logits_of, rivals
 from ._untouched import untouched
-from .functional import check_double_backward, input_gradient_of, leaf
+from .functional import (
+    check_double_backward,
+    check_labels_are_a_tensor,
+    class_targets,
+    cross_entropy,
+    input_gradient_of,
+    leaf,
+)
 from .losses import Energy, Observation, Reading, Shapes, Term, names_at_pairs
 from .pairs import Pair, suggest_pairs
 from .plan import Plan, PlanRow
@@ -34,6 +44,7 @@ AUTO_SHARE = 1.0
 """What `balance` makes of a term's gradient at the layer pairs, over the cross-entropy's there."""
 
 Images = Float[Tensor, "b channels height width"]
+Labels = Num[Tensor, "b ..."]
 Statistics = tuple[Sequence[float], Sequence[float]]
 Layouts = str | Mapping[str, str]
 
@@ -55,21 +66,27 @@ class Distiller(nn.Module):
 
     Args:
         student: gives logits (b, k), or (b, k, h, w) of each pixel, then with labels (b, h, w) of which -100
-            do not count: a tensor, an object with `.logits`, a tuple that begins with them, or a dict with
-            them under "logits" or "out". What auxiliary heads give beside them is not used.
+            do not count: a tensor, an object with `.logits`, a tuple of which they are the first such tensor,
+            or a dict with them under "logits" or "out". What auxiliary heads give beside them is not used.
         teacher: any model of the same images. Its classes may differ unless a term compares logits. None for
             the student alone, or where each call is given the teacher's `Reading`, such as from a cache.
         pairs: "auto" lets `suggest_pairs` choose from `example_input`; or `Pair`s, or tuples of two names.
-        terms: the terms beside the cross-entropy. What they learn themselves is among the parameters.
+        terms: the terms beside the cross-entropy, or the only one. What they learn themselves is among the
+            parameters.
         example_input: a batch (b, channels, height, width) as the student will see it.
         teacher_transform: from the student's input to the teacher's, where they differ; see `InputTransform`.
+            What it gives is converted to the type of the teacher's parameters.
+        teacher_dtype: the precision of the teacher's arithmetic, float32, or bfloat16 or float16 by autocast;
+            None follows the student's.
         layout: how to read layers that leave a doubt, as in `Taps`: by name of a layer, or one for all; a
             tuple of two for student and teacher. A name may say it too: ("blocks.3@tokens+0+4", "layer3").
-        teacher_dtype: the precision of the teacher's arithmetic, by autocast; None follows the student's.
+        logits, teacher_logits: where the logits are in what the student and the teacher return, if it is
+            not as above: an index, a key, the name of an attribute, or a function of the output.
 
     Raises:
-        ValueError: if pairs are "auto" without example_input or a teacher, or if the teacher shares
-            parameters with the student.
+        TypeError: if a model, a term, the transform or the example is not what it should be.
+        ValueError: if pairs are "auto" without example_input or a teacher or are no pairs, on another
+            teacher_dtype, or if the teacher shares parameters with the student.
     """
 
     def __init__(
@@ -77,17 +94,24 @@ class Distiller(nn.Module):
         student: nn.Module,
         teacher: nn.Module | None,
         *,
-        pairs: Literal["auto"] | Iterable[Pair | tuple[str, str]] = "auto",
-        terms: Iterable[Term] = (),
+        pairs: Literal["auto"] | Pair | Iterable[Pair | tuple[str, str]] = "auto",
+        terms: Term | Iterable[Term] = (),
         example_input: Images | None = None,
         teacher_transform: Callable[[Images], Images] | None = None,
         teacher_dtype: torch.dtype | None = None,
         layout: Layouts | tuple[Layouts, Layouts] = "auto",
+        logits: Place | None = None,
+        teacher_logits: Place | None = None,
     ) -> None:
         super().__init__()
+        _check_model("student", student)
+        if teacher is not None:
+            _check_model("teacher", teacher)
+        _check_teacher_options(teacher_transform, teacher_dtype)
         self.student = student
-        self.terms = nn.ModuleList(terms)
+        self.terms = nn.ModuleList(_terms(terms))
         self.teacher_dtype = teacher_dtype
+        self._places = {"student": logits, "teacher": teacher_logits}
         self._outside = (teacher, teacher_transform)  # in a tuple, so that neither becomes a submodule
         if teacher is not None:
             self._check_apart(teacher)
@@ -105,13 +129,18 @@ class Distiller(nn.Module):
     def teacher_transform(self) -> Callable[[Images], Images] | None:
         return self._outside[1]
 
-    def forward(self, x: Images, y: Int[Tensor, "b ..."], *, teacher: Reading | None = None) -> Output:
+    def forward(self, x: Images, y: Labels, *, teacher: Reading | None = None) -> Output:
         """One pass of student and teacher over a batch: loss, its terms by name, and the student's logits.
 
         Args:
             x: the images, as the student sees them.
-            y: the labels.
+            y: the labels: whole numbers of any type; or probabilities of each class, of the logits' shape.
             teacher: what a teacher made of these very images, in place of running it now.
+
+        Raises:
+            TypeError: if images or labels are no tensor.
+            ValueError: if the batch is empty, not of images where layers are paired, of a type that a model
+                fails on, or its labels are not those of the logits.
         """
         seen = self.observe(x, y, teacher=teacher)
         terms = self.addends(seen)
@@ -125,12 +154,14 @@ class Distiller(nn.Module):
     def observe(
         self,
         x: Images,
-        y: Int[Tensor, "b ..."],
+        y: Labels,
         *,
         teacher: Reading | None = None,
         keep_features: bool = False,
     ) -> Observation:
         """Run student and teacher on the batch, and keep what the terms read; all activations if asked."""
+        _check_images("images", x, bool(self.pairs))
+        check_labels_are_a_tensor(y, "Distiller")
         keep_features |= any(term.needs_features for term in self._terms())
         energies = list(dict.fromkeys(term.energy for term in self._terms() if term.energy))
         if teacher is None and any(term.needs_teacher for term in self._terms()):
@@ -138,7 +169,8 @@ class Distiller(nn.Module):
             teacher = self._ask_teacher(x, y, energies, keep_features)
         elif teacher is not None:
             self._check_reading(teacher)
-        return Observation(self.pairs, self._ask_student(x, y, energies, keep_features), teacher, y)
+        student = self._ask_student(x, y, energies, keep_features)
+        return Observation(self.pairs, student, teacher, class_targets(y, student.logits, "Distiller"))
 
     def _check_reading(self, reading: Reading) -> None:
         """A reading that comes from elsewhere holds what the terms read."""
@@ -156,16 +188,16 @@ class Distiller(nn.Module):
                 )
 
     def _ask_student(self, x: Images, y: Tensor, energies: list[Energy], keep_features: bool) -> Reading:
-        names, layout = [pair.student for pair in self.pairs], self._layouts[0]
+        names = [pair.student for pair in self.pairs]
         if not any(term.needs_input_gradient for term in self._terms()):
-            return _read(self.student, names, layout, x, energies, keep_features, dense=y.dim() > 1)
+            return self._read("student", names, x, energies, keep_features, dense=y.dim() > 2)
         check_double_backward(self.student, "Distiller")
         twice = torch.is_grad_enabled()
         flipped = any(term.needs_flip for term in self._terms())
         images, labels = (torch.cat([x, x.flip(-1)]), torch.cat([y, y])) if flipped else (x, y)
         with torch.enable_grad():
             images = leaf(images, "Distiller")
-            seen = _read(self.student, names, layout, images, energies, keep_features)
+            seen = self._read("student", names, images, energies, keep_features)
             gradient = input_gradient_of(seen.logits, labels, images, create_graph=twice, user="Distiller")
         seen = seen.of_first(len(x))
         return replace(
@@ -185,8 +217,9 @@ class Distiller(nn.Module):
         wanted = any(term.needs_teacher and term.needs_input_gradient for term in self._terms())
         with torch.set_grad_enabled(wanted), _precision(self.teacher_dtype, x.device):
             x = leaf(x, "Distiller") if wanted else x
-            seen = _read(
-                self.teacher, names, self._layouts[1], self._as_teacher_sees(x), energies, keep_features
+            dense = True if y.dim() > 2 else None
+            seen = self._read(
+                "teacher", names, self._as_teacher_sees(x), energies, keep_features, dense=dense
             )
             if not wanted:
                 return seen
@@ -197,7 +230,7 @@ class Distiller(nn.Module):
         """The loss as its named terms: "ce" and what each term contributes."""
         terms = self._terms()
         weight = math.prod(term.cross_entropy_weight for term in terms)
-        addends = {"ce": weight * F.cross_entropy(seen.student.logits, seen.labels)}
+        addends = {"ce": weight * cross_entropy(seen.student.logits, seen.labels)}
         for term in terms:
             contributions = term.contributions(seen)
             if twice := addends.keys() & contributions.keys():
@@ -209,7 +242,7 @@ class Distiller(nn.Module):
         """The layer pairs with shapes, resizing and weights; after `preflight`, with gradient shares too."""
         return self._plan
 
-    def preflight(self, x: Images, y: Int[Tensor, "b ..."], *, teacher: Reading | None = None) -> Preflight:
+    def preflight(self, x: Images, y: Labels, *, teacher: Reading | None = None) -> Preflight:
         """Check one real batch for every way in which distillation fails without a word.
 
         Nothing is changed by it: no gradient, statistic or random state. Run it before the first step.
@@ -223,15 +256,17 @@ class Distiller(nn.Module):
         check_models(self.student, self.teacher)
         with torch.enable_grad(), untouched(self.student), statistics_kept(self.teacher):
             seen = self.observe(x, y, teacher=teacher, keep_features=True)
-            check_observation(seen, x)
+            open_weights = [term.name for term in self._terms() if not term.settled]
+            noticed = check_observation(seen, x, open_weights)
             report = check_terms(self.addends(seen), seen, self._plan_of(seen), self.student)
+            report = replace(report, warnings=[*noticed, *report.warnings])
         self._plan = report.plan
         return report
 
     def balance(
         self,
         x: Images,
-        y: Int[Tensor, "b ..."],
+        y: Labels,
         *,
         teacher: Reading | None = None,
         share: float = 1.0,
@@ -254,7 +289,7 @@ class Distiller(nn.Module):
             return {}
         with torch.enable_grad(), untouched(self.student):
             seen = self.observe(x, y, teacher=teacher, keep_features=True)
-            labels = share * F.cross_entropy(seen.student.logits, y)
+            labels = share * cross_entropy(seen.student.logits, seen.labels)
             pulls = [_pull(term, seen, share) for term in automatic]
             norms = [gradient_norms_at_pairs(labels, seen), *pulls]
         if total is not None:
@@ -274,6 +309,7 @@ class Distiller(nn.Module):
             raise ValueError(f"settle: expected names among {known}, got {unknown[0]!r}.")
         for term in self._terms():
             term.full_weight = weights.get(term.name, term.full_weight)
+            term.settled |= term.name in weights
 
     def weights(self) -> dict[str, float]:
         """The weight of each term now, by name."""
@@ -313,10 +349,10 @@ class Distiller(nn.Module):
             )
 
     def _resolve(
-        self, pairs: Literal["auto"] | Iterable[Pair | tuple[str, str]], example_input: Images | None
+        self, pairs: Literal["auto"] | Pair | Iterable[Pair | tuple[str, str]], example_input: Images | None
     ) -> list[Pair]:
-        if pairs != "auto":
-            return [pair if isinstance(pair, Pair) else Pair(*pair) for pair in pairs]
+        if not (isinstance(pairs, str) and pairs == "auto"):
+            return _pairs(pairs)
         if self.teacher is None:
             raise ValueError(
                 f'Distiller: expected a teacher for {list(self.terms)} with pairs="auto", got None. Pass the '
@@ -327,22 +363,70 @@ class Distiller(nn.Module):
                 'Distiller: expected example_input with pairs="auto", got None. Pass a batch of images, '
                 "or name the layers: pairs=[(student layer, teacher layer), ...]."
             )
-        seen_by_teacher = self.teacher_transform(example_input) if self.teacher_transform else None
-        return suggest_pairs(self.student, self.teacher, example_input, seen_by_teacher)
+        _check_images("example_input", example_input, True)
+        return suggest_pairs(self.student, self.teacher, example_input, self._as_teacher_sees(example_input))
 
     def _measure(self, example_input: Images | None) -> Plan:
         if example_input is None or not self.pairs or self.teacher is None:
             return self._plan_of(None)
+        _check_images("example_input", example_input, True)
         names, others = [pair.student for pair in self.pairs], [pair.teacher for pair in self.pairs]
-        with torch.no_grad(), untouched(self.student, training=False):
-            student = _read(self.student, names, self._layouts[0], example_input, [], False)
-            images = self._as_teacher_sees(example_input)
-            teacher = _read(self.teacher, others, self._layouts[1], images, [], False)
+        with torch.no_grad(), untouched(self.student, training=False), untouched(self.teacher):
+            student = self._read("student", names, example_input, [], False)
+            teacher = self._read("teacher", others, self._as_teacher_sees(example_input), [], False)
             labels = torch.zeros(len(example_input), dtype=torch.long)
             return self._plan_of(Observation(self.pairs, student, teacher, labels))
 
+    def _read(
+        self,
+        role: Literal["student", "teacher"],
+        names: list[str],
+        x: Images,
+        energies: list[Energy],
+        keep_features: bool,
+        *,
+        dense: bool | None = None,
+    ) -> Reading:
+        """A model's logits, `dense` as in `find_logits`, and what is read at each of `names`."""
+        model, layout = (
+            (self.student, self._layouts[0]) if role == "student" else (self.teacher, self._layouts[1])
+        )
+        assert model is not None
+
+        def read(features: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], _Layer]:
+            passed, maps = features, []
+            for kind in energies:
+                passed, energy, _ = kernels.pass_energy(passed, kind.p, kind.mapping)
+                maps.append(energy)
+            _, c, h, w = features.shape
+            return passed, _Layer(maps, features if keep_features else None, (c, h, w))
+
+        found: dict[str, _Layer] = {}
+        taps = Taps(model, list(dict.fromkeys(names)), layout=layout, read=read) if names else None
+        with taps or nullcontext():
+            output = _answer(model, x, role)
+            if taps is not None:
+                found = taps.pop()
+        place = self._places[role]
+        name = "logits" if role == "student" else "teacher_logits"
+        remedy = (
+            f'Say where they are, such as by {name}=1 or {name}="pred", or return them alone; logits of each '
+            "pixel go with labels (b, h, w)."
+        )
+        logits = logits_of(output, user=f"Distiller ({role})", dense=dense, place=place, remedy=remedy)
+        layers = [found[name] for name in names]
+        return Reading(
+            logits,
+            {kind: [layer.energies[index] for layer in layers] for index, kind in enumerate(energies)},
+            [layer.features for layer in layers if layer.features is not None],
+            [layer.shape for layer in layers],
+            rivals=rivals(output, logits) if place is None else (),
+        )
+
     def _as_teacher_sees(self, x: Images) -> Float[Tensor, "b channels _ _"]:
-        return self.teacher_transform(x) if self.teacher_transform else x
+        x = self.teacher_transform(x) if self.teacher_transform else x
+        own = None if self.teacher is None else _first_floating(self.teacher)
+        return x if own is None or not x.is_floating_point() else x.to(own.dtype)
 
     def _plan_of(self, seen: Observation | None) -> Plan:
         """The plan with the shapes that one observation had."""
@@ -389,6 +473,120 @@ class InputTransform(nn.Module):
         if self.size is None or x.shape[2:] == self.size:
             return x
         return F.interpolate(x, self.size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def _check_model(role: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
+        remedy = (
+            "Call it" if isinstance(model, type) else "Build it, such as by build_model(name), or wrap it"
+        )
+        raise TypeError(f"Distiller: expected the {role} as a torch.nn.Module, got {what}. {remedy}.")
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise ValueError(
+            f"Distiller: expected a {role} whose parameters have their shapes, got lazy ones. "
+            "Run it on a batch first."
+        )
+
+
+def _check_teacher_options(transform: object, dtype: object) -> None:
+    if transform is not None and not callable(transform):
+        raise TypeError(
+            f"Distiller: expected teacher_transform as a function of images, got {transform!r}. "
+            "Pass one, such as InputTransform."
+        )
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            "Distiller: expected teacher_dtype as torch.float32, torch.bfloat16, torch.float16 or None, got "
+            f"{dtype!r}. For another type, convert the teacher: teacher.to(dtype)."
+        )
+
+
+def _check_images(what: str, x: object, at_pairs: bool) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"Distiller: expected {what} as a tensor (b, c, h, w), got {type(x).__name__}. "
+            "Stack images by torch.stack, and pass a tensor alone."
+        )
+    if at_pairs and x.dim() != 4:
+        raise ValueError(
+            f"Distiller: expected {what} (b, c, h, w) for terms at layer pairs, got {tuple(x.shape)}. Add "
+            "the axis of the batch by x[None], or take video frame by frame; for other signals use terms "
+            "that compare logits."
+        )
+    if not x.dim() or not len(x):
+        raise ValueError(
+            f"Distiller: expected {what} with one image or more, got {tuple(x.shape)}. Leave out empty "
+            "batches."
+        )
+
+
+def _terms(terms: Term | Iterable[Term]) -> list[Term]:
+    """The terms as a list, each of which is one."""
+    if isinstance(terms, Term | str) or not isinstance(terms, Iterable):
+        terms = [terms]
+    terms = list(terms)
+    for term in terms:
+        if not isinstance(term, Term):
+            got, remedy = repr(term), "Pass one such as AttentionTransfer(beta=1.0)"
+            if isinstance(term, type):
+                got, remedy = f"the class {term.__name__}", f"Call it: {term.__name__}(...)"
+            raise TypeError(f"Distiller: expected terms as instances of Term, got {got}. {remedy}.")
+    return terms
+
+
+def _pairs(pairs: Pair | Iterable[Pair | tuple[str, str]]) -> list[Pair]:
+    """The pairs as a list, each of which is one."""
+    if isinstance(pairs, Pair | str) or not isinstance(pairs, Iterable):
+        pairs = [pairs]
+    found = []
+    for pair in pairs:
+        if isinstance(pair, tuple | list) and len(pair) in (2, 3):
+            pair = Pair(*pair)
+        if not isinstance(pair, Pair):
+            halves = re.split(r"\s*(?:<-|:)\s*", pair if isinstance(pair, str) else "")
+            names = tuple(halves) if len(halves) == 2 else ("student.layer", "teacher.layer")
+            raise ValueError(
+                "Distiller: expected pairs as a list of Pair or (student layer, teacher layer), got "
+                f'{pair!r}. Pass pairs=[{names}], or "auto".'
+            )
+        found.append(pair)
+    return found
+
+
+def _first_floating(model: nn.Module) -> Tensor | None:
+    """The model's first parameter or buffer of a type that images could have."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor for tensor in tensors if tensor.dtype in _IMAGE_TYPES), None)
+
+
+_IMAGE_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _answer(model: nn.Module, x: Tensor, role: str) -> Any:
+    """What the model returns; where it fails on images unlike its own parameters, that is said."""
+    try:
+        return model(x)
+    except RuntimeError as error:
+        own = _first_floating(model)
+        if own is None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        if x.device != own.device:
+            expected, got, remedy = f"on {own.device}", f"{x.device}", f'Pass x.to("{own.device}")'
+        elif not x.is_floating_point():
+            expected, got, remedy = (
+                f"of {own.dtype}",
+                f"{x.dtype}",
+                "Normalise them: (x.float() - mean) / std",
+            )
+        elif x.dtype != own.dtype and not torch.is_autocast_enabled(x.device.type):
+            expected, got, remedy = f"of {own.dtype}", f"{x.dtype}", f"Pass x.to({own.dtype})"
+        else:
+            raise
+        raise ValueError(
+            f"Distiller: expected images {expected}, as the {role} is, got {got}, with which it fails: "
+            f"{str(error).splitlines()[0].rstrip('.')}. {remedy}."
+        ) from error
 
 
 def _pull(term: Term, seen: Observation, share: float) -> float:
@@ -438,37 +636,3 @@ class _Layer(NamedTuple):
     energies: list[Float[Tensor, "b h w"]]
     features: Float[Tensor, "b c h w"] | None
     shape: tuple[int, int, int]
-
-
-def _read(
-    model: nn.Module,
-    names: list[str],
-    layout: Layouts,
-    x: Images,
-    energies: list[Energy],
-    keep_features: bool,
-    *,
-    dense: bool = True,
-) -> Reading:
-    """The model's logits, if `dense` perhaps of each pixel, and what is read at each of `names`."""
-    if not names:
-        return Reading(logits_of(model(x), user="Distiller", dense=dense))
-
-    def read(features: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], _Layer]:
-        passed, found = features, []
-        for kind in energies:
-            passed, energy, _ = kernels.pass_energy(passed, kind.p, kind.mapping)
-            found.append(energy)
-        _, c, h, w = features.shape
-        return passed, _Layer(found, features if keep_features else None, (c, h, w))
-
-    with Taps(model, list(dict.fromkeys(names)), layout=layout, read=read) as taps:
-        logits = logits_of(model(x), user="Distiller", dense=dense)
-        found = taps.pop()
-    layers = [found[name] for name in names]
-    return Reading(
-        logits,
-        {kind: [layer.energies[index] for layer in layers] for index, kind in enumerate(energies)},
-        [layer.features for layer in layers] if keep_features else (),
-        [layer.shape for layer in layers],
-    )

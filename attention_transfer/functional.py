@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 from torch.autograd.forward_ad import make_dual, unpack_dual
 
@@ -198,29 +199,91 @@ def convert_beta(
 
 
 def distillation_loss(
-    student_logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"], *, temperature: float = 4.0
+    student_logits: Float[Tensor, "b k *pixels"],
+    teacher_logits: Float[Tensor, "b k *pixels"],
+    *,
+    temperature: float = 4.0,
 ) -> Float[Tensor, ""]:
     """Knowledge distillation (Hinton et al. 2015): T^2 * mean over b of KL(softmax(t/T) || softmax(s/T)).
 
     Args:
-        student_logits, teacher_logits: logits of the same classes, in the same order.
+        student_logits, teacher_logits: logits of the same classes, in the same order; of each pixel, if they
+            are (b, k, h, w): then the mean is over the pixels too.
         temperature: T > 0; softens both distributions.
 
     Raises:
-        ValueError: if the logits' shapes differ or are not (b, k), or temperature is not positive.
+        ValueError: if the logits' shapes differ or are neither (b, k) nor (b, k, h, w), or temperature is
+            not positive.
     """
-    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
+    if student_logits.ndim not in (2, 4) or student_logits.shape != teacher_logits.shape:
         raise ValueError(
-            f"distillation_loss: expected logits of equal shape (b, k), got student "
+            f"distillation_loss: expected logits of equal shape, (b, k) or (b, k, h, w), got student "
             f"{tuple(student_logits.shape)} and teacher {tuple(teacher_logits.shape)}. Distillation needs "
             f"the same classes on both sides; attention transfer does not."
         )
-    if not temperature > 0:
-        raise ValueError(f"distillation_loss: expected temperature > 0, got {temperature}.")
+    if not (is_number(temperature) and temperature > 0):
+        raise ValueError(f"distillation_loss: expected temperature > 0, got {temperature!r}.")
     dtype = accumulation_dtype(student_logits.dtype)
-    log_student = F.log_softmax(student_logits.to(dtype) / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher_logits.to(dtype) / temperature, dim=1)
+    log_student, log_teacher = (
+        F.log_softmax(logits.to(dtype).movedim(1, -1).flatten(0, -2) / temperature, dim=1)
+        for logits in (student_logits, teacher_logits)
+    )
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+
+# --- labels -------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    logits: Float[Tensor, "b k *pixels"], labels: Tensor, *, reduction: str = "mean"
+) -> Float[Tensor, ""]:
+    """The cross-entropy with labels as `class_targets` gives them, in float32 or better."""
+    return F.cross_entropy(_wide(logits), labels, reduction=reduction)
+
+
+def class_targets(
+    labels: Num[Tensor, "..."], logits: Float[Tensor, "b k *pixels"], user: str
+) -> Int[Tensor, " b *pixels"] | Float[Tensor, "b k *pixels"]:
+    """The labels as the cross-entropy takes them: class numbers as int64, or probabilities of every class.
+
+    Args:
+        labels: class numbers (b, *pixels) of any type of whole numbers, also as (b, 1, *pixels); or
+            floating probabilities of the logits' shape, as mixup and label smoothing make them.
+
+    Raises:
+        TypeError: in the name of `user`, if the labels are no tensor.
+        ValueError: in the name of `user`, if they are neither of both, or on another device.
+    """
+    check_labels_are_a_tensor(labels, user)
+    batch, _, *pixels = logits.shape
+    if labels.device != logits.device:
+        raise ValueError(
+            f"{user}: expected labels on {logits.device}, where the logits are, got {labels.device}. "
+            f'Pass labels.to("{logits.device}").'
+        )
+    if labels.is_floating_point() and labels.shape == logits.shape:
+        return labels.to(accumulation_dtype(logits.dtype))
+    whole = not labels.is_floating_point() and not labels.is_complex() and labels.dtype != torch.bool
+    shape = tuple(labels.shape)
+    if whole and shape in ((batch, *pixels), (batch, 1, *pixels)):
+        return labels.reshape(batch, *pixels).long()
+    if pixels:
+        raise ValueError(
+            f"{user}: expected labels of shape {(batch, *pixels)}, as the student's logits have, got {shape} "
+            f"of {labels.dtype}. Bring labels or logits to one size; classes are whole numbers."
+        )
+    raise ValueError(
+        f"{user}: expected an integer label for each of {batch} rows of logits, got {labels.dtype} of shape "
+        f"{shape}. Give the class numbers of the batch, or probabilities of shape {tuple(logits.shape)}."
+    )
+
+
+def check_labels_are_a_tensor(labels: object, user: str) -> None:
+    """Raise TypeError, in the name of `user`, unless they are."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"{user}: expected labels as a tensor, got {type(labels).__name__}. Pass torch.tensor(labels)."
+        )
 
 
 # --- full activations ---------------------------------------------------------------------------------------
@@ -297,7 +360,7 @@ def _resized(features: Float[Tensor, "b c _ _"], size: Sequence[int]) -> Float[T
 def input_gradient(
     model: nn.Module,
     x: Float[Tensor, "b c h w"],
-    y: Int[Tensor, " b"],
+    y: Num[Tensor, "b ..."],
     *,
     create_graph: bool = False,
 ) -> Float[Tensor, "b c h w"]:
@@ -314,7 +377,7 @@ def input_gradient(
     Args:
         model: gives logits (b, k): a tensor, an object with `.logits`, or a tuple that begins with them.
         x: the images, of any floating type.
-        y: the labels.
+        y: the labels, of any type that `Distiller` takes.
         create_graph: whether J is to be differentiated again.
 
     Returns:
@@ -358,8 +421,8 @@ def detached(tensor: Tensor) -> Tensor:
 
 
 def input_gradient_of(
-    logits: Float[Tensor, "b k"],
-    labels: Int[Tensor, " b"],
+    logits: Float[Tensor, "b k *pixels"],
+    labels: Num[Tensor, "b ..."],
     x: Float[Tensor, "b c h w"],
     *,
     create_graph: bool,
@@ -372,10 +435,10 @@ def input_gradient_of(
     Raises:
         ValueError: in the name of `user`, as `input_gradient`.
     """
-    _check_labels(user, logits, labels)
+    labels = class_targets(labels, logits, user)
     _check_graph(user, logits, x)
     with torch.enable_grad():
-        loss = F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), labels, reduction="sum")
+        loss = cross_entropy(logits, labels, reduction="sum")
         gradient = _by_input(user, loss, x, create_graph)
     if gradient is None:
         raise ValueError(
@@ -592,14 +655,6 @@ def _check_sizes(function: str, student: Sequence[int], teacher: Sequence[int], 
         )
 
 
-def _check_labels(user: str, logits: Tensor, labels: Tensor) -> None:
-    if labels.is_floating_point() or labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"{user}: expected an integer label for each of {len(logits)} rows of logits, got "
-            f"{labels.dtype} of shape {tuple(labels.shape)}. Give the class numbers of the batch."
-        )
-
-
 def _check_graph(user: str, logits: Tensor, x: Tensor) -> None:
     if not x.requires_grad or not logits.requires_grad:
         what = "logits without a graph" if x.requires_grad else "an x that does not require grad"
@@ -628,8 +683,8 @@ def _check_gradients(function: str, beta: float, **gradients: Tensor) -> None:
 
 
 def _check_energy_options(function: str, p: float, mapping: str) -> None:
-    if not 1 <= p <= LARGEST_P:
-        raise ValueError(f"{function}: expected 1 <= p <= {LARGEST_P:g}, got {p}.")
+    if not (is_number(p) and 1 <= p <= LARGEST_P):
+        raise ValueError(f"{function}: expected 1 <= p <= {LARGEST_P:g}, got {p!r}.")
     _check_choice(function, "mapping", mapping, Mapping)
 
 
@@ -650,8 +705,13 @@ def check_term_options(function: str, beta: float, form: str, resize: str | None
 
 
 def _check_beta(function: str, beta: float) -> None:
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"{function}: expected a finite beta >= 0, got {beta}.")
+    if not (is_number(beta) and 0 <= beta < math.inf):
+        raise ValueError(f"{function}: expected a finite beta >= 0, got {beta!r}.")
+
+
+def is_number(value: object) -> bool:
+    """Whether it can be compared with others: a number of Python's or numpy's, or a tensor of one entry."""
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def _check_choice(function: str, option: str, value: str, choices: object) -> None:

@@ -25,6 +25,7 @@ from .functional import (
     flip_symmetry_loss,
     gradient_transfer_loss,
     input_gradient_norm,
+    is_number,
     loss_of_energies,
 )
 from .pairs import Pair
@@ -53,6 +54,7 @@ class Reading:
         shapes: (c, h, w) of the layer of each pair.
         input_gradient: J = dCE/dx, each image's own, where a term asks for it.
         input_gradient_of_flipped: that of the mirrored images, as it comes: mirrored too.
+        rivals: what else in the model's output could be its logits, as (index, width).
     """
 
     logits: Float[Tensor, "b _ ..."]
@@ -61,6 +63,7 @@ class Reading:
     shapes: Sequence[tuple[int, int, int]] = ()
     input_gradient: Float[Tensor, "b _ _ _"] | None = None
     input_gradient_of_flipped: Float[Tensor, "b _ _ _"] | None = None
+    rivals: Sequence[tuple[int, int]] = ()
 
     def of_first(self, count: int) -> Reading:
         """The reading of the first images alone, in the same graph."""
@@ -75,20 +78,21 @@ class Reading:
         features = [change(each) for each in self.features]
         gradients = (self.input_gradient, self.input_gradient_of_flipped)
         own, flipped = (None if gradient is None else change(gradient) for gradient in gradients)
-        return Reading(change(self.logits), energies, features, self.shapes, own, flipped)
+        return Reading(change(self.logits), energies, features, self.shapes, own, flipped, self.rivals)
 
 
 @dataclass(frozen=True)
 class Observation:
     """What one forward pass of student and teacher on the same images left behind, for the terms to read.
 
-    The student's part is in its autograd graph; the teacher's may come from a cache.
+    The student's part is in its autograd graph; the teacher's may come from a cache. The labels are as
+    `functional.class_targets` gives them.
     """
 
     pairs: Sequence[Pair]
     student: Reading
     teacher: Reading | None
-    labels: Int[Tensor, "b ..."]
+    labels: Int[Tensor, "b ..."] | Float[Tensor, "b k ..."]
 
 
 def names_at_pairs(term: str, pairs: Sequence[Pair]) -> list[str]:
@@ -137,6 +141,7 @@ class Term(nn.Module):
         super().__init__()
         schedule_factor(schedule, 0.0)  # an unknown schedule is said at once
         self.automatic = weight == "auto"
+        self.settled = not self.automatic  # whether the weight was given or found
         self.full_weight = 1.0 if weight == "auto" else weight
         self.schedule = schedule
         self.progress = 0.0  # of the training, from 0 to 1
@@ -168,13 +173,14 @@ class Term(nn.Module):
 
     def extra_repr(self) -> str:
         course = "" if self.schedule == "constant" else f", schedule={self.schedule!r}"
-        weight = f"{self.full_weight:.3g} (auto)" if self.automatic else f"{self.full_weight}"
+        found = "auto" if self.settled else "auto, not found yet"
+        weight = f"{self.full_weight:.3g} ({found})" if self.automatic else f"{self.full_weight}"
         return f"{self.symbol}={weight}{course}"
 
 
 def _number(user: str, weight: Weight) -> float:
     """The weight, where it is given; "auto" counts as one that may be."""
-    if isinstance(weight, str) and weight != "auto":
+    if not is_number(weight) and not (isinstance(weight, str) and weight == "auto"):
         raise ValueError(f'{user}: expected a number or "auto" as beta, got {weight!r}.')
     return 0.0 if weight == "auto" else weight
 
@@ -337,10 +343,10 @@ class KnowledgeDistillation(Term):
     def __init__(
         self, alpha: float = 0.9, temperature: float = 4.0, *, schedule: Schedule = "constant"
     ) -> None:
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"KnowledgeDistillation: expected 0 <= alpha <= 1, got {alpha}.")
-        if not temperature > 0:
-            raise ValueError(f"KnowledgeDistillation: expected temperature > 0, got {temperature}.")
+        if not (is_number(alpha) and 0 <= alpha <= 1):
+            raise ValueError(f"KnowledgeDistillation: expected 0 <= alpha <= 1, got {alpha!r}.")
+        if not (is_number(temperature) and temperature > 0):
+            raise ValueError(f"KnowledgeDistillation: expected temperature > 0, got {temperature!r}.")
         super().__init__(alpha, schedule=schedule)
         self.temperature = temperature
 
@@ -349,7 +355,7 @@ class KnowledgeDistillation(Term):
         return 1 - self.weight
 
     def forward(
-        self, student_logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"]
+        self, student_logits: Float[Tensor, "b k *pixels"], teacher_logits: Float[Tensor, "b k *pixels"]
     ) -> Float[Tensor, ""]:
         """alpha * T^2 * KL; the factor on the cross-entropy is the caller's to apply."""
         return self.weight * distillation_loss(student_logits, teacher_logits, temperature=self.temperature)
@@ -368,8 +374,8 @@ class _InputGradientTerm(Term):
     needs_input_gradient = True
 
     def __init__(self, beta: float, *, schedule: Schedule = "constant", name: str | None = None) -> None:
-        if not 0 <= beta < math.inf:
-            raise ValueError(f"{type(self).__name__}: expected a finite beta >= 0, got {beta}.")
+        if not (is_number(beta) and 0 <= beta < math.inf):
+            raise ValueError(f"{type(self).__name__}: expected a finite beta >= 0, got {beta!r}.")
         super().__init__(beta, schedule=schedule)
         self.name = name or self.name
 

@@ -12,6 +12,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -48,8 +49,9 @@ class Pair:
         for name in (self.student, self.teacher):
             if not isinstance(name, str):
                 raise TypeError(f"Pair: expected the names of two modules, got {name!r}. Pass dotted names.")
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f"Pair: expected a weight >= 0, got {self.weight}. Leave it out for 1.")
+        number = isinstance(self.weight, Real)
+        if not (number and math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"Pair: expected a weight >= 0, got {self.weight!r}. Leave it out for 1.")
 
     def __str__(self) -> str:
         weight = "" if self.weight == 1 else f" (weight {self.weight:g})"

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ._untouched import untouched
+from .functional import cross_entropy
 from .kernels.reference import accumulation_dtype
 from .losses import Observation, Reading
 from .pairs import Pair
@@ -21,7 +22,9 @@ from .taps import source
 
 DOMINANT_SHARE = 0.95  # of the gradient at a pair: beyond it the terms leave the labels no say there
 IDLE_SHARE = 0.005  # of the parameters' gradient: below it a term costs its time and does nothing
-IGNORED_PIXEL = -100  # as PyTorch's cross-entropy has it
+IGNORED = -100  # the label that does not count, as PyTorch's cross-entropy has it
+SUM_TOLERANCE = 0.01  # of probabilities, which may come from float16
+UNLIKELY, VERY_UNLIKELY = 1e-3, 1e-6  # that labels drawn among all outputs leave so many of them out
 WORSE_THAN_CHANCE = 1.2  # times log(k), the cross-entropy of a guess
 
 
@@ -46,11 +49,15 @@ def check_models(student: nn.Module, teacher: nn.Module | None) -> None:
     _check_teacher(teacher)
 
 
-def check_observation(seen: Observation, x: Tensor) -> None:
-    """Raise ValueError for what is wrong with a batch and what the models made of it."""
+def check_observation(seen: Observation, x: Tensor, open_weights: Sequence[str] = ()) -> list[str]:
+    """Raise ValueError for what is wrong with a batch and what the models made of it, and warn, as returned.
+
+    `open_weights` names the terms whose weight is "auto" and was not found yet.
+    """
     _check_labels(seen)
     _check_finite(seen, x)
     _check_features(seen)
+    return _warn([*_warn_of_outputs(seen), *_warn_of_weights(open_weights)])
 
 
 def check_terms(
@@ -65,18 +72,31 @@ def check_terms(
         _check_gradient(name, addend, overall[name], gradients[name] if name in at_pairs else None)
     plan = replace(_with_shares(plan, gradients), shares=_shares(overall))
     found = [*_warn_of_teacher(seen), *_warn_of_maps(seen), *_warn_of_shares(plan), *_warn_of_idleness(plan)]
-    for message in found:
-        warnings.warn(f"preflight: {message}", PreflightWarning, stacklevel=3)
-    return Preflight(plan, found)
+    return Preflight(plan, _warn(found))
+
+
+def _warn(messages: list[str]) -> list[str]:
+    for message in messages:
+        warnings.warn(f"preflight: {message}", PreflightWarning, stacklevel=4)
+    return messages
 
 
 @contextmanager
 def statistics_kept(teacher: nn.Module | None) -> Iterator[None]:
-    """Raise ValueError if what is done inside changes the teacher's buffers, such as BatchNorm statistics."""
-    before = [] if teacher is None else [buffer.clone() for buffer in teacher.buffers()]
-    yield
-    after = [] if teacher is None else list(teacher.named_buffers())
-    changed = [name for (name, now), old in zip(after, before, strict=True) if not torch.equal(now, old)]
+    """Raise ValueError if what is done inside changes the teacher's buffers, such as BatchNorm statistics.
+
+    They are put back as they were.
+    """
+    if teacher is None:
+        yield
+        return
+    before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
+    with untouched(teacher):
+        yield
+        after = dict(teacher.named_buffers())
+        common = before.keys() & after.keys()
+        changed = sorted(before.keys() ^ after.keys())
+        changed += [name for name in before if name in common and not torch.equal(before[name], after[name])]
     if changed:
         raise ValueError(
             f"preflight: expected a teacher that a forward pass leaves as it is, got changed buffers "
@@ -126,13 +146,16 @@ def _check_teacher(teacher: nn.Module | None) -> None:
 
 
 def _check_labels(seen: Observation) -> None:
-    batch, classes, *pixels = seen.student.logits.shape
-    if seen.labels.shape != (batch, *pixels):
+    classes, labels = seen.student.logits.shape[1], seen.labels
+    if classes == 1:
         raise ValueError(
-            f"preflight: expected labels of shape {(batch, *pixels)}, as the student's logits have, got "
-            f"{tuple(seen.labels.shape)}. Bring labels or logits to one size."
+            "preflight: expected a student of two outputs or more, got 1, whose cross-entropy is always 0. "
+            "Build the student with num_classes=2."
         )
-    labels = seen.labels[seen.labels != IGNORED_PIXEL] if pixels else seen.labels
+    if labels.is_floating_point():
+        _check_probabilities(labels)
+        return
+    labels = labels[labels != IGNORED]
     if not labels.numel():
         raise ValueError("preflight: expected labels that count, got none. Pass another batch.")
     lowest, highest = int(labels.min()), int(labels.max())
@@ -140,6 +163,17 @@ def _check_labels(seen: Observation) -> None:
         raise ValueError(
             f"preflight: expected labels from 0 to {classes - 1}, as the student has {classes} outputs, got "
             f"{lowest} to {highest}. Build the student with num_classes={highest + 1} or mend the labels."
+        )
+
+
+def _check_probabilities(labels: Float[Tensor, "b k ..."]) -> None:
+    sums = labels.sum(1)
+    if not (labels.isfinite().all() and (labels >= 0).all() and ((sums - 1).abs() < SUM_TOLERANCE).all()):
+        raise ValueError(
+            "preflight: expected floating labels as probabilities of classes, which sum to 1, got numbers "
+            f"from {labels.min().item():.3g} on with sums from {sums.min().item():.3g} to "
+            f"{sums.max().item():.3g}. Divide by their sum, or give class numbers; several classes an image "
+            "need another loss."
         )
 
 
@@ -241,13 +275,49 @@ def _why_dead(addend: Tensor) -> str:
 # --- warnings -----------------------------------------------------------------------------------------------
 
 
+def _warn_of_outputs(seen: Observation) -> Iterator[str]:
+    """Of features that were taken for logits."""
+    if seen.labels.is_floating_point():
+        return
+    drawn = seen.labels[seen.labels != IGNORED].unique()
+    needed = int(drawn.max()) + 1
+    for side, reading in _sides(seen).items():
+        width = reading.logits.shape[1]
+        argument = "logits" if side == "student" else "teacher_logits"
+        for index, other in reading.rivals:
+            if needed <= other < width:
+                yield (
+                    f"the {side} returns several tensors that could be its logits, and the first, of {width} "
+                    f"classes, was taken; the one at {index} has {other}, enough for the labels of this "
+                    f"batch. Say which: Distiller({argument}={index}) or another, or return it alone."
+                )
+    width = seen.student.logits.shape[1]
+    theirs = width if seen.teacher is None else seen.teacher.logits.shape[1]
+    fewer, limit = (theirs, UNLIKELY) if needed <= theirs < width else (needed, VERY_UNLIKELY)
+    if not seen.student.rivals and (fewer / width) ** len(drawn) < limit:
+        yield (
+            f"the student has {width} outputs, but no label of this batch is beyond {needed - 1}"
+            f"{f', and the teacher has {theirs}' if fewer == theirs else ''}. Are they features rather than "
+            "logits? Say where these are, Distiller(logits=...), return them alone, or build the student "
+            "with as many classes as there are."
+        )
+
+
+def _warn_of_weights(open_weights: Sequence[str]) -> Iterator[str]:
+    for name in open_weights:
+        yield (
+            f'the weight "auto" of {name} was not found yet, and acts as 1. Pass what `balance` finds on a '
+            "batch to `settle`: distiller.settle(distiller.balance(x, y))."
+        )
+
+
 def _warn_of_teacher(seen: Observation) -> Iterator[str]:
     if seen.teacher is None:
         return
     logits = seen.teacher.logits
-    if logits.shape[1] != seen.student.logits.shape[1] or logits.shape[1] < 2:
+    if logits.shape != seen.student.logits.shape or logits.shape[1] < 2:
         return
-    loss, chance = F.cross_entropy(logits, seen.labels).item(), math.log(logits.shape[1])
+    loss, chance = cross_entropy(logits, seen.labels).item(), math.log(logits.shape[1])
     if loss > WORSE_THAN_CHANCE * chance:
         yield (
             f"the teacher does worse than chance on this batch (cross-entropy {loss:.2f}, a guess has "

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention_transfer import (
+    ActivationTransfer,
     AttentionTransfer,
     Distiller,
+    GradientTransfer,
     InputTransform,
     KnowledgeDistillation,
     Pair,
@@ -25,6 +30,7 @@ from attention_transfer import (
 from attention_transfer.losses import Energy, Observation, Term
 
 PAIRS = [Pair("first", "first"), Pair("second", "second", weight=0.5)]
+LARGE_TERMS = pytest.mark.filterwarnings("ignore:preflight. at/.* make up")  # not what these tests are about
 
 
 @pytest.fixture
@@ -355,6 +361,202 @@ def test_models_may_return_more_than_logits(batch) -> None:
     assert Distiller(Verbose(4), None)(*batch).logits.shape == (4, 5)
 
 
+class Returns(Net):
+    """What `what` makes of the features, their mean over space and the logits."""
+
+    def __init__(self, width: int, what: Callable[[Tensor, Tensor, Tensor], object]) -> None:
+        super().__init__(width)
+        self.what = what
+
+    def forward(self, x: Tensor) -> object:
+        features = self.features(x)
+        return self.what(features, features.mean((2, 3)).repeat(1, 10), self.head(features.mean((2, 3))))
+
+
+RETURNED = {
+    "after features": lambda features, mean, logits: (features, logits),
+    "after a list": lambda features, mean, logits: ([features, features], logits),
+    "after a loss": lambda features, mean, logits: (logits.logsumexp(1).mean(), logits),
+    "after numbers": lambda features, mean, logits: (torch.ones(len(mean), 7, dtype=torch.long), logits),
+    "before features": lambda features, mean, logits: [logits, mean],
+    "dict": lambda features, mean, logits: {"features": mean, "logits": logits},
+    "object": lambda features, mean, logits: SimpleNamespace(features=mean, logits=logits),
+}
+
+
+@LARGE_TERMS
+@pytest.mark.parametrize("what", RETURNED)
+def test_logits_are_found_on_both_sides(what: str, batch) -> None:
+    student, teacher = Returns(4, RETURNED[what]), Returns(6, RETURNED[what])
+    built = Distiller(student, teacher, pairs=PAIRS, terms=[AttentionTransfer(0.1), KnowledgeDistillation()])
+    seen = built.observe(*batch)
+    for model, reading in ((student, seen.student), (teacher, seen.teacher)):
+        assert torch.equal(reading.logits, model.head(model.features(batch[0]).mean((2, 3))))
+    assert not [warning for warning in built.preflight(*batch).warnings if "logits" in warning]
+
+
+@LARGE_TERMS
+@pytest.mark.parametrize(
+    ("what", "place"),
+    [
+        (lambda features, mean, logits: (mean, logits), 1),
+        (lambda features, mean, logits: (mean, logits), lambda output: output[-1]),
+        (lambda features, mean, logits: {"features": mean, "answers": logits}, "answers"),
+        (lambda features, mean, logits: SimpleNamespace(features=mean, answers=logits), "answers"),
+    ],
+)
+def test_logits_are_where_they_are_said_to_be(what: object, place: object, batch) -> None:
+    student, teacher = Returns(4, what), Returns(6, what)
+    terms = [AttentionTransfer(0.1), KnowledgeDistillation()]
+    built = Distiller(student, teacher, pairs=PAIRS, terms=terms, logits=place, teacher_logits=place)
+    out = built(*batch)
+    assert torch.equal(out.logits, student.head(student.features(batch[0]).mean((2, 3))))
+    assert not [warning for warning in built.preflight(*batch).warnings if "logits" in warning]
+
+
+def test_logits_that_are_not_there_are_said_with_what_is(batch) -> None:
+    student = Returns(4, lambda features, mean, logits: {"mean": mean, "answers": logits})
+    with pytest.raises(
+        ValueError, match=r"Distiller \(student\): .* got dict of 'mean' \(4, 40\), 'answers' \("
+    ):
+        Distiller(student, None)(*batch)
+    with pytest.raises(ValueError, match=r"logits \(b, k\) at 'answer', got .*logits=\"pred\""):
+        Distiller(student, None, logits="answer")(*batch)
+
+
+# --- types and shapes ---------------------------------------------------------------------------------------
+
+
+@LARGE_TERMS
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_labels_are_whole_numbers_of_any_type(dtype: torch.dtype, distiller, batch) -> None:
+    x, y = batch
+    want = distiller(x, y).loss
+    for labels in (y.to(dtype), y.to(dtype)[:, None]):
+        assert torch.equal(distiller.eval()(x, labels).loss, want)
+        distiller.preflight(x, labels)
+    gradient = Distiller(distiller.student, distiller.teacher, pairs=PAIRS, terms=[GradientTransfer(1.0)])
+    assert torch.equal(gradient(x, y.to(dtype)).loss, gradient(x, y).loss)
+
+
+@LARGE_TERMS
+def test_labels_may_be_probabilities(distiller, batch) -> None:
+    """As mixup, CutMix and label smoothing make them; of any floating type."""
+    x, _ = batch
+    y = torch.rand(4, 5, dtype=torch.float64).softmax(1)
+    out = distiller(x, y)
+    want = -(y * distiller.student(x).log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(out.terms["ce"], 0.75 * want.float())
+    assert out.loss.dtype == torch.float32
+    assert distiller.preflight(x, y).plan.shares["ce"] > 0
+    gradient = Distiller(distiller.student, distiller.teacher, pairs=PAIRS, terms=[GradientTransfer(1.0)])
+    one_hot = torch.eye(5)[batch[1]]
+    torch.testing.assert_close(gradient(x, one_hot).loss, gradient(*batch).loss)
+    with pytest.raises(ValueError, match="which sum to 1, got numbers from 0 on with sums from 2 to 2"):
+        distiller.preflight(x, one_hot + one_hot.roll(1, 1))
+
+
+@LARGE_TERMS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_teacher_of_another_type_is_fed_in_its_own(dtype: torch.dtype, batch) -> None:
+    teacher = Net(6)
+    terms = [AttentionTransfer(2.0), KnowledgeDistillation(), ActivationTransfer(1.0), GradientTransfer(50)]
+    built = [
+        Distiller(Net(6).eval(), copy.deepcopy(teacher).to(kind), terms=terms, example_input=batch[0])
+        for kind in (torch.float32, dtype)
+    ]
+    built[1].student.load_state_dict(built[0].student.state_dict())
+    want, out = (each(*batch) for each in built)
+    assert out.loss.dtype == torch.float32 or dtype == torch.float64
+    torch.testing.assert_close(
+        out.loss.float(), want.loss, rtol=3e-2 if dtype == torch.bfloat16 else 3e-3, atol=0
+    )
+    out.loss.backward()
+    assert all(parameter.grad is not None for parameter in built[1].student.parameters())
+    built[1].preflight(*batch)
+
+
+def test_a_student_in_bfloat16_has_its_loss_in_float32(batch) -> None:
+    x, y = batch
+    student = Net(4).to(torch.bfloat16).eval()
+    built = Distiller(student, Net(6), pairs=PAIRS, terms=[AttentionTransfer(0.5), KnowledgeDistillation()])
+    out = built(x.to(torch.bfloat16), y)
+    assert out.loss.dtype == torch.float32
+    want = F.cross_entropy(student(x.to(torch.bfloat16)).float(), y)
+    torch.testing.assert_close(out.terms["ce"], 0.1 * want)
+    with pytest.raises(ValueError, match=r"images of torch\.bfloat16, as the student is, got torch\.float32"):
+        built(x, y)
+
+
+class Dense(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.head(self.features(x).movedim(1, -1)).movedim(-1, 1)
+        return F.interpolate(logits, x.shape[2:])
+
+
+@LARGE_TERMS
+def test_distillation_of_each_pixel(batch) -> None:
+    x, _ = batch
+    y = torch.randint(0, 5, (4, 8, 8), dtype=torch.int32)
+    student, teacher = Dense(4).eval(), Dense(6)
+    built = Distiller(student, teacher, pairs=PAIRS, terms=[KnowledgeDistillation(0.25, 3.0)])
+    out = built(x, y[:, None])
+    s, t = ((model(x) / 3).movedim(1, -1).reshape(-1, 5).log_softmax(1) for model in (student, teacher))
+    torch.testing.assert_close(out.terms["kd"], 0.25 * 9 * (t.exp() * (t - s)).sum(1).mean())
+    assert built.preflight(x, y).plan.shares["kd"] > 0
+
+
+@LARGE_TERMS
+def test_a_dense_teacher_of_a_classifier_and_the_other_way_round(batch) -> None:
+    x, y = batch
+    terms = [AttentionTransfer(0.1)]
+    assert Distiller(Net(4), Dense(6), pairs=PAIRS, terms=terms).preflight(x, y).plan.shares["at/first"] > 0
+    pixels = torch.randint(0, 5, (4, 8, 8))
+    built = Distiller(Dense(4), Net(6), pairs=PAIRS, terms=terms)
+    assert built.preflight(x, pixels).plan.shares["at/first"] > 0
+
+
+class Counts(nn.Module):
+    """As an observer of quantisation: its buffer takes the shape of what it sees, in place or anew."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("largest", torch.empty(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = x.detach().abs().amax((0, 2, 3))
+        if self.in_place:
+            self.largest.resize_(largest.shape).copy_(largest)
+        else:
+            self.largest = largest
+        return x
+
+
+@LARGE_TERMS
+@pytest.mark.parametrize("in_place", [True, False])
+def test_buffers_that_change_their_shape_are_left_as_they_were(in_place: bool, batch) -> None:
+    student, teacher = Net(4), Net(6)
+    student.first.append(Counts(in_place))
+    terms = [AttentionTransfer(0.1)]
+    built = Distiller(student, teacher, pairs="auto", terms=terms, example_input=batch[0])
+    built.preflight(*batch)
+    assert student.first[-1].largest.shape == (0,)
+    built(*batch).loss.backward()
+    assert student.first[-1].largest.shape == (4,)
+    teacher.first.append(Counts(in_place).eval())
+    with pytest.raises(ValueError, match=r"got changed buffers first\.3\.largest\. Give it layers that heed"):
+        built.preflight(*batch)
+    assert teacher.first[-1].largest.shape == (0,)
+
+
+def test_a_term_and_a_pair_need_no_list(batch) -> None:
+    built = Distiller(Net(4), Net(6), pairs=PAIRS[0], terms=AttentionTransfer(1.0))
+    assert list(built(*batch).terms) == ["ce", "at/first"]
+    built = Distiller(Net(4), Net(6), pairs=(pair for pair in PAIRS), terms=iter([AttentionTransfer(1.0)]))
+    assert list(built(*batch).terms) == ["ce", "at/first", "at/second"]
+
+
 # --- bad input ----------------------------------------------------------------------------------------------
 
 
@@ -376,6 +578,96 @@ def test_refuses_what_cannot_work(batch) -> None:
         Distiller(Net(4), Net(6), pairs=PAIRS, terms=[AttentionTransfer(1.0), AttentionTransfer(2.0)])(*batch)
     with pytest.raises(ValueError, match=r"expected a model that gives logits \(b, k\), got \(4, 3, 8, 8\)"):
         Distiller(nn.Identity(), None)(*batch)
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"student": "resnet18"},
+            "expected the student as a torch.nn.Module, got 'resnet18'. Build it, such as by",
+        ),
+        ({"student": None}, "expected the student as a torch.nn.Module, got None"),
+        ({"teacher": Net}, "expected the teacher as a torch.nn.Module, got the class Net. Call it."),
+        (
+            {"student": nn.LazyLinear(5)},
+            "expected a student whose parameters have their shapes, got lazy ones",
+        ),
+        ({"terms": [AttentionTransfer]}, "got the class AttentionTransfer. Call it: AttentionTransfer(...)."),
+        ({"terms": "at"}, "expected terms as instances of Term, got 'at'. Pass one such as Attention"),
+        ({"terms": {"at": AttentionTransfer(1.0)}}, "expected terms as instances of Term, got 'at'"),
+        ({"terms": [nn.CrossEntropyLoss()]}, "expected terms as instances of Term, got CrossEntropyLoss()"),
+        ({"pairs": ["s3:layer1"]}, "got 's3:layer1'. Pass pairs=[('s3', 'layer1')], or \"auto\"."),
+        ({"pairs": ["s3 <- layer1"]}, "Pass pairs=[('s3', 'layer1')], or \"auto\"."),
+        ({"pairs": ("first", "second")}, "got 'first'. Pass pairs=[('student.layer', 'teacher.layer')]"),
+        ({"pairs": {"first": "second"}}, "(student layer, teacher layer), got 'first'."),
+        ({"pairs": None}, "(student layer, teacher layer), got None."),
+        ({"pairs": [("first",)]}, "(student layer, teacher layer), got ('first',)."),
+        ({"pairs": [("first", "first", "2")]}, "Pair: expected a weight >= 0, got '2'."),
+        (
+            {"teacher_dtype": "bf16"},
+            "torch.float16 or None, got 'bf16'. For another type, convert the teacher",
+        ),
+        ({"teacher_dtype": torch.float64}, "torch.float16 or None, got torch.float64."),
+        ({"teacher_transform": 5}, "expected teacher_transform as a function of images, got 5."),
+        ({"example_input": (3, 8, 8)}, "expected example_input as a tensor (b, c, h, w), got tuple."),
+        (
+            {"example_input": torch.zeros(0, 3, 8, 8)},
+            "expected example_input with one image or more, got (0,",
+        ),
+    ],
+)
+def test_refuses_what_is_no_part_of_it(given: dict, message: str) -> None:
+    parts = {"student": Net(4), "teacher": Net(6), "pairs": PAIRS, "terms": [AttentionTransfer(1.0)], **given}
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        Distiller(parts.pop("student"), parts.pop("teacher"), **parts)
+
+
+IMAGES, LABELS = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (list(IMAGES), LABELS, "expected images as a tensor (b, c, h, w), got list. Stack images"),
+        ({"pixel_values": IMAGES}, LABELS, "expected images as a tensor (b, c, h, w), got dict"),
+        (IMAGES[0], LABELS, "expected images (b, c, h, w) for terms at layer pairs, got (3, 8, 8). Add the"),
+        (IMAGES[:, :, None], LABELS, "for terms at layer pairs, got (4, 3, 1, 8, 8)."),
+        (IMAGES[..., 0], LABELS, "for terms at layer pairs, got (4, 3, 8)."),
+        (IMAGES[:0], LABELS[:0], "expected images with one image or more, got (0, 3, 8, 8). Leave out empty"),
+        (
+            (IMAGES * 255).byte(),
+            LABELS,
+            "expected images of torch.float32, as the teacher is, got torch.uint8",
+        ),
+        (IMAGES > 0.5, LABELS, "got torch.bool, with which it fails: "),
+        (IMAGES.double(), LABELS, "as the student is, got torch.float64, with which it fails: "),
+        (IMAGES.to(torch.complex64), LABELS, "got torch.complex64, with which it fails: "),
+        (
+            IMAGES.to("meta"),
+            LABELS,
+            "expected images on cpu, as the teacher is, got meta, with which it fails: ",
+        ),
+        (IMAGES, None, "expected labels as a tensor, got NoneType. Pass torch.tensor(labels)."),
+        (IMAGES, [0, 1, 2, 3], "expected labels as a tensor, got list."),
+        (IMAGES, LABELS[:2], "label for each of 4 rows of logits, got torch.int64 of shape (2,). Give the"),
+        (IMAGES, LABELS.float(), "got torch.float32 of shape (4,). Give the class numbers of the batch, or"),
+        (IMAGES, LABELS > 1, "got torch.bool of shape (4,)."),
+        (IMAGES, torch.eye(5)[LABELS].long(), "got torch.int64 of shape (4, 5)."),
+        (
+            IMAGES,
+            LABELS.to("meta"),
+            "expected labels on cpu, where the logits are, got meta. Pass labels.to(",
+        ),
+    ],
+)
+def test_refuses_what_is_no_batch(x: object, y: object, message: str) -> None:
+    built = Distiller(Net(4), Net(6), pairs=PAIRS, terms=[AttentionTransfer("auto")])
+    for call in (built, built.preflight, built.balance):
+        with pytest.raises((TypeError, ValueError), match=rf"^Distiller: .*{re.escape(message)}"):
+            call(x, y)
 
 
 def test_two_attention_terms_under_two_names(batch) -> None:

@@ -558,6 +558,17 @@ def test_distillation_is_the_plain_formula_and_its_gradient_checks() -> None:
     assert gradcheck(lambda x: distillation_loss(x, teacher, temperature=3.0), (student,))
 
 
+@pytest.mark.unchecked
+def test_distillation_of_each_pixel_is_that_of_as_many_samples() -> None:
+    student, teacher = torch.randn(2, 2, 5, 3, 4, dtype=torch.float64)
+    rows = [logits.movedim(1, -1).reshape(-1, 5) for logits in (student, teacher)]
+    torch.testing.assert_close(distillation_loss(student, teacher), distillation_loss(*rows))
+    with pytest.raises(
+        ValueError, match=r"or \(b, k, h, w\), got student \(2, 5, 3, 4\) and teacher \(2, 5, 3, 3\)"
+    ):
+        distillation_loss(student, teacher[..., :3])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_distillation_from_itself_is_zero(dtype) -> None:
     logits = (20 * torch.randn(4, 7)).to(dtype)

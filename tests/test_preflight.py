@@ -330,6 +330,83 @@ def test_labels_beyond_the_classes(batch) -> None:
         distiller().preflight(batch[0], torch.tensor([0, 1, 2, 3, 4, 7]))
 
 
+class Features(Net):
+    """Returns features of 512 entries, alone or before or after the logits."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__(4)
+        self.widen, self.order = nn.Linear(4, 512), order
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        mean = self.features(x).mean((2, 3))
+        found = {"features": self.widen(mean), "logits": self.head(mean)}
+        returned = [found[name] for name in self.order.split()]
+        return returned if len(returned) > 1 else returned[0]
+
+
+def test_features_that_were_taken_for_logits(batch) -> None:
+    x, y = batch
+    with pytest.warns(
+        PreflightWarning, match=r"of 512 classes, .* the one at 1 has 5, .*Distiller\(logits=1\)"
+    ):
+        distiller(Features("features logits")).preflight(x, y)
+    with pytest.warns(PreflightWarning, match=r"the teacher returns .*Distiller\(teacher_logits=1\)"):
+        distiller(teacher=Features("features logits")).preflight(x, y)
+    with pytest.warns(
+        PreflightWarning, match="has 512 outputs, but no label of this batch is beyond 4, and the "
+    ):
+        distiller(Features("features"), terms=[AttentionTransfer(0.1)]).preflight(x, y)
+    with pytest.warns(
+        PreflightWarning, match=r"512 outputs, but no label of this batch is beyond 4\. Are they"
+    ):
+        Distiller(Features("features"), None).preflight(x, y)
+    for order, options in [("logits features", {}), ("features logits", {"logits": 1}), ("logits", {})]:
+        assert not Distiller(Features(order), None, **options).preflight(x, y).warnings
+
+
+@pytest.mark.unchecked
+def test_features_that_were_taken_for_logits_are_said_before_the_error_that_they_make(batch) -> None:
+    with (
+        pytest.warns(PreflightWarning, match=r"the student returns .*Distiller\(logits=1\)"),
+        pytest.raises(ValueError, match=r"got student \(6, 512\) and teacher \(6, 5\)"),
+    ):
+        distiller(Features("features logits"), terms=[KnowledgeDistillation()]).preflight(*batch)
+
+
+def test_many_classes_of_which_a_batch_shows_few_are_no_features() -> None:
+    x, y = torch.randn(4, 3, 8, 8), torch.tensor([3, 98, 41, 41])
+    assert not Distiller(Net(4, classes=100), None).preflight(x, y).warnings
+    assert not Distiller(Net(4, classes=100), None).preflight(x, torch.tensor([0, 0, 0, 1])).warnings
+
+
+def test_labels_that_do_not_count_among_images(batch) -> None:
+    x, y = batch
+    y = y.where(torch.arange(6) < 3, -100)
+    report = distiller(terms=[AttentionTransfer(0.1)]).preflight(x, y)
+    assert report.plan.shares["ce"] > 0
+    with pytest.raises(ValueError, match="expected labels that count, got none"):
+        distiller().preflight(x, torch.full((6,), -100))
+
+
+def test_a_student_of_one_output(batch) -> None:
+    with pytest.raises(ValueError, match="a student of two outputs or more, got 1, whose cross-entropy is"):
+        distiller(Net(4, classes=1)).preflight(batch[0], batch[1] * 0)
+
+
+def test_an_automatic_weight_that_nobody_found(batch) -> None:
+    built = distiller(terms=[AttentionTransfer("auto"), KnowledgeDistillation()])
+    assert "beta=1 (auto, not found yet)" in str(built.plan())
+    with pytest.warns(
+        PreflightWarning, match=r'the weight "auto" of at was not found yet, and acts as 1\. Pass'
+    ):
+        built.preflight(*batch)
+    built.settle({"kd": 0.5})
+    with pytest.warns(PreflightWarning, match="was not found yet"):
+        built.preflight(*batch)
+    built.settle(built.balance(*batch))
+    assert not built.preflight(*batch).warnings
+
+
 @pytest.mark.unchecked
 def test_logits_of_unequal_classes(batch) -> None:
     with pytest.raises(ValueError, match=r"got student \(6, 5\) and teacher \(6, 9\)\. Distillation needs"):
