@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import errno
+import functools
 import io
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ LARGEST = 64 << 20  # bytes of a text file: the metrics of 100,000 epochs take a
 LARGEST_YAML = 1 << 20  # characters; a recipe takes 2,000, and PyYAML a second for 100,000
 DEEPEST = 32  # levels in JSON or YAML; what this package writes has 5
 SHOWN = 60  # characters of a value in an error
+DECEPTIVE = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
@@ -101,10 +104,10 @@ def parse_json(text: str | bytes) -> Any:
     """What a JSON text says.
 
     Raises:
-        ValueError: in one line, if it is damaged, or nested so deeply that nobody can have meant it.
+        ValueError: in one line, if it is damaged, has a name twice, or is nested beyond what anyone means.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_without_twins)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except ValueError as error:
@@ -112,6 +115,18 @@ def parse_json(text: str | bytes) -> Any:
     if _depth_exceeds(value, DEEPEST):
         raise ValueError("nested too deeply")
     return value
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if again := _first_twin([name for name, _ in pairs]):
+        raise ValueError(f"{shown(pairs[again][0])} is there twice")
+    return dict(pairs)
+
+
+def _first_twin(names: list[str]) -> int:
+    """The place of the first name that was there before; 0 if there is none."""
+    seen: set[str] = set()
+    return next((i for i, name in enumerate(names) if name in seen or seen.add(name)), 0)  # type: ignore[func-returns-value]
 
 
 def _depth_exceeds(value: Any, limit: int) -> bool:
@@ -133,20 +148,54 @@ def _depth_exceeds(value: Any, limit: int) -> bool:
 def parse_yaml(text: str) -> list[Any]:
     """The documents of a YAML text: plain values, of which no tag makes an object.
 
-    Aliases are refused, by which a few lines can stand for more values than fit into memory.
+    Aliases are refused, by which a few lines can stand for more values than fit into memory, and what says
+    something else than it looks: 010 (8), 1:30 (90), dates, a key that is there twice.
 
     Raises:
-        ValueError: in one line, if it is damaged, too large, has aliases, or is nested deeply.
+        ValueError: in one line, if it is damaged, too large, has aliases, is nested deeply, or deceives.
     """
     yaml = require("yaml", extra="train", user="parse_yaml", name="pyyaml")
     if len(text) > LARGEST_YAML:
         raise ValueError(f"more than {LARGEST_YAML:,} characters")
     try:
         _check_events(yaml, text)
-        return list(yaml.safe_load_all(text))
+        return list(yaml.load_all(text, Loader=_strict_loader(yaml)))
     # PyYAML lets out what int(), datetime() and the like raise: ValueError, TypeError, KeyError, ...
     except Exception as error:
         raise ValueError(f"not plain YAML: {one_line(error)}") from None
+
+
+def is_deceptive(number: str) -> bool:
+    """Whether YAML and people read a number differently: 010 is octal to it, and 1:30 counts in sixties."""
+    return DECEPTIVE.fullmatch(number.strip()) is not None
+
+
+@functools.cache
+def _strict_loader(yaml: Any) -> Any:
+    class Strict(yaml.SafeLoader):  # type: ignore[misc, name-defined]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if again := _first_twin([key.value for key in keys]):
+                raise ValueError(f"line {_line(keys[again])}: {shown(keys[again].value)} is there twice")
+            if merged := [key for key in keys if key.tag == "tag:yaml.org,2002:merge"]:
+                raise ValueError(f"line {_line(merged[0])}: <<: write the fields themselves")
+            return super().construct_mapping(node, deep)
+
+    def number(loader: Any, node: Any) -> Any:
+        if is_deceptive(node.value):
+            raise ValueError(f"line {_line(node)}: {node.value}: write a plain number, or quote it as text")
+        return getattr(yaml.SafeLoader, f"construct_yaml_{node.tag.rpartition(':')[2]}")(loader, node)
+
+    def date(loader: Any, node: Any) -> Any:
+        raise ValueError(f"line {_line(node)}: the date {node.value}: quote it as text")
+
+    for kind, construct in (("int", number), ("float", number), ("timestamp", date)):
+        Strict.add_constructor(f"tag:yaml.org,2002:{kind}", construct)
+    return Strict
+
+
+def _line(node: Any) -> int:
+    return node.start_mark.line + 1
 
 
 def _check_events(yaml: Any, text: str) -> None:

@@ -151,6 +151,13 @@ HOSTILE = [
     ),
     Guard("_reading.py", "if stat.S_ISREG(mode):", "if True:", "fuzz no_file_is_refused"),
     Guard("_reading.py", "isinstance(event, yaml.AliasEvent)", "False", "security yaml_makes_no"),
+    Guard("_reading.py", "if is_deceptive(node.value):", "if False:", "security yaml_says_what"),
+    Guard(
+        "_reading.py",
+        "if again := _first_twin([key.value for key in keys]):",
+        "if again := 0:",
+        "security yaml_says_what",
+    ),
     Guard("_reading.py", "except RecursionError:", "except ZeroDivisionError:", "security deep_json"),
     Guard("_reading.py", "if _depth_exceeds(value, DEEPEST):", "if False:", "security deep_json"),
     Guard("_pictures.py", "        _refuse_deep(image)\n", "", "pictures more_than_8_bits"),

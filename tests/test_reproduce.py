@@ -172,7 +172,8 @@ def tiny(tmp_path: Path) -> Path:
         (("unit: test error %", "unit: furlongs"), "the table's unit, test error %"),
         (("published: 5.0", "published: five"), "a published number or null"),
         (("published: 5.0\n", ""), "the fields places, source"),
-        (("---\n", ""), "2 YAML documents"),
+        (("---\n", "---\n{}\n---\n"), "2 YAML documents"),
+        (("---\n", ""), "'teacher' is there twice"),
         (("method: at", "metod: at"), "unknown field 'metod'. Did you mean method"),
     ],
 )

@@ -41,10 +41,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import attention_transfer as at
+from attention_transfer._reading import parse_json
 from attention_transfer.cache import Cache, Manifest
 from attention_transfer.caffe.files.prototxt import parse_net
 from attention_transfer.cli import main
 from attention_transfer.data import load_data
+from attention_transfer.data.parquet import read_parquet
+from attention_transfer.data.sources import MOST_CLASSES
 from attention_transfer.models import build_model, load_weights, read_metadata, save_weights, trusting
 from attention_transfer.models.checkpoint import read_checkpoint
 from attention_transfer.pairs import Stage
@@ -371,6 +374,76 @@ def test_yaml_makes_no_objects_and_does_not_unfold(kind: str, capsys: Any) -> No
     assert "table1.yaml" in fails(capsys, "reproduce", "table1", "--recipes", "tables")
 
 
+DECEPTIVE = {
+    "epochs: 010": "line 1: 010: write a plain number",  # 8 to YAML
+    "epochs: 1:30": "line 1: 1:30: write a plain number",  # 90
+    "lr: 0:00:30.5": "line 1: 0:00:30.5: write a plain number",
+    "pairs: 1:2": "line 1: 1:2: write a plain number, or quote it as text",
+    "milestones: [0.5, 00]": "line 1: 00: write",
+    'epochs: !!int "010"': "line 1: 010: write",
+    "student: 2020-01-01": "line 1: the date 2020-01-01: quote it as text",
+    "epochs: 1\nlr: 0.5\nepochs: 2": "line 3: 'epochs' is there twice",
+    '"epochs": 1\nepochs: 2': "line 2: 'epochs' is there twice",
+    "{lr: 1, lr: 1}": "line 1: 'lr' is there twice",
+    "lr: 1\n<<: {epochs: 3}": "line 2: <<: write the fields themselves",
+}
+
+
+@pytest.mark.parametrize("text", DECEPTIVE)
+def test_yaml_says_what_it_looks_like(text: str, capsys: Any) -> None:
+    Path("run").mkdir()
+    Path("run/recipe.yaml").write_text(text)
+    assert DECEPTIVE[text] in fails(capsys, "train", "--config", "run/recipe.yaml")
+    assert DECEPTIVE[text] in fails(capsys, "report", "run", "-o", "r.html")
+    Path("tables").mkdir()
+    Path("tables/table1.yaml").write_text(text)
+    assert DECEPTIVE[text] in fails(capsys, "reproduce", "table1", "--recipes", "tables")
+
+
+def test_plain_yaml_says_the_same_as_ever(capsys: Any) -> None:
+    Path("r.yaml").write_text(
+        'lr: 1e-3\nmomentum: .5\nepochs: 1_000\nseed: 0\nnesterov: yes\nstudent: "010"\npairs: "1:2"\nteacher: null\n'
+        "method: none\nweight_decay: 0.0\nmilestones: [0.1, 0.5]\n"
+    )
+    recipe = Recipe.load("r.yaml")
+    assert (recipe.lr, recipe.momentum, recipe.epochs, recipe.seed, recipe.nesterov) == (
+        1e-3,
+        0.5,
+        1000,
+        0,
+        True,
+    )
+    assert (recipe.student, recipe.pairs, recipe.teacher, recipe.weight_decay) == ("010", "1:2", None, 0.0)
+    Path("r2.yaml").write_text(recipe.to_yaml())
+    assert Recipe.load("r2.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--epochs", "010"],
+        ["--epochs=1:30"],
+        ["--lr", "-07"],
+        ["--beta", "1:30"],
+        ["--milestones", "[0.1,00]"],
+    ],
+    ids=str,
+)
+def test_flags_take_the_numbers_that_a_recipe_takes(words: list[str], capsys: Any) -> None:
+    flag = words[0].partition("=")[0]
+    assert f"train: {flag}: expected a plain number, got " in fails(capsys, "train", *words, "--print-config")
+    assert main(["train", "--data", "010", "--pairs", "1:2", "--print-config"]) == 0
+    assert "data: '010'" in capsys.readouterr().out
+
+
+def test_json_has_every_name_once(capsys: Any) -> None:
+    text = json.dumps(asdict(CARD)).replace('"in_channels": 3', '"in_channels": 3, "in_channels": 1')
+    save_weights(nn.Linear(1, 1), "w.safetensors", {"attention_transfer": text})
+    refused(lambda: ModelCard.read("w.safetensors"), "ModelCard.read: expected the metadata")
+    with pytest.raises(ValueError, match=r"^not JSON: 'a' is there twice$"):
+        parse_json('[{"b": {"a": 1, "c": 2, "a": 1}}]')
+
+
 DEEP = "[" * 100_000
 
 
@@ -475,6 +548,17 @@ def test_parquet_with_a_label_beyond_measure_is_refused(label: int) -> None:
         lambda: load_data("train.parquet"),
         r"load_data: expected (labels that number the classes|class numbers)",
     )
+
+
+def test_the_largest_label_is_the_one_that_the_documentation_says() -> None:
+    def of_largest(label: int) -> Any:
+        pq.write_table(pa.table({"image": [png(), png()], "label": [0, label]}), "train.parquet")
+        return read_parquet([Path("train.parquet")], Path("train.parquet"))
+
+    assert len(of_largest(MOST_CLASSES - 1).classes) == MOST_CLASSES
+    refused(lambda: of_largest(MOST_CLASSES), "load_data: expected labels that number the classes from 0")
+    page = (Path(__file__).parents[1] / "docs" / "security.md").read_text(encoding="utf-8")
+    assert f"labels below {MOST_CLASSES:,}" in page
 
 
 def test_parquet_whose_statistics_are_of_another_type_is_refused() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from attention_transfer._extras import require
 from attention_transfer._hints import did_you_mean
-from attention_transfer._reading import one_line
+from attention_transfer._reading import is_deceptive, one_line
 from attention_transfer._trust import is_factory
 
 PROGRAM = "attention-transfer"
@@ -53,10 +53,29 @@ def parse(parser: Any, arguments: list[str]) -> Any:
         UsageError: in one line, with near matches for an unknown flag.
     """
     arguments = [_dashed(argument) for argument in arguments]
+    _check_numbers(parser, arguments)
     try:
         return parser.parse_args(arguments)
     except argparse.ArgumentError as error:
         raise UsageError(_explain(parser, str(error))) from None
+
+
+def _check_numbers(parser: Any, arguments: Sequence[str]) -> None:
+    """Refuse numbers that a recipe would refuse: --epochs 010 is 10 here and 8 in YAML."""
+    numeric = {
+        option
+        for action in parser._actions
+        if re.search(r"\b(int|float)\b", str(getattr(action, "_typehint", "")))
+        for option in action.option_strings
+    }
+    flag = ""
+    for argument in arguments:
+        name, separator, value = argument.partition("=")
+        flag = name if name.startswith("--") else flag
+        for word in re.split(r"[\[\],\s]+", value if separator else argument):
+            if flag in numeric and is_deceptive(word):
+                verb = parser.prog.removeprefix(f"{PROGRAM} ")
+                raise UsageError(f"{verb}: {flag}: expected a plain number, got {word}.")
 
 
 def split_trust(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

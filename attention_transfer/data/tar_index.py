@@ -302,8 +302,8 @@ def _read_label(path: Path, member: tarfile.TarInfo, file: io.FileIO, label_fiel
     file.seek(place)
     try:
         as_number = member.name.lower().endswith(".cls")
-        value = int(text) if as_number else _field(json.loads(text), label_field)
-    except (ValueError, RecursionError):
+        value = int(text) if as_number else _field(parse_json(text), label_field)
+    except ValueError:
         value = text[:40].decode(errors="replace")
     if value is None or (type(value) is int and abs(value) < 1 << 63):
         return value
