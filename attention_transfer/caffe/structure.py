@@ -253,30 +253,3 @@ class Graph:
         if node.spec.propagate_down:
             return bottom < len(node.spec.propagate_down) and node.spec.propagate_down[bottom]
         return node.inputs[bottom].producer in needing
-
-
-def with_known_sizes(net: Any) -> Any:
-    """A copy of a net whose data layers are Input layers where the prototxt tells their images' size.
-
-    So shapes can be inferred without the data. Three channels are assumed where nothing tells.
-    """
-    copy = type(net)()
-    copy.CopyFrom(net)
-    for layer in copy.layer:
-        if layer.type in ("Data", "ImageData") and (size := _image_size(layer)):
-            own = layer.data_param if layer.type == "Data" else layer.image_data_param
-            gray = layer.transform_param.force_gray or len(layer.transform_param.mean_value) == 1
-            batch = own.batch_size or 1
-            layer.type = "Input"
-            layer.input_param.shape.add(dim=[batch, 1 if gray else 3, *size])
-            for _ in layer.top[1:]:
-                layer.input_param.shape.add(dim=[batch])
-    return copy
-
-
-def _image_size(layer: Any) -> tuple[int, int] | None:
-    crop = layer.transform_param.crop_size
-    if crop:
-        return crop, crop
-    own = layer.image_data_param
-    return (own.new_height, own.new_width) if own.new_height and own.new_width else None

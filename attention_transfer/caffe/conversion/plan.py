@@ -11,10 +11,11 @@ from attention_transfer.caffe import schema
 from attention_transfer.caffe.files.prototxt import read_net
 from attention_transfer.caffe.graph import Version, Wiring, connect
 from attention_transfer.caffe.layers import Layer
+from attention_transfer.caffe.layers.base import UnsupportedError
 from attention_transfer.caffe.layers.forks import settle_meaning
 from attention_transfer.caffe.layers.loss import Loss
 from attention_transfer.caffe.net import Net, Phase
-from attention_transfer.caffe.structure import with_known_sizes
+from attention_transfer.caffe.sizes import taken_channels, with_known_sizes
 
 SCORES = ("Accuracy",)
 DECIDING = ("ArgMax", "Threshold")
@@ -67,8 +68,8 @@ def net_without_data(prototxt: Any, phase: Phase, stored: Sequence[Any] = ()) ->
     settle_meaning(net.layer, stored)
     try:
         return Net(net, phase=phase)
-    except FileNotFoundError:
-        known = with_known_sizes(net)
+    except (FileNotFoundError, UnsupportedError):  # data that are elsewhere, or for Caffe alone
+        known = with_known_sizes(net, taken_channels(net, phase, stored))
         if known == net:
             raise
         return Net(known, phase=phase)

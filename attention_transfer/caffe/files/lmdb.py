@@ -20,6 +20,7 @@ import mmap
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from attention_transfer._reading import open_file
@@ -47,6 +48,9 @@ class Place:
 class Pages:
     """An LMDB file, mapped into memory.
 
+    Args:
+        first_only: look for the first record alone, which takes no time in a large file.
+
     Attributes:
         places: of all records, in the order of their keys.
 
@@ -55,7 +59,7 @@ class Pages:
         OSError: if it cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, first_only: bool = False) -> None:
         with open_file(path) as file:
             length = file.seek(0, 2)
             if length < 2 * HEAD:
@@ -64,8 +68,9 @@ class Pages:
         self._length = length
         root, entries = self._root()
         self._seen: set[int] = set()
-        self.places: list[Place] = [] if root == NO_PAGE else list(self._walk(root, 0))
-        if len(self.places) != entries:
+        walk = iter(()) if root == NO_PAGE else self._walk(root, 0)
+        self.places: list[Place] = list(islice(walk, 1 if first_only else None))
+        if not first_only and len(self.places) != entries:
             raise ValueError(f"{len(self.places):,} records where it speaks of {entries:,}")
 
     def value(self, place: Place) -> bytes:

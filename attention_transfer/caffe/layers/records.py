@@ -88,6 +88,27 @@ def open_database(path: str) -> Database:
     return database
 
 
+def first_record(path: str, kind: Any) -> Any:
+    """The first record of an LMDB, as a message of the class `kind`, without reading through the others.
+
+    Raises:
+        ValueError: if there is none.
+        OSError: if the file cannot be read.
+    """
+    if not path:
+        raise ValueError(f"{USER}: expected the path of an LMDB, got none.")
+    folder = Path(path)
+    pages = Pages(folder / "data.mdb" if folder.is_dir() else folder, first_only=True)
+    if not pages.places:
+        raise ValueError(f"{USER}: expected records in the LMDB {path}, got none.")
+    try:
+        return kind.FromString(pages.value(pages.places[0]))
+    except DecodeError:
+        raise ValueError(
+            f"{USER}: expected a {kind.DESCRIPTOR.name} as the first record of {path}."
+        ) from None
+
+
 def datum_pixels(datum: Any, color: bool | None, what: str) -> np.ndarray:
     """The image of a Datum, (c, h, w): uint8, or float32 for `float_data`.
 

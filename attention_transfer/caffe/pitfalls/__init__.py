@@ -19,7 +19,8 @@ from attention_transfer.caffe.pitfalls import branches, layers, teachers  # noqa
 from attention_transfer.caffe.pitfalls.rules import RULES, Blame, Case
 from attention_transfer.caffe.pitfalls.spelling import Misspelt, parse_leniently
 from attention_transfer.caffe.schema import text_format
-from attention_transfer.caffe.structure import Graph, with_known_sizes
+from attention_transfer.caffe.sizes import untold, with_known_sizes
+from attention_transfer.caffe.structure import Graph
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,12 @@ class Finding:
     note: bool = False
 
 
-def check(prototxt: str | PathLike[str] | Any, solver: str | PathLike[str] | Any = None) -> list[Finding]:
+def check(
+    prototxt: str | PathLike[str] | Any,
+    solver: str | PathLike[str] | Any = None,
+    *,
+    channels: int | None = None,
+) -> list[Finding]:
     """What is wrong with a net for attention transfer; nothing for a clean one.
 
     The phases TRAIN and TEST are looked at, in the states that the solver names too, and the net is built in
@@ -55,6 +61,7 @@ def check(prototxt: str | PathLike[str] | Any, solver: str | PathLike[str] | Any
     Args:
         prototxt: a path, or a NetParameter, whose lines are those of its own text form.
         solver: a path or a SolverParameter. Without one, weight decay is assumed.
+        channels: of the images, where neither the data nor the prototxt tell.
 
     Raises:
         ValueError: if a file does not parse (an unknown field is a finding), or in each phase a layer reads a
@@ -67,7 +74,7 @@ def check(prototxt: str | PathLike[str] | Any, solver: str | PathLike[str] | Any
     lines = _lines(text, net)
     found = [_misspelt(net, lines, fields) for fields in _by_name(unknown)]
     solver = _read_solver(solver)
-    tried = [_case(net, state, solver) for state in _states(solver)]
+    tried = [_case(net, state, solver, channels) for state in _states(solver)]
     found += _unwritten(tried, solver, source, lines)
     tried = [(case, trial) for case, trial in tried if not case.graph.unwritten]
     for name, rule in RULES.items():
@@ -151,12 +158,16 @@ def _states(solver: Any) -> list[Any]:
     return states
 
 
-def _case(net: Any, state: Any, solver: Any) -> tuple[Case, Trial]:
+def _case(net: Any, state: Any, solver: Any, channels: int | None) -> tuple[Case, Trial]:
     phased = schema.NetParameter()
     phased.CopyFrom(net)
     phased.state.MergeFrom(state)
     train = state.phase == schema.TRAIN
-    trial = try_out(with_known_sizes(phased), "TRAIN" if train else "TEST")
+    phase = "TRAIN" if train else "TEST"
+    trial = try_out(with_known_sizes(phased, channels), phase)
+    if trial.refused and channels is None and untold(phased):  # what an assumption refuses is no mistake
+        other = try_out(with_known_sizes(phased, 1), phase).refused
+        trial.refused = {place: error for place, error in trial.refused.items() if place in other}
     return Case(Graph(phased, trial.shapes, trial.lacking), train, solver), trial
 
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from attention_transfer.caffe.structure import Blob, Graph, Node
 
 OF_THE_ENERGY = {"Power", "AbsVal", "Reshape", "Flatten"}  # between the tap and the 1x1 Convolution
-OF_THE_MAP = {"Normalize", "Power", "Reshape", "Flatten", "Pooling", "Python"}  # behind it
+OF_THE_MAP = {"Normalize", "Power", "Reshape", "Flatten", "Pooling", "Crop", "Python"}  # behind it
 
 
 @dataclass(eq=False)
@@ -148,7 +148,9 @@ def is_normalize(node: Node) -> bool:
 def _climb(blob: Blob, types: set[str]) -> tuple[list[Node], Blob]:
     """The chain of layers of these types that ends in `blob`, in order, and what it starts from."""
     chain: list[Node] = []
-    while (node := blob.producer) and node.type in types and len(node.inputs) == len(node.outputs) == 1:
+    while (node := blob.producer) and node.type in types and len(node.outputs) == 1:
+        if len(node.inputs) != (2 if node.type == "Crop" else 1):
+            break
         chain.insert(0, node)
         blob = node.inputs[0]
     return chain, blob

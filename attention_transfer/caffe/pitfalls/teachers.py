@@ -87,8 +87,8 @@ def teacher_batchnorm_moves(case: Case) -> Blame | None:
     blamed = [
         node
         for node in case.graph.nodes
-        if case.train and node in case.attention.teacher and node.type == "BatchNorm"
-        if not (node.spec.batch_norm_param.use_global_stats or tests_always(node.spec))
+        if case.train and node in case.attention.teacher and node.type in ("BatchNorm", "BN")
+        if not (_uses_stored(node) or tests_always(node.spec))
     ]
     if not blamed:
         return None
@@ -96,7 +96,15 @@ def teacher_batchnorm_moves(case: Case) -> Blame | None:
         f"In the TRAIN phase {named(blamed)} of the teacher normalises by the batch, and its stored "
         "statistics move with every forward pass, lr_mult 0 or not. Caffe says nothing."
     )
-    return Blame(blamed, message, "Set batch_norm_param { use_global_stats: true }.")
+    own = any(node.type == "BatchNorm" for node in blamed)
+    setting = "batch_norm_param { use_global_stats: true }" if own else "bn_param { frozen: true }"
+    return Blame(blamed, message, f"Set {setting}.")
+
+
+def _uses_stored(node: Node) -> bool:
+    if node.type == "BN":
+        return node.spec.bn_param.frozen or node.blob_count == 2
+    return node.spec.batch_norm_param.use_global_stats
 
 
 @pitfall("teacher_backward_runs")

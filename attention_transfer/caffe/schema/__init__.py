@@ -29,6 +29,7 @@ def _messages() -> dict[str, Any]:
 
 
 _classes = _messages()
+AnnotatedDatum: Any = _classes["AnnotatedDatum"]
 BlobProto: Any = _classes["BlobProto"]
 Datum: Any = _classes["Datum"]
 FillerParameter: Any = _classes["FillerParameter"]

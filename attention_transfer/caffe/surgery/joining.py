@@ -10,15 +10,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from attention_transfer._files import write_atomically
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.assembly import try_out
 from attention_transfer.caffe.files.caffemodel import blob_shape, read_caffemodel, same_shape, write_binary
 from attention_transfer.caffe.files.prototxt import read_net, read_solver, write_prototxt
+from attention_transfer.caffe.layers import SSDS_OWN
+from attention_transfer.caffe.layers.forks import settle_meaning
 from attention_transfer.caffe.pitfalls import check
-from attention_transfer.caffe.structure import Blob, Node, count_blobs, with_known_sizes
+from attention_transfer.caffe.sizes import OWN_PARAMS, USUAL, taken_channels, told_channels, with_known_sizes
+from attention_transfer.caffe.structure import Blob, Node, count_blobs
 from attention_transfer.caffe.surgery.networks import Network, suggest_blobs, survey_student, survey_teacher
 from attention_transfer.functional import convert_beta
 
@@ -36,6 +39,7 @@ class BuiltPair:
     Attributes:
         student, teacher: names in the built net, with the shapes of the blobs, None where they are not known.
         pooled: which of the two maps is pooled to the size of the other, and by what factors (h, w).
+        cropped: which is cropped by a row or column, after that, and what is left out (h, w) before the rest.
     """
 
     student: str
@@ -43,6 +47,7 @@ class BuiltPair:
     student_shape: tuple[int, ...] | None
     teacher_shape: tuple[int, ...] | None
     pooled: tuple[str, tuple[int, int]] | None = None
+    cropped: tuple[str, tuple[int, int]] | None = None
 
 
 @dataclass
@@ -55,6 +60,7 @@ class Built:
         weights: the start of the student, and the teacher under its new names; None without any.
         sources: the Python layers that the net needs: their text by the name of the file.
         pairs: what is compared with what.
+        notes: what was taken for granted, left out, or runs in some Caffes only.
     """
 
     net: Any
@@ -62,6 +68,7 @@ class Built:
     weights: Any
     sources: dict[str, str]
     pairs: list[BuiltPair]
+    notes: list[str]
     _comment: str = field(default="", repr=False)
 
     def write(self, path: Path_, *, force: bool = False) -> list[Path]:
@@ -115,13 +122,15 @@ def build(
     solver: Path_ | Any = None,
     student_weights: Path_ | Any = None,
     teacher_weights: Path_ | Any = None,
+    channels: int | None = None,
 ) -> Built:
     """One net in which a student learns its task, and to look where a frozen teacher looks.
 
     The student's layers stay as they are, for both phases; one without a loss gets a label and a
     cross-entropy. The layers of the teacher that a pair needs get new names, take the images of the student,
     are frozen, and are there in TRAIN phase only, as are the branches and losses. Maps of unequal size
-    are made equal by average pooling of the larger map. Mistakes that the nets bring are warned about.
+    are made equal by average pooling of the larger map, and by a Crop where they differ by one row or column.
+    Mistakes that the nets bring are warned about.
 
     Args:
         student, teacher: prototxts of nets for training or deployment, or NetParameters.
@@ -138,20 +147,29 @@ def build(
         solver: a solver to take over, with this net in the place of its own; without one, SGD as is usual.
         student_weights: where the student starts, a .caffemodel or NetParameter.
         teacher_weights: the trained teacher.
+        channels: of the images, where neither the weights nor the data, nor the prototxts, tell.
 
     Raises:
         ValueError: if a net, a pair or weights do not fit, in one line.
         OSError: if a file cannot be read.
     """
     _check_options(form, p, beta, normalize)
-    ours = survey_student(_read(student))
-    theirs = survey_teacher(_read(teacher), ours)
+    stored = _stored(student_weights), _stored(teacher_weights)
+    nets = _read(student), _read(teacher)
+    for each, weights in zip(nets, stored, strict=True):
+        settle_meaning(each.layer, weights)
+    channels, notes = _channels(nets, stored, channels)
+    ours = survey_student(nets[0], channels)
+    theirs = survey_teacher(nets[1], ours)
     _compare_images(ours, theirs)
     asked = suggest_blobs(ours, theirs) if pairs == "auto" else _parse_pairs(pairs)
     taps = [(ours.tap(mine), theirs.tap(other)) for mine, other in asked]
     net = _copy(ours.net)
     net.ClearField("force_backward")
-    net.layer.extend(_task(ours))
+    if _only_detects(ours):
+        notes.append(_cut_off(net, ours, [tap for tap, _ in taps]))
+    else:
+        net.layer.extend(_task(ours))
     prefix = _free_prefix(["teacher_"], _names(net), _names(theirs.net))
     frozen, renamed = _frozen(theirs, [tap for _, tap in taps], prefix, ours.image.name)
     net.layer.extend(frozen)
@@ -159,15 +177,18 @@ def build(
     style = _Style(form, p, _default_beta(form) if beta is None else beta, normalize)
     net.layer.extend(style.branches(built, _names(net)))
     net.name = f"{net.name or 'student'}_with_attention_transfer"
-    weights = _merged_weights(net, frozen, prefix, student_weights, teacher_weights)
+    merged = _merged_weights(net, frozen, prefix, stored, channels)
     comment = f"Made by `attention-transfer caffe build`: student {ours.title}, teacher {theirs.title}."
     settings = _solver(solver, ours)
-    for finding in check(net, settings):  # what is built here is clean by construction
-        warnings.warn(
-            f"build: the nets brought {finding.pitfall} with them. {finding.message} {finding.mend}",
-            stacklevel=2,
-        )
-    return Built(net, settings, weights, style.sources(), built, comment)
+    for finding in check(net, settings, channels=channels):  # what is built here is clean by construction
+        said = f"{finding.message} {finding.mend}"
+        if finding.note:
+            notes.append(said)
+        else:
+            warnings.warn(f"build: the nets brought {finding.pitfall} with them. {said}", stacklevel=2)
+    if detecting := sorted({layer.type for layer in net.layer} & SSDS_OWN):
+        notes.append(f"{', '.join(detecting)}: in the SSD fork alone; `caffe train` cannot run this net.")
+    return Built(net, settings, merged, style.sources(), built, notes, comment)
 
 
 def _check_options(form: str, p: int, beta: float | None, normalize: str) -> None:
@@ -215,7 +236,71 @@ def _compare_images(ours: Network, theirs: Network) -> None:
         )
 
 
+def _stored(weights: Path_ | Any) -> list[Any]:
+    """The weights that are given, one NetParameter or none."""
+    if weights is None:
+        return []
+    return [weights if isinstance(weights, schema.NetParameter) else read_caffemodel(weights)]
+
+
+def _channels(
+    nets: tuple[Any, Any], stored: tuple[list[Any], list[Any]], stated: int | None
+) -> tuple[int | None, list[str]]:
+    """How many channels the student's images have, None where its prototxt says so, and a note about that.
+
+    Raises:
+        ValueError: if the weights take others than the data have.
+    """
+    if stated is not None and stated < 1:
+        raise ValueError(f"build: expected channels of 1 or more, got {stated}.")
+    data = [layer for layer in nets[0].layer if layer.type in OWN_PARAMS]
+    if not data:
+        return None, []
+    told = next((told for layer in data if (told := told_channels(layer))), None)
+    taken = taken_channels(nets[0], "TRAIN", stored[0])
+    teachers = taken_channels(nets[1], "TRAIN", stored[1]) or taken_channels(nets[1], "TEST", stored[1])
+    if stated is None and taken and told and taken != told[0] and told[1] in _sources(data):
+        raise ValueError(
+            f"build: expected images of {taken} channels, as the student's weights take, got {told[0]} in "
+            f"{told[1]}. Take the weights of this net, or its data."
+        )
+    found = [
+        (stated, "as stated"),
+        (taken, "as the student's weights take"),
+        (told and told[0], f"as {told[1]} has" if told else ""),
+        (teachers, "as the teacher's weights take"),
+        (USUAL, "which is assumed: nothing tells. State the channels if they are others"),
+    ]
+    count, why = next((count, why) for count, why in found if count)
+    return count, [f"images of {count} channel{'s' if count > 1 else ''}, {why}."]
+
+
+def _sources(data: Iterable[Any]) -> set[str]:
+    return {layer.data_param.source for layer in data} | {"is_color", "is_color: false"}
+
+
 # ------------------------------------------------------------------------------------------ student, teacher
+
+
+def _only_detects(student: Network) -> bool:
+    """Whether a student is a detector of the SSD fork without a loss, as for deployment."""
+    nodes = student.graph.nodes
+    return not any(weight for node in nodes for weight in node.loss_weights) and any(
+        node.type in SSDS_OWN for node in nodes
+    )
+
+
+def _cut_off(net: Any, student: Network, taps: Sequence[Blob]) -> str:
+    """Leave out what no tap needs, in place; what to say about it."""
+    needed = {node.index for node in student.graph.below(taps)}
+    kept = [layer for index, layer in enumerate(net.layer) if index in needed]
+    left_out = len(net.layer) - len(kept)
+    del net.layer[:]
+    net.layer.extend(kept)
+    return (
+        f"{left_out} layers of the student behind its taps are left out: a detector without a loss, which "
+        "learns to look as the teacher does, and nothing else."
+    )
 
 
 def _task(student: Network) -> list[Any]:
@@ -274,6 +359,8 @@ def _freeze(node: Node, renamed: dict[Blob, str], prefix: str) -> Any:
     if spec.type == "BatchNorm":
         spec.batch_norm_param.use_global_stats = True
         return spec
+    if spec.type == "BN" and node.blob_count == 4:
+        spec.bn_param.frozen = True
     for index in range(max(node.blob_count, len(node.spec.param))):
         frozen = spec.param.add(lr_mult=0, decay_mult=0)
         if index < len(node.spec.param) and node.spec.param[index].name:
@@ -317,19 +404,65 @@ def _pair(ours: Network, theirs: Network, mine: Blob, other: Blob, renamed: str)
         )
         return BuiltPair(mine.name, renamed, *shapes)
     sizes = shapes[0][2:], shapes[1][2:]
-    pooled = None
-    if sizes[0] != sizes[1]:
-        student_larger = sizes[0] >= sizes[1]
-        large, small = sizes if student_larger else sizes[::-1]
-        if any(big % little for big, little in zip(large, small, strict=True)):
-            raise ValueError(
-                f"build: expected maps of which one is a whole multiple of the other, got {mine.name!r} of "
-                f"{'x'.join(map(str, sizes[0]))} and {other.name!r} of {'x'.join(map(str, sizes[1]))}. "
-                "Tap layers of equal stride."
-            )
-        factors = (large[0] // small[0], large[1] // small[1])
-        pooled = ("s" if student_larger else "t", factors)
-    return BuiltPair(mine.name, renamed, *shapes, pooled)
+    if sizes[0] == sizes[1]:
+        return BuiltPair(mine.name, renamed, *shapes)
+    student_larger = all(one >= other for one, other in zip(*sizes, strict=True))
+    large, small = sizes if student_larger else sizes[::-1]
+    factors = (_factor(large[0], small[0]), _factor(large[1], small[1]))
+    if 0 in factors:
+        raise ValueError(
+            f"build: expected maps of which one is, but for a row or column, a whole multiple of the other, "
+            f"got {mine.name!r} of {'x'.join(map(str, sizes[0]))} and {other.name!r} of "
+            f"{'x'.join(map(str, sizes[1]))}. Tap layers of equal stride."
+        )
+    side = "s" if student_larger else "t"
+    pooled = None if factors == (1, 1) else (side, factors)
+    cropped = None
+    if any(-(-size // factor) > least for size, factor, least in zip(large, factors, small, strict=True)):
+        rasters = ours.raster(mine), theirs.raster(other)
+        cropped = side, _offsets(large, small, factors, *(rasters if student_larger else rasters[::-1]))
+    return BuiltPair(mine.name, renamed, *shapes, pooled, cropped)
+
+
+def _factor(large: int, small: int) -> int:
+    """What to pool an axis by, to get one of the size `small`, or one more; 0 if nothing does.
+
+    Sizes that differ by one, at the finer one's resolution, belong to one and the same stride.
+    """
+    if large < small:
+        return 0
+    if large % small == 0:
+        return large // small
+    factor = 1 if large - small == 1 else round(large / small)
+    return factor if abs(large - factor * small) == 1 else 0
+
+
+Raster = list[tuple[float, float]] | None
+
+
+def _offsets(
+    large: Sequence[int], small: Sequence[int], factors: Sequence[int], finer: Raster, coarser: Raster
+) -> tuple[int, int]:
+    """For each axis, whether the first or the last of one position too many is left out: what lies closer."""
+    offsets = []
+    for axis, (size, least, factor) in enumerate(zip(large, small, factors, strict=True)):
+        surplus = -(-size // factor) - least
+        if not surplus or finer is None or coarser is None:
+            offsets.append(0)
+            continue
+        step, start = finer[axis]
+        start += step * (factor - 1) / 2
+        apart = [abs(start + place * factor * step - coarser[axis][1]) for place in range(surplus + 1)]
+        offsets.append(apart.index(min(apart)))
+    return offsets[0], offsets[1]
+
+
+class _Cropping(NamedTuple):
+    """How a map is cropped: to the size of which blob, what is left out before it, and whether it learns."""
+
+    reference: str
+    offsets: tuple[int, int]
+    learns: bool
 
 
 @dataclass(frozen=True)
@@ -350,9 +483,13 @@ class _Style:
 
     def _of_pair(self, pair: BuiltPair, number: str, prefix: str) -> list[Any]:
         layers, ends = [], []
-        for side, tap in (("s", pair.student), ("t", pair.teacher)):
+        taps = {"s": pair.student, "t": pair.teacher}
+        for side, tap in taps.items():
             factors = pair.pooled[1] if pair.pooled and pair.pooled[0] == side else None
-            branch = self._map(tap, f"{prefix}%s_{side}{number}", factors)
+            crop = None
+            if pair.cropped and pair.cropped[0] == side:
+                crop = _Cropping(taps["t" if side == "s" else "s"], pair.cropped[1], side == "s")
+            branch = self._map(tap, f"{prefix}%s_{side}{number}", factors, crop)
             layers += branch
             ends.append(branch[-1].top[0])
         loss = self._loss(f"{prefix}at_loss{number}")
@@ -360,19 +497,32 @@ class _Style:
         loss.propagate_down.extend([True, False])
         return [*layers, loss]
 
-    def _map(self, tap: str, name: str, factors: tuple[int, int] | None) -> list[Any]:
-        """From an activation to its map; one to be pooled keeps its two axes until it is."""
+    def _map(
+        self,
+        tap: str,
+        name: str,
+        factors: tuple[int, int] | None,
+        crop: _Cropping | None,
+    ) -> list[Any]:
+        """From an activation to its map; one to be pooled or cropped keeps its two axes until it is."""
         chain = [(name % "abs", "AbsVal")]
         chain += [(name % power, "Power") for power in ("pow", "pow4")[: SQUARINGS[self.p]]]
         chain += [(name % "map", "Convolution")]
+        chain += [(name % "pool", "Pooling")] if factors else []
+        chain += [(name % "crop", "Crop")] if crop else []
         flat = (name % "flat", "Reshape")
-        chain = [flat, *chain] if factors is None else [*chain, (name % "pool", "Pooling"), flat]
+        chain = [*chain, flat] if factors or crop else [flat, *chain]
         chain += [(name % "norm", "Normalize" if self.normalize == "ssd" else "Python")]
         layers = []
         for own, kind in chain:
             layer = schema.LayerParameter(name=own, type=kind, bottom=[tap], top=[own])
             layer.include.add(phase=schema.TRAIN)
             self._fill_in(layer, factors)
+            if kind == "Crop" and crop:
+                layer.bottom.append(crop.reference)
+                layer.propagate_down.extend([crop.learns, False])
+                layer.crop_param.axis = 2
+                layer.crop_param.offset.extend(crop.offsets)
             layers.append(layer)
             tap = own
         return layers
@@ -454,26 +604,26 @@ def _only_in_test(layer: Any) -> bool:
     return any(rule.phase == schema.TEST for rule in layer.include if rule.HasField("phase"))
 
 
-def _merged_weights(net: Any, frozen: Sequence[Any], prefix: str, student: Any, teacher: Any) -> Any:
+def _merged_weights(
+    net: Any, frozen: Sequence[Any], prefix: str, stored: tuple[list[Any], list[Any]], channels: int | None
+) -> Any:
     """The student's start and the teacher's weights under the names of the built net, None without either.
 
     Raises:
         ValueError: if blobs do not fit, or the teacher's lack a layer.
     """
-    if student is None and teacher is None:
+    if not any(stored):
         return None
     theirs = {layer.name for layer in frozen}
-    built = {layer.name: layer for layer in try_out(with_known_sizes(net)).layers.values()}
+    built = {layer.name: layer for layer in try_out(with_known_sizes(net, channels)).layers.values()}
     merged = schema.NetParameter(name=net.name)
-    for role, source in (("student", student), ("teacher", teacher)):
-        if source is None:
-            continue
-        stored = source if isinstance(source, schema.NetParameter) else read_caffemodel(source)
-        own = [layer for layer in net.layer if (layer.name in theirs) == (role == "teacher")]
-        records = _matching(own, stored, prefix if role == "teacher" else "", role)
-        for record in records:
-            _check_record(record, built.get(record.name), role)
-        merged.layer.extend(records)
+    for role, sources in zip(("student", "teacher"), stored, strict=True):
+        for source in sources:
+            own = [layer for layer in net.layer if (layer.name in theirs) == (role == "teacher")]
+            records = _matching(own, source, prefix if role == "teacher" else "", role)
+            for record in records:
+                _check_record(record, built.get(record.name), role)
+            merged.layer.extend(records)
     return merged
 
 

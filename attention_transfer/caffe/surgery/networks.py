@@ -10,12 +10,16 @@ from attention_transfer._hints import did_you_mean
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.assembly import try_out
 from attention_transfer.caffe.graph import select
-from attention_transfer.caffe.structure import Blob, Graph, Node, with_known_sizes
+from attention_transfer.caffe.layers import Layer
+from attention_transfer.caffe.sizes import with_known_sizes
+from attention_transfer.caffe.structure import Blob, Graph, Node
 
-WEIGHTED = {"Convolution", "Deconvolution"}
-BLOCK_ENDS = {"Eltwise", "Concat"}
-ACTIVATIONS = {"ReLU", "PReLU", "ELU"}
-BEHIND = {"BatchNorm", "Scale", "Bias", "Sigmoid", "TanH", *ACTIVATIONS, *BLOCK_ENDS}
+CONVOLUTIONS = {"Convolution", "DepthwiseConvolution", "ConvolutionDepthwise"}
+WEIGHTED = {*CONVOLUTIONS, "Deconvolution"}
+BLOCK_ENDS = {"Eltwise", "Concat", "Axpy"}
+ACTIVATIONS = {"ReLU", "PReLU", "ELU", "ReLU6"}
+BEHIND = {"BatchNorm", "BN", "Scale", "Bias", "Sigmoid", "TanH", *ACTIVATIONS, *BLOCK_ENDS}
+RESAMPLING = {"Deconvolution", "Crop", "Interp", "Reshape", "Flatten", "Permute"}
 
 
 @dataclass(eq=False)
@@ -27,12 +31,14 @@ class Network:
         net: its NetParameter; of the student with the layers of all phases.
         graph: the layers of that phase, with shapes as far as they are known.
         image: the blob of images.
+        layers: those layers that could be built, by their place among all of the net.
     """
 
     role: str
     net: Any
     graph: Graph
     image: Blob
+    layers: dict[int, Layer]
 
     @property
     def title(self) -> str:
@@ -43,6 +49,29 @@ class Network:
         """The last values of all blobs that depend on the images, in order."""
         nodes = self.graph.readers(self.image)
         return [blob for blob in self.graph.last.values() if blob.producer in nodes]
+
+    def raster(self, blob: Blob) -> list[tuple[float, float]] | None:
+        """For each spatial axis, (step, start) in pixels of the image of the centres of a map's positions.
+
+        None where the layers between do not tell.
+        """
+        chain: list[Node] = []
+        while blob is not self.image:
+            node = blob.producer
+            if node is None or not node.inputs or node.type in RESAMPLING or node.index not in self.layers:
+                return None
+            chain.append(node)
+            blob = node.inputs[0]
+        steps, starts = [1.0, 1.0], [0.0, 0.0]
+        for node in reversed(chain):
+            layer: Any = self.layers[node.index]
+            if not (node.type in CONVOLUTIONS or node.type == "Pooling") or not hasattr(layer, "kernel"):
+                continue
+            for axis, dilation in enumerate(getattr(layer, "dilation", (1, 1))):
+                half = dilation * (layer.kernel[axis] - 1) / 2
+                starts[axis] += steps[axis] * (half - layer.pad[axis])
+                steps[axis] *= layer.stride[axis]
+        return list(zip(steps, starts, strict=True))
 
     def tap(self, name: str) -> Blob:
         """The last value of a blob, to make a map of.
@@ -64,13 +93,16 @@ class Network:
         return blob
 
 
-def survey_student(net: Any) -> Network:
+def survey_student(net: Any, channels: int | None = None) -> Network:
     """The student, in the phase TRAIN.
+
+    Args:
+        channels: of its images, where they are known from elsewhere.
 
     Raises:
         ValueError: if it does not hold together, or has several blobs of images, or overwrites them.
     """
-    network = _network("student", net, net, "TRAIN")
+    network = _network("student", net, net, "TRAIN", channels)
     if any(network.image.name in node.spec.top for node, _ in network.image.users):
         raise ValueError(
             f"build: expected images that the teacher can read too, got {network.image.name!r} overwritten "
@@ -90,7 +122,7 @@ def survey_teacher(net: Any, student: Network) -> Network:
     alone = select(net, phase)
     for layer in alone.layer:
         del layer.include[:], layer.exclude[:]
-    network = _network("teacher", net, alone, phase)
+    network = _network("teacher", net, alone, phase, None)
     shape = student.graph.shape(student.image)
     if shape is None:
         return network
@@ -104,19 +136,20 @@ def survey_teacher(net: Any, student: Network) -> Network:
     replaced.CopyFrom(schema.LayerParameter(name=replaced.name, type="Input", top=replaced.top))
     for dims in known:
         replaced.input_param.shape.add(dim=dims)
-    return _network("teacher", net, fed, phase)
+    return _network("teacher", net, fed, phase, None)
 
 
-def _network(role: str, net: Any, view: Any, phase: str) -> Network:
+def _network(role: str, net: Any, view: Any, phase: str, channels: int | None) -> Network:
     view = select_state(view, phase)
-    graph = Graph(view, try_out(with_known_sizes(view), phase).shapes)
+    trial = try_out(with_known_sizes(view, channels), phase)
+    graph = Graph(view, trial.shapes)
     if graph.unwritten:
         layer, name = graph.unwritten[0]
         raise ValueError(
             f"build: expected a {role} whose layers read what layers before them write, got {name!r} in "
             f"layer {layer.name!r}."
         )
-    return Network(role, net, graph, _image(graph, role))
+    return Network(role, net, graph, _image(graph, role), trial.layers)
 
 
 def select_state(net: Any, phase: str) -> Any:
@@ -146,13 +179,17 @@ def _image(graph: Graph, role: str) -> Blob:
 
 
 def suggest_blobs(student: Network, teacher: Network) -> list[tuple[str, str]]:
-    """The ends of the stages of equal resolution, in the student's order.
+    """The ends of the stages of equal resolution, but for one row and column, in the student's order.
 
     Raises:
         ValueError: if shapes are not known, or no resolution is common to both.
     """
     ours, theirs = stage_ends(student), stage_ends(teacher)
-    pairs = [(name, theirs[size]) for size, name in ours.items() if size in theirs]
+    pairs = []
+    for size, name in ours.items():
+        near = [other for other in theirs if other not in ours and _differ_by_one(size, other)]
+        if size in theirs or near:
+            pairs.append((name, theirs[size if size in theirs else near[0]]))
     if not pairs:
         sizes = [", ".join(f"{h}x{w}" for h, w in ends) or "none" for ends in (ours, theirs)]
         raise ValueError(
@@ -160,6 +197,10 @@ def suggest_blobs(student: Network, teacher: Network) -> list[tuple[str, str]]:
             f"{sizes[0]} in the student and {sizes[1]} in the teacher. Name the blobs: pairs='a:b,c:d'."
         )
     return pairs
+
+
+def _differ_by_one(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    return max(abs(one - two) for one, two in zip(size, other, strict=True)) == 1
 
 
 def stage_ends(network: Network) -> dict[tuple[int, int], str]:
@@ -192,6 +233,9 @@ def _stages(network: Network) -> dict[tuple[int, int], list[Blob]]:
             continue
         shape = graph.shape(node.outputs[0])
         if shape is None or len(shape) != 4 or shape[2] * shape[3] <= 1:
+            continue
+        users = {user.type for user, _ in node.outputs[0].users}
+        if node.type in WEIGHTED and users == {"Permute"}:  # a head of SSD's
             continue
         behind = node.type in BEHIND and any(blob in working for blob in node.inputs)
         if node.type in WEIGHTED or behind:

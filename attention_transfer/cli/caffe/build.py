@@ -41,6 +41,9 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--student-weights", type=Path, help="Where the student starts, a caffemodel.")
     parser.add_argument("--teacher-weights", type=Path, help="The trained teacher, a caffemodel.")
     parser.add_argument(
+        "--channels", type=int, help="Of the images, where neither weights, data nor prototxts tell."
+    )
+    parser.add_argument(
         "-o",
         "--output",
         type=Path,
@@ -62,9 +65,11 @@ def run(arguments: list[str]) -> None:
         solver=flags.solver,
         student_weights=flags.student_weights,
         teacher_weights=flags.teacher_weights,
+        channels=flags.channels,
     )
     files = built.write(flags.output, force=flags.force)
-    print(_table(built.pairs), "", *(f"wrote {file}" for file in files), "", sep="\n")
+    notes = [f"note: {note}" for note in built.notes]
+    print(_table(built.pairs), "", *notes, *(f"wrote {file}" for file in files), "", sep="\n")
     weights = f" --weights {flags.output.with_suffix('.caffemodel')}" if built.weights is not None else ""
     print(f"Next: {PROGRAM} caffe train --solver {files[1]}{weights}")
     print(f"In Caffe: caffe train --solver {files[1]}{weights}")
@@ -92,9 +97,13 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 def _maps(pair: BuiltPair) -> str:
     if pair.student_shape is None or pair.teacher_shape is None:
         return "unknown"
-    if pair.pooled is None:
-        return "x".join(map(str, pair.student_shape[2:]))
-    side, (rows, columns) = pair.pooled
-    smaller = pair.teacher_shape if side == "s" else pair.student_shape
-    whose = "student's" if side == "s" else "teacher's"
-    return f"{'x'.join(map(str, smaller[2:]))} ({whose} pooled {rows}x{columns})"
+    changed = [change for change in (pair.pooled, pair.cropped) if change]
+    smaller = pair.teacher_shape if changed and changed[0][0] == "s" else pair.student_shape
+    said = []
+    if pair.pooled:
+        said.append("pooled {}x{}".format(*pair.pooled[1]))
+    if pair.cropped:
+        said.append("cropped from {},{} on".format(*pair.cropped[1]))
+    whose = "student's" if changed and changed[0][0] == "s" else "teacher's"
+    maps = "x".join(map(str, smaller[2:]))
+    return f"{maps} ({whose} {', '.join(said)})" if said else maps

@@ -17,10 +17,11 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("net", type=Path, help="The net's prototxt.")
     parser.add_argument("--solver", type=Path, help="The solver's prototxt.")
+    parser.add_argument("--channels", type=int, help="Of the images, where neither data nor prototxt tell.")
     flags = parse(parser, arguments)
     from attention_transfer.caffe import check
 
-    findings = check(flags.net, solver=flags.solver)
+    findings = check(flags.net, solver=flags.solver, channels=flags.channels)
     for finding in findings:
         kind = "note: " if finding.note else ""
         print(f"{flags.net}:{finding.line}: {kind}{finding.pitfall}: {', '.join(finding.layers)}")
