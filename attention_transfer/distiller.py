@@ -27,6 +27,7 @@ from .functional import (
     input_gradient_of,
     leaf,
 )
+from .locality import find_order
 from .losses import Energy, Observation, Reading, Shapes, Term, names_at_pairs
 from .pairs import Pair, suggest_pairs
 from .plan import Plan, PlanRow
@@ -34,6 +35,7 @@ from .preflight import (
     Preflight,
     check_models,
     check_observation,
+    check_order,
     check_terms,
     gradient_norms_at_pairs,
     statistics_kept,
@@ -255,13 +257,24 @@ class Distiller(nn.Module):
         """
         check_models(self.student, self.teacher)
         with torch.enable_grad(), untouched(self.student), statistics_kept(self.teacher):
+            unordered = self._check_order(x, teacher)
             seen = self.observe(x, y, teacher=teacher, keep_features=True)
             open_weights = [term.name for term in self._terms() if not term.settled]
             noticed = check_observation(seen, x, open_weights)
             report = check_terms(self.addends(seen), seen, self._plan_of(seen), self.student)
-            report = replace(report, warnings=[*noticed, *report.warnings])
+            report = replace(report, warnings=[*unordered, *noticed, *report.warnings])
         self._plan = report.plan
         return report
+
+    def _check_order(self, x: Images, teacher: Reading | None) -> list[str]:
+        names, others = [pair.student for pair in self.pairs], [pair.teacher for pair in self.pairs]
+        found = check_order("student", find_order(self.student, names, x, layout=self._layouts[0]))
+        if self.teacher is None or teacher is not None:
+            return found
+        see = self.teacher_transform
+        with _precision(self.teacher_dtype, x.device):
+            theirs = find_order(self.teacher, others, x, layout=self._layouts[1], transform=see)
+        return [*found, *check_order("teacher", theirs)]
 
     def balance(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ._untouched import untouched
 from .functional import cross_entropy
 from .kernels.reference import accumulation_dtype
+from .locality import Finding
 from .losses import Observation, Reading
 from .pairs import Pair
 from .plan import Plan
-from .taps import source
+from .taps import Layout, source
 
 DOMINANT_SHARE = 0.95  # of the gradient at a pair: beyond it the terms leave the labels no say there
 IDLE_SHARE = 0.005  # of the parameters' gradient: below it a term costs its time and does nothing
@@ -58,6 +59,20 @@ def check_observation(seen: Observation, x: Tensor, open_weights: Sequence[str] 
     _check_finite(seen, x)
     _check_features(seen)
     return _warn([*_warn_of_outputs(seen), *_warn_of_weights(open_weights)])
+
+
+def check_order(side: str, found: Mapping[str, Finding]) -> list[str]:
+    """Raise ValueError for maps not in the order of the image; warn of those whose reading the user named."""
+    wrong = {name: finding for name, finding in found.items() if not finding.in_order}
+    for name, finding in wrong.items():
+        if not finding.told:
+            raise ValueError(_out_of_order(side, name, finding))
+    return _warn(
+        [
+            f"the {side}'s map at {name} does not follow the image: {_share_of(each)}. Is it read as meant?"
+            for name, each in wrong.items()
+        ]
+    )
 
 
 def check_terms(
@@ -191,6 +206,32 @@ def _check_finite(seen: Observation, x: Tensor) -> None:
                 f"preflight: expected finite numbers, got {bad} NaN or infinite entries in {what}. "
                 "Look at the input's normalisation, the weights, and the range of the precision in use."
             )
+
+
+def _out_of_order(side: str, name: str, finding: Finding) -> str:
+    called, layout = name.partition("@")[0], finding.layout
+    if finding.better is not None:
+        return (
+            f"preflight: expected patches from token {layout.prefix} on at the {side}'s {name}, got patches "
+            f'that begin at token {finding.better.prefix}. Say so in its name: "{called}@{finding.better}".'
+        )
+    return (
+        f"preflight: expected a map in the order of the image at the {side}'s {name}, got one that does not "
+        f"follow it, read as {layout}: {_share_of(finding)}. Does the model drop, mask, shuffle or regroup "
+        "its tokens, or are these other axes? Switch that off, tap another layer, or say how to read it in "
+        f'its name, such as "{called}@{_other(layout)}".'
+    )
+
+
+def _other(layout: Layout) -> str:
+    return {"nchw": "nhwc", "nhwc": "nchw"}.get(layout.kind, str(layout))
+
+
+def _share_of(finding: Finding) -> str:
+    return (
+        "of a place inside of a changed region and one outside, the first changes more in "
+        f"{finding.share:.0%} of cases (by chance: 50%)"
+    )
 
 
 def _check_features(seen: Observation) -> None:

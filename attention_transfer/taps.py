@@ -482,6 +482,10 @@ class Taps:
         self._found: dict[tuple, list[Layout]] = {}  # layouts, by what they depend on
         self._has_layer_norm = has_layer_norm(self._root)
         self._read = read
+        self.layouts: dict[str, Layout] = {}
+        """How the maps of the latest `pop` were read, by name; not those that were read on the spot."""
+        self.told = {tap.name for tap in self._taps if tap.layout != "auto"}
+        """The names of those whose layout was given."""
         self._open = False
         self._undo: list[Callable[[], None]] = []
         self._forget()
@@ -556,7 +560,9 @@ class Taps:
                 f"Taps.pop: expected {tap.name!r} to return a tensor, or a tuple or dict with one, got "
                 f"{firing.kind}. Tap another module."
             )
-        view = self._layout(tap, firing.output, hw, kinds).view(firing.output)
+        layout = self._layout(tap, firing.output, hw, kinds)
+        self.layouts[tap.name] = layout
+        view = layout.view(firing.output)
         return view if self._read is None else self._read(view)[1]
 
     def _listen(self, name: str, module: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 from attention_transfer import AttentionTransfer, Distiller, attention_map
+from attention_transfer.locality import find_order
 from attention_transfer.pairs import stage_ends
+from attention_transfer.preflight import PreflightWarning
 from attention_transfer.taps import Taps
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -214,3 +218,129 @@ def test_a_doubtful_grid_of_tokens_is_read_as_the_others_are() -> None:
     assert tapped(model, x, "two", "one", **read)[0] == (1, 24, 3, 3)
     with pytest.raises(ValueError, match=r'tokens\+0 or tokens\+5\. Pass layout=.*call it "two@tokens\+0"'):
         tapped(model, x, "two")
+
+
+# ------------------------------------------------------------------------ what a model's answers show
+
+
+class Shuffled(Registers):
+    """The same with its patches in another order: a fixed one, or one of each image's own, drawn anew."""
+
+    def __init__(self, *, how: str, in_training_only: bool = False) -> None:
+        super().__init__(behind=0)
+        self.how, self.in_training_only = how, in_training_only
+        self.order = torch.randperm(36, generator=torch.Generator().manual_seed(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).mT
+        if self.training or not self.in_training_only:
+            order = torch.rand(len(x), 36).argsort(1) if self.how == "anew" else self.order.expand(len(x), -1)
+            if self.how == "transposed":
+                order = torch.arange(36).view(6, 6).T.flatten().expand(len(x), -1)
+            tokens = tokens.gather(1, order[..., None].expand(-1, -1, 24))
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(tokens.mean(1))
+
+
+def distiller_of(student: nn.Module, teacher: nn.Module | None = None, **options: Any) -> Distiller:
+    """Of a layer of tokens of the student, and of a plain stride of the teacher."""
+    teacher = teacher or Registers(behind=0)
+    return Distiller(
+        student, teacher, pairs=[("blocks.1", "blocks.1")], terms=[AttentionTransfer(1.0)], **options
+    )
+
+
+BATCH = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])
+
+
+def check(distiller: Distiller) -> list[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PreflightWarning)
+        return [warning for warning in distiller.preflight(*BATCH).warnings if "follow the image" in warning]
+
+
+@pytest.mark.parametrize("how", ["fixed", "anew", "transposed"])
+def test_tokens_in_another_order_are_refused(how: str) -> None:
+    message = (
+        r"order of the image at the {}'s blocks.1, got .* read as 6x6\+0: .*name, such as \"blocks.1@6x6\+0\""
+    )
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=message.format("student")):
+        check(distiller_of(Shuffled(how=how, in_training_only=True)))
+    with pytest.raises(ValueError, match=message.format("teacher")):
+        check(distiller_of(Registers(behind=0), Shuffled(how=how)))
+    told = distiller_of(Shuffled(how=how), layout=({"blocks.1": "6x6+0"}, "auto"))
+    assert "student's map at blocks.1 does not follow the image" in check(told)[0]
+
+
+@pytest.mark.parametrize("front, behind", [(0, 4), (0, 1), (1, 4), (2, 0)])
+def test_tokens_behind_the_patches_are_noticed_and_named(front: int, behind: int) -> None:
+    torch.manual_seed(0)
+    student = Registers(front=front, behind=behind)
+    if not behind:
+        assert check(distiller_of(student)) == []
+        return
+    layout = f"6x6+{front}+{behind}"
+    message = (
+        f"from token {front + behind} on at the student's blocks.1, got patches that begin at token {front}."
+    )
+    with pytest.raises(ValueError, match=re.escape(f'{message} Say so in its name: "blocks.1@{layout}".')):
+        check(distiller_of(student))
+    assert check(distiller_of(student, layout=(layout, "auto"))) == []
+
+
+def test_looking_at_the_order_leaves_no_trace() -> None:
+    student = Registers()
+    student.blocks[0].dropout.p = 0.5
+    before, state = {name: each.clone() for name, each in student.state_dict().items()}, torch.get_rng_state()
+    found = find_order(student, ["blocks.0"], BATCH[0], layout="tokens+0+4")
+    assert found["blocks.0"].in_order and found["blocks.0"].told and student.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(each, before[name]) for name, each in student.state_dict().items())
+
+
+def test_maps_of_images_are_looked_at_only_in_doubt() -> None:
+    """A map of 16 channels and 16x16 pixels, read along the wrong axes."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+    x = torch.randn(4, 3, 48, 48)
+    assert find_order(model, ["0"], x)["0"].in_order
+    wrong = find_order(model, ["0"], x, layout="nhwc")["0"]
+    assert not wrong.in_order and wrong.told and wrong.share < 0.66
+    assert find_order(nn.Sequential(nn.Conv2d(3, 24, 3, 3)), ["0"], x) == {}
+
+
+# ------------------------------------------------------- no false alarm: untrained networks of every kind
+
+
+class Plain(nn.Module):
+    """torch's own encoder, of whatever depth, norms and scale of its weights."""
+
+    def __init__(self, depth: int, *, norm_first: bool, scale: float) -> None:
+        super().__init__()
+        self.patches, self.position = nn.Conv2d(3, 32, 8, 8), nn.Parameter(torch.randn(1, 64, 32))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True, norm_first=norm_first)
+            for _ in range(depth)
+        )
+        with torch.no_grad():
+            for parameter in self.blocks.parameters():
+                parameter *= scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).mT + self.position
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 6.0])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_no_false_alarm_on_encoders_of_random_weights(norm_first: bool, scale: float) -> None:
+    for depth in (2, 12):
+        torch.manual_seed(depth)
+        model = Plain(depth, norm_first=norm_first, scale=scale)
+        names = [f"blocks.{depth // 2}", f"blocks.{depth - 1}"]
+        for training in (True, False):
+            found = find_order(model.train(training), names, torch.randn(8, 3, 64, 64))
+            assert all(finding.in_order for finding in found.values()), (depth, training, found)
