@@ -13,6 +13,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ._extras import require
+from ._reading import first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,9 +66,9 @@ def open_picture(data: bytes, *, extra: str, user: str, upright: bool = True) ->
     except DeepError:
         raise
     except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
-        raise ValueError(f"too large to decode safely ({_first_line(error)})") from None
+        raise ValueError(f"too large to decode safely ({first_line(error)})") from None
     except Exception as error:  # a broken file makes Pillow's decoders raise almost anything
-        raise ValueError(_first_line(error)) from None
+        raise ValueError(first_line(error)) from None
 
 
 def convert(image: Image, channels: int) -> Image:
@@ -115,7 +116,3 @@ def _turned(pillow: Any, image: Image) -> Image:
     except Exception:  # notes that are damaged, and say nothing: the picture may still be whole
         return image
     return image if turn is None else image.transpose(pillow.Transpose[turn])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

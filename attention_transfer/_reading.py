@@ -232,6 +232,12 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def first_line(error: object) -> str:
+    """What another's error says first, to stand within a sentence: without a full stop, and never empty."""
+    lines = str(error).strip().splitlines()
+    return (lines[0].rstrip(". ") if lines else "") or type(error).__name__
+
+
 def shown(value: object) -> str:
     """A value as it may stand in an error: on one line, printable, and not endlessly long."""
     text = repr(value)

@@ -22,6 +22,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from . import taps
 from ._outputs import find_logits
+from ._reading import first_line
 from ._untouched import untouched
 
 MAX_DEPTH_PAIRS = 4  # for two networks of one resolution each, such as two ViTs
@@ -323,7 +324,7 @@ def _trace(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Trace:
         except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
             raise ValueError(
                 f"{user}: expected a {role} that runs on images of shape {tuple(images.shape)}, got "
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
+                f"{type(error).__name__}: {first_line(error)}. "
                 "Pass example_input= (teacher_input=) of the size and channels it was built for."
             ) from error
     assert recorder.root is not None

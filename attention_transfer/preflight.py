@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ._reading import first_line
 from ._untouched import untouched
 from .functional import cross_entropy
 from .kernels.reference import accumulation_dtype
@@ -280,7 +281,7 @@ def _differentiate(name: str, addend: Float[Tensor, ""], parameters: Sequence[Te
     except RuntimeError as error:
         raise ValueError(
             f"preflight: expected a term {name} that can be differentiated by the student's parameters, got: "
-            f"{str(error).splitlines()[0]} A term over input gradients differentiates twice: use an eager "
+            f"{first_line(error)}. A term over input gradients differentiates twice: use an eager "
             "model of plain PyTorch operations."
         ) from error
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attention_transfer._reading import first_line
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.files.caffemodel import MOST_ENTRIES
 from attention_transfer.caffe.graph import connect, count_errors, loss_weights, select
@@ -87,8 +88,7 @@ def _first_tops(layer: Layer, bottoms: list[Tensor]) -> tuple[Tensor, ...]:
             tops = layer.forward(*bottoms)
     except (RuntimeError, IndexError, ZeroDivisionError, OverflowError) as error:
         shapes = ", ".join(str(tuple(bottom.shape)) for bottom in bottoms)
-        reason = str(error).strip().splitlines()[0]
-        raise layer.error("bottoms that it can work on", shapes, f"PyTorch: {reason}") from None
+        raise layer.error("bottoms that it can work on", shapes, f"PyTorch: {first_line(error)}") from None
     return tuple(_countable(layer, top.shape) for top in (tops if isinstance(tops, tuple) else (tops,)))
 
 

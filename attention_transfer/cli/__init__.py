@@ -24,6 +24,7 @@ from attention_transfer._reading import one_line
 from attention_transfer._tables import printable
 from attention_transfer._trust import trusted, trusting
 from attention_transfer.cli.parsing import PROGRAM, VERBS, UsageError, split_trust, suggest
+from attention_transfer.cli.wording import in_flags, spoken
 from attention_transfer.training.run import Interrupted
 
 
@@ -54,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _format_warning(message: Warning | str, *_: object, **__: object) -> str:
-    return coloured(f"warning: {printable(one_line(str(message)))}\n", sys.stderr)
+    text = in_flags(one_line(str(message)), spoken.get())
+    return coloured(f"warning: {printable(text)}\n", sys.stderr)
 
 
 def _status(stopped: int) -> int:
@@ -122,10 +124,10 @@ def _is_bad_input(error: Exception) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     raised_here = bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
     of_our_kind = isinstance(error, ValueError | TypeError | ImportError | FloatingPointError)
-    return of_our_kind and raised_here and re.match(r"[\w. ]+: ", str(error)) is not None
+    return of_our_kind and raised_here and re.match(r"[\w. ()]+: ", str(error)) is not None
 
 
 def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return one_line(str(error))
+    return in_flags(one_line(str(error)), spoken.get())

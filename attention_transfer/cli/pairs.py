@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
+from attention_transfer.cli.wording import in_flags
 
 
 def run(arguments: list[str]) -> None:
@@ -24,4 +25,5 @@ def run(arguments: list[str]) -> None:
         for name in (flags.student, flags.teacher)
     )
     images = torch.zeros(2, flags.in_channels, flags.input_size, flags.input_size)
-    print(Distiller(student, teacher, terms=[AttentionTransfer(1.0)], example_input=images).plan())
+    plan = Distiller(student, teacher, terms=[AttentionTransfer(1.0)], example_input=images).plan()
+    print(in_flags(str(plan), {"--resize"}))  # of `train`, where it is to be passed

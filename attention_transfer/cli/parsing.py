@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import re
+import types
+import typing
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from attention_transfer._extras import require
 from attention_transfer._hints import did_you_mean
 from attention_transfer._reading import is_deceptive, one_line
 from attention_transfer._trust import is_factory
+from attention_transfer.cli.wording import spoken
 
 PROGRAM = "attention-transfer"
 
@@ -38,11 +42,18 @@ class UsageError(ValueError):
 def verb_parser(verb: str, usage: str, summary: str | None = None) -> Any:
     """A parser for one verb's arguments; `usage` is an example of a call, `summary` what it does."""
     jsonargparse = require("jsonargparse", extra="train", user=verb)
+
+    class Formatter(jsonargparse.DefaultHelpFormatter):  # type: ignore[misc, name-defined]
+        def _get_type_str(self, action: argparse.Action) -> str | None:
+            hint = _hint(action)
+            return None if hint is None else " | ".join(type_names(hint))
+
     return jsonargparse.ArgumentParser(
         prog=f"{PROGRAM} {verb}",
         description=f"{summary or VERBS[verb]}. Example: {usage}",
         exit_on_error=False,
         allow_abbrev=False,
+        formatter_class=Formatter,
     )
 
 
@@ -53,6 +64,7 @@ def parse(parser: Any, arguments: list[str]) -> Any:
         UsageError: in one line, with near matches for an unknown flag.
     """
     arguments = [_dashed(argument) for argument in arguments]
+    spoken.set(frozenset(option for action in parser._actions for option in action.option_strings))
     _check_numbers(parser, arguments)
     try:
         return parser.parse_args(arguments)
@@ -113,13 +125,43 @@ def _explain(parser: Any, message: str) -> str:
         flags = [option for action in parser._actions for option in action.option_strings]
         flag = unknown[1].partition("=")[0]
         return f"{verb}: unknown argument {flag}. {suggest(flag, flags) if flag[0] == '-' else ''}".strip()
-    if wrong := re.match(r'Parser key "(\w+)":\s*(.*)', message, re.DOTALL):
-        return f"{verb}: --{wrong[1].replace('_', '-')}: {_plain_types(one_line(wrong[2]))}"
+    named = {action.dest: action for action in parser._actions}
+    wrong = re.match(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
+    if wrong and (hint := _hint(named[wrong[1]])):
+        names = [name for name in type_names(hint) if name != "null"]
+        article = "an" if names[0][0] in "aeiou" else "" if names[0][0] == '"' else "a"
+        expected = f"{article} {' or '.join(names)}".strip()
+        return f"{verb}: {_called(named[wrong[1]])}: Expected {expected}. Got value: {one_line(wrong[2])}"
+    if missing := re.search(r"arguments are required: (.+)", message):
+        words = ", ".join(_called(named[name]) for name in missing[1].split(", "))
+        return f"{verb}: expected {words}, got none. `{parser.prog} --help` explains it."
     return f"{verb}: {one_line(message)}"
 
 
-def _plain_types(text: str) -> str:
-    return re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
+def _called(action: argparse.Action) -> str:
+    """What an argument is called on the command line."""
+    return action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
+
+
+def _hint(action: argparse.Action) -> Any:
+    """The type of an argument's value; None for text of any kind."""
+    return getattr(action, "_typehint", None) or action.type
+
+
+def type_names(hint: Any) -> list[str]:
+    """What values of a type are called, of a union each member: int, path, "auto", null."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    names = []
+    for member in members:
+        if typing.get_origin(member) is typing.Literal:
+            names += [f'"{choice}"' for choice in typing.get_args(member)]
+        elif typing.get_origin(member) is tuple:
+            names.append(f"list of {typing.get_args(member)[0].__name__}s")
+        else:
+            names.append(
+                {type(None): "null", Path: "path"}.get(member, getattr(member, "__name__", str(member)))
+            )
+    return names
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

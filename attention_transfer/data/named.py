@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from .._extras import require
-from .._reading import check_regular, open_file
+from .._reading import check_regular, first_line, open_file
 from .parquet import read_parquet
 from .sources import RawSplit, Source
 
@@ -100,7 +100,7 @@ def _download(name: str, target: Path) -> None:
         getattr(datasets, TORCHVISION[name][0])(root=str(target), download=True)
     except (OSError, RuntimeError) as error:
         raise OSError(
-            f"load_data: cannot download {name} to {target} ({str(error).splitlines()[0]}). "
+            f"load_data: cannot download {name} to {target} ({first_line(error)}). "
             f"Check the network, pass root=FOLDER, or set ${DATA_VARIABLE} to a folder that holds it."
         ) from None
 
@@ -116,7 +116,7 @@ def _read_cifar(name: str, folder: Path) -> Source:
         parts = {"train": read(root=str(folder), train=True), "test": read(root=str(folder), train=False)}
     except RuntimeError as error:
         raise ValueError(
-            f"load_data: cannot read {folder / TORCHVISION[name][1]} ({str(error).splitlines()[0]}). "
+            f"load_data: cannot read {folder / TORCHVISION[name][1]} ({first_line(error)}). "
             "Remove the folder to download it again."
         ) from None
     splits = {

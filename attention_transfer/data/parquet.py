@@ -18,7 +18,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from .._extras import require
-from .._reading import parse_json
+from .._reading import first_line, parse_json
 from .decode import Stretches
 from .sources import LABEL_NAMES, RawSplit, Source, group_by_split, numbered_classes
 from .stamps import Stamp, check_unchanged
@@ -211,9 +211,8 @@ def _readable(path: Path) -> Iterator[None]:
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
-        detail = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"load_data: cannot read {path} ({detail}). Copy or download the file again."
+            f"load_data: cannot read {path} ({first_line(error)}). Copy or download the file again."
         ) from None
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._extras import require
+from .._reading import first_line
 from .._trust import FACTORY
 from .nin import THIN, WIDE, NetworkInNetwork
 from .weights import load_weights
@@ -229,10 +230,9 @@ def _safe_download(name: str) -> Iterator[None]:
         yield
     # each library for HTTP, hubs and archives has exceptions of its own, few of them OSErrors
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0].rstrip(". ")
         raise OSError(
             f"build_model: could not fetch the pretrained weights of {name} "
-            f"({type(error).__name__}: {reason[:200]}). Check the network, or pass weights=FILE."
+            f"({type(error).__name__}: {first_line(error)[:200]}). Check the network, or pass weights=FILE."
         ) from error
     finally:
         if before is None:

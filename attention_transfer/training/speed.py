@@ -19,6 +19,7 @@ from torch import nn
 
 from attention_transfer._memory import freed_memory
 from attention_transfer._quiet import muted
+from attention_transfer._reading import first_line
 from attention_transfer.training.recipe import Precision, Recipe
 
 Device = Literal["cpu", "cuda", "mps"]
@@ -90,10 +91,10 @@ def check_compiler(device: Device) -> None:
         with muted():
             double(torch.ones(2, device=device))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"train: --compile needs PyTorch's compiler, which does not work here ({reason:.200}). "
-            "On a CPU it takes a C++ compiler, such as g++. Install one, or leave --compile out."
+            "train: --compile needs PyTorch's compiler, which does not work here "
+            f"({first_line(error):.200}). On a CPU it takes a C++ compiler, such as g++. Install one, or "
+            "leave --compile out."
         ) from None
 
 

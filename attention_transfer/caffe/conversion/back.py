@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
-from attention_transfer._reading import read_bytes
+from attention_transfer._reading import first_line, read_bytes
 from attention_transfer.caffe.conversion.emit import Tensors
 from attention_transfer.caffe.conversion.plan import make_plan, net_without_data
 from attention_transfer.caffe.conversion.source import write_source
@@ -75,7 +75,8 @@ def read_state(path: str | PathLike[str]) -> dict[str, Tensor]:
         return safetensors_torch.load(data)
     except SafetensorError as error:
         raise ValueError(
-            f"to_caffemodel: expected a safetensors file, got {path}, which is none, or damaged: {error}."
+            f"to_caffemodel: expected a safetensors file, got {path}, which is none, or damaged: "
+            f"{first_line(error)}."
         ) from None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from attention_transfer._pictures import DeepError, open_picture
+from attention_transfer._reading import first_line
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.files.lmdb import Pages
 from attention_transfer.caffe.schema import DecodeError
@@ -152,7 +153,7 @@ def decode_image(data: bytes, color: bool | None, what: str) -> np.ndarray:
         raise ValueError(f"{USER}: expected 8 bits a channel in {what}, got the mode {error}.") from None
     except ValueError as error:
         raise ValueError(
-            f"{USER}: expected an image in {what}, got what cannot be decoded: {error}."
+            f"{USER}: expected an image in {what}, got what cannot be decoded: {first_line(error)}."
         ) from None
     if image.mode in ("P", "PA") and "transparency" in image.info:
         image = image.convert("RGBA")
