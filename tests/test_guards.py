@@ -225,6 +225,11 @@ SHARED = [
         "return gradient",
         "several train_as_one",
     ),
+    Guard("training/processes.py", "        _compare(", "        len(", "several other_settings"),
+    Guard("training/processes.py", "> self.patience:", "> 1e9:", "several who_lives", True),
+    Guard(
+        "training/processes.py", "launch_process_observer = _watch", "watch = _watch", "several left_alone"
+    ),
     Guard(
         "training/processes.py",
         "return say if is_first_process() else lambda line: None",

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,7 +32,10 @@ from attention_transfer.training.fit import build_strategy
 from attention_transfer.training.module import Totals
 from attention_transfer.training.processes import (
     Processes,
+    Pulses,
+    SilentError,
     count,
+    is_about_others,
     layout,
     local_device,
     only_first,
@@ -276,6 +280,109 @@ def test_two_processes_build_the_cache_of_one(recipe: Recipe, monkeypatch: pytes
     assert "devices" not in there.settings  # it may be gone on with anywhere
 
 
+def begun(*words: object, own: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*COMMAND, *map(str, words)], env={**os.environ, **(own or {})}, **pipes)
+
+
+def child_of(process: subprocess.Popen[str]) -> int:
+    """The process that Lightning started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ours = [pid for pid in children if b"attention_transfer" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    (child,) = map(int, ours)
+    return child
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+GONE = "another of 2 processes has ended, or cannot be reached"
+SILENT = "another of 2 processes has said nothing for 1 minutes (--wait-minutes)"
+KILLED = "process 1 of 2 was ended by signal 9, as the system does where memory runs out"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the processes")
+@pytest.mark.parametrize(
+    ("which", "sent", "what"),
+    [
+        ("child", signal.SIGKILL, KILLED),
+        pytest.param("parent", signal.SIGKILL, GONE, marks=pytest.mark.slow),
+        pytest.param("child", signal.SIGSTOP, SILENT, marks=pytest.mark.slow),
+        pytest.param("parent", signal.SIGSTOP, SILENT, marks=pytest.mark.slow),
+    ],
+)
+def test_who_is_left_alone_says_so_and_ends(
+    recipe: Recipe, which: str, sent: signal.Signals, what: str
+) -> None:
+    Path("recipe.yaml").write_text(replace(recipe, method="none", teacher=None, epochs=10_000).to_yaml())
+    words = ["train", "--config", "recipe.yaml", "--output", "run", "--devices", 2, "--wait-minutes", 1]
+    parent = begun(*words)
+    wait_for(Run(Path("run")).last_checkpoint, parent)
+    child = child_of(parent)
+    os.kill(child if which == "child" else parent.pid, sent)
+    if which == "parent":
+        status = Path(f"/proc/{child}/stat")
+        while status.exists() and ") Z" not in status.read_text():
+            time.sleep(0.1)
+        parent.kill()
+    _, said = parent.communicate(timeout=200)
+    *_, line = said.splitlines()
+    place = "process 1: " if which == "parent" else ""
+    assert line.startswith(f"attention-transfer: {place}train: {what}"), said
+    assert "so this one stops too. Look at the last lines of all of them" in line and "Traceback" not in said
+    if which == "child":
+        assert parent.returncode == 2
+        assert "Go on, once it is mended, with: attention-transfer train --resume run" in said
+        assert not Path(f"/proc/{child}/exe").exists()  # none is left behind, stopped as it may be
+
+
+def by_hand(rank: int, port: int, *words: object) -> subprocess.Popen[str]:
+    """One of two machines."""
+    own = {"NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return begun(*words, "--devices", 1, "--nodes", 2, own=own)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_processes_with_other_settings_are_refused_in_all_of_them(recipe: Recipe) -> None:
+    Path("recipe.yaml").write_text(recipe.to_yaml())
+    words, port = ["train", "--config", "recipe.yaml", "--output", "run"], free_port()
+    more = [["--epochs", 2, "--lr", 0.02], ["--epochs", 3, "--lr", 0.1, "--max-train", 36]]
+    machines = [by_hand(rank, port, *words, *flags) for rank, flags in enumerate(more)]
+    for rank, machine in enumerate(machines):
+        _, said = machine.communicate(timeout=200)
+        (line,) = said.splitlines()
+        assert machine.returncode == 2
+        place = "process 0 of machine 1: " if rank else ""
+        assert line == (
+            f"attention-transfer: {place}train: expected the same settings and images in all 2 processes, "
+            "got max_train 37 in process 0, 36 in process 1; epochs 2 in process 0, 3 in process 1; "
+            "lr 0.02 in process 0, 0.1 in process 1; training images 37 in process 0, 36 in process 1. "
+            "Start all of them with one command, on the same files."
+        )
+
+
+@pytest.mark.slow
+def test_a_process_that_nobody_joins_gives_up(recipe: Recipe) -> None:
+    Path("recipe.yaml").write_text(recipe.to_yaml())
+    words = ["train", "--config", "recipe.yaml", "--output", "run", "--wait-minutes", 0.05]
+    machine = by_hand(0, free_port(), *words)
+    _, said = machine.communicate(timeout=200)
+    (line,) = said.splitlines()
+    assert machine.returncode == 2
+    assert line.startswith(
+        "attention-transfer: train: another of 2 processes has said nothing for 0.05 minutes (--wait-"
+    )
+
+
 # Slow: torchrun starts each process by itself
 
 
@@ -295,10 +402,7 @@ def test_two_machines_train_as_one_process(recipe: Recipe, launcher: str) -> Non
     """Two on this one: each is started by itself, and finds the other by an address and a port."""
     Path("recipe.yaml").write_text(recipe.to_yaml())
     words = ["train", "--config", "recipe.yaml", "--output", "two", "--sync-batchnorm"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    machines = []
+    port, machines = str(free_port()), []
     for rank in ("0", "1"):
         own = {"NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = [*COMMAND, *words, "--devices", "1", "--nodes", "2"]
@@ -419,6 +523,27 @@ def test_a_device_for_each_process(recipe: Recipe, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("LOCAL_RANK", "2")
     assert local_device(gpu) == torch.device("cuda", 2)
     assert local_device(recipe) == torch.device("cpu")
+
+
+def test_who_lives_is_waited_for_and_who_is_silent_is_not() -> None:
+    store = torch.distributed.HashStore()
+    one, other = (Pulses(store, rank, 2, patience=0.3) for rank in range(2))
+    late = threading.Timer(1.0, other.wait)  # far longer than the patience, and with a pulse
+    late.start()
+    one.wait()
+    late.join()
+    third = Pulses(torch.distributed.PrefixStore("alone", store), 0, 2, patience=0.3)
+    started = time.monotonic()
+    with pytest.raises(SilentError, match="process 1 has no pulse"):
+        third.wait()
+    assert 0.3 <= time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no gloom here"), ValueError("/gloo/"), OSError("gone")])
+def test_other_errors_are_not_about_other_processes(error: Exception) -> None:
+    assert not is_about_others(error)
+    assert is_about_others(RuntimeError("[/pytorch/third_party/gloo/gloo/pair.cc:545] Read error"))
+    assert is_about_others(torch.distributed.DistStoreError("Timed out after 5 seconds"))
 
 
 @pytest.mark.parametrize(("size", "batch", "near"), [(2, 127, 126), (4, 6, 8), (8, 100, 96)])

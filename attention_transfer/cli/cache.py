@@ -13,14 +13,14 @@ from attention_transfer._ranks import is_first_process
 from attention_transfer._tables import format_table
 from attention_transfer.cli.memory import add_memory_flag, govern_memory
 from attention_transfer.cli.output import StatusLine
-from attention_transfer.cli.parsing import PROGRAM, VERBS, UsageError, parse, suggest, verb_parser
+from attention_transfer.cli.parsing import PROGRAM, VERBS, UsageError, dashed, parse, suggest, verb_parser
 from attention_transfer.cli.train import field_texts
-from attention_transfer.training.recipe import CACHED, Recipe, check_models, field_types
+from attention_transfer.training.recipe import CACHED, Recipe, check_models, field_types, flag_of
 
 if TYPE_CHECKING:
     from attention_transfer.cache import Cache
 
-_PLACES = ("devices", "nodes")
+_PLACES = ("devices", "nodes", "wait_minutes")
 VIEWS = 4  # of each image, where nothing else is asked for
 
 SUMMARIES = {
@@ -53,6 +53,7 @@ def _overview() -> str:
 
 
 def _build(arguments: list[str]) -> None:
+    arguments = [dashed(argument) for argument in arguments]
     flags = parse(_build_parser(), arguments).as_dict()
     resumed, output, keep_memory = (flags.pop(name) for name in ("resume", "output", "keep_memory"))
     if resumed:
@@ -90,7 +91,7 @@ def _start(folder: Path, recipe: Recipe, layers: list[str] | None, dtype: Stored
 
 def _check_alone(arguments: list[str]) -> None:
     """A cache that is gone on with keeps its settings: other flags would be ignored without a word."""
-    allowed = ("--resume", "--views", "--keep", *(f"--{name}" for name in _PLACES))
+    allowed = ("--resume", "--views", "--keep", *map(flag_of, _PLACES))
     others = [word for word in arguments if word.startswith("-") and not word.startswith(allowed)]
     if others:
         raise UsageError(
@@ -147,7 +148,7 @@ def _add_recipe_fields(parser: Any) -> None:
     for field in fields(Recipe):
         if field.name in (*CACHED, *_PLACES, "views"):
             default = None if field.name == "teacher" else field.default
-            flag = "--" + field.name.replace("_", "-")
+            flag = flag_of(field.name)
             parser.add_argument(flag, type=types[field.name], default=default, help=texts[field.name])
 
 

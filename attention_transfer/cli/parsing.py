@@ -63,7 +63,7 @@ def parse(parser: Any, arguments: list[str]) -> Any:
     Raises:
         UsageError: in one line, with near matches for an unknown flag.
     """
-    arguments = [_dashed(argument) for argument in arguments]
+    arguments = [dashed(argument) for argument in arguments]
     spoken.set(frozenset(option for action in parser._actions for option in action.option_strings))
     _check_numbers(parser, arguments)
     try:
@@ -114,7 +114,8 @@ def split_trust(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, factories
 
 
-def _dashed(argument: str) -> str:
+def dashed(argument: str) -> str:
+    """An argument in which `--weight_decay` is `--weight-decay`."""
     flag, separator, value = argument.partition("=")
     return flag.replace("_", "-") + separator + value if flag.startswith("--") else argument
 

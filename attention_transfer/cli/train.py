@@ -16,8 +16,8 @@ from attention_transfer._ranks import is_first_process
 from attention_transfer._reading import one_line
 from attention_transfer._trust import trusted
 from attention_transfer.cli.memory import add_memory_flag, govern_memory
-from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
-from attention_transfer.training.recipe import PLACES, Recipe, field_types
+from attention_transfer.cli.parsing import PROGRAM, UsageError, dashed, parse, verb_parser
+from attention_transfer.training.recipe import PLACES, Recipe, field_types, flag_of
 from attention_transfer.training.run import Interrupted, Run
 from attention_transfer.training.telling import Line, Progress, Say, say_text, teller
 
@@ -26,6 +26,7 @@ _OPTIONS = ("config", "print_config", "resume", "overwrite", "progress", "keep_m
 
 
 def run(arguments: list[str]) -> None:
+    arguments = [dashed(argument) for argument in arguments]
     flags = parse(_recipe_parser(_config_of(arguments)), arguments).as_dict()
     options = {name: flags.pop(name) for name in _OPTIONS}
     recipe = Recipe.from_mapping(flags)
@@ -64,7 +65,7 @@ def _check_teacher_is_used(recipe: Recipe, arguments: list[str]) -> None:
 
 def _check_alone(arguments: list[str], folder: Path) -> None:
     """A resumed run follows its own recipe: other flags would be ignored without a word."""
-    allowed = ("--resume", "--progress", "--keep-memory", "--keep_memory", *(f"--{name}" for name in PLACES))
+    allowed = ("--resume", "--progress", "--keep-memory", *map(flag_of, PLACES))
     others = [word for word in arguments if word.startswith("--") and not word.startswith(allowed)]
     if others:
         raise UsageError(
@@ -74,7 +75,7 @@ def _check_alone(arguments: list[str], folder: Path) -> None:
 
 
 def _is_named(name: str, arguments: list[str]) -> bool:
-    return any(word.partition("=")[0].replace("_", "-") == f"--{name}" for word in arguments)
+    return any(word.partition("=")[0] == flag_of(name) for word in arguments)
 
 
 def _train_new(recipe: Recipe, overwrite: bool, keep_memory: bool, say: Say | None) -> Run:
@@ -231,7 +232,7 @@ def _recipe_parser(defaults: Recipe) -> Any:
     recipe = parser.add_argument_group("recipe")
     types, texts = field_types(), field_texts("train")
     for field in fields(Recipe):
-        flag = "--" + field.name.replace("_", "-")
+        flag = flag_of(field.name)
         default = getattr(defaults, field.name)
         bare: dict[str, Any] = {"nargs": "?", "const": True} if types[field.name] is bool else {}
         recipe.add_argument(flag, type=types[field.name], default=default, help=texts[field.name], **bare)

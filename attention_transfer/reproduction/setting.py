@@ -94,7 +94,8 @@ class Setting:
 
 
 _BESIDE = {
-    *("output", "num_workers", "accelerator", "devices", "nodes", "compile", "teacher_precision"),
+    *("output", "num_workers", "accelerator", "devices", "nodes", "wait_minutes", "compile"),
+    *("teacher_precision",),
     *("cache", "teacher", "teacher_weights", "teacher_classes", "teacher_epochs", "data_root"),
 }
 _LEFT_OPEN = {"pad", "flip", "validation", "split_seed", "view_seed"}  # to the data, or to the cache, if None

@@ -20,10 +20,9 @@ from attention_transfer.training.build import build_teacher, load_splits
 from attention_transfer.training.onlooker import Onlooker
 from attention_transfer.training.processes import (
     Processes,
-    join,
     local_device,
     only_first,
-    quiet,
+    together,
 )
 from attention_transfer.training.recipe import CACHED, IMAGES, VALIDATION, Recipe
 from attention_transfer.training.speed import choose_speed
@@ -71,11 +70,9 @@ def build_cache(
     with _alone(Path(folder)):
         if is_first_process():
             Cache.create(folder, manifest)
-        with quiet():
-            processes = join(recipe)
-        processes.wait()
-        cache = Cache.read(folder)
-        _fill(cache, recipe, splits, onlooker, processes, say, progress)
+        with together(recipe, {"cache": manifest.identity, "views": manifest.views}, "cache") as processes:
+            cache = Cache.read(folder)
+            _fill(cache, recipe, splits, onlooker, processes, say, progress)
     return cache
 
 

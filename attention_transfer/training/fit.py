@@ -36,10 +36,11 @@ from attention_transfer.training.evaluation import evaluate_model
 from attention_transfer.training.processes import (
     Processes,
     count,
-    join,
+    is_about_others,
     layout,
     only_first,
     quiet,
+    together,
 )
 from attention_transfer.training.recipe import AUTO, Recipe
 from attention_transfer.training.rehearsal import rehearse
@@ -120,7 +121,9 @@ def _start(run: Run, recipe: Recipe, say: Say | None, create: Callable[[Recipe],
             create(recipe)
         run.check_links()
         tell(str(speed))
-        return _fit(run, recipe, splits, student, cached, _join(run, recipe), tell)
+        with together(recipe, _facts(splits), "train") as processes:
+            _check_shared(run)
+            return _fit(run, recipe, splits, student, cached, processes, tell)
 
 
 def _alone(run: Run) -> AbstractContextManager[None]:
@@ -139,17 +142,24 @@ def _check_processes(recipe: Recipe) -> None:
         )
 
 
-def _join(run: Run, recipe: Recipe) -> Processes:
-    """All processes of a run, once each sees its folder."""
-    with quiet():
-        processes = join(recipe)
-    processes.wait()
+def _facts(splits: Splits) -> dict[str, Any]:
+    """What processes that see the same images agree in."""
+    held = splits.validation
+    return {
+        "training images": len(splits.train),
+        "validation images": None if held is None else len(held),
+        "shape of images": list(splits.shape),
+        "classes": list(splits.classes),
+    }
+
+
+def _check_shared(run: Run) -> None:
+    """Raise ValueError if another machine's run folder is not seen on this one."""
     if not run.exists:
         raise ValueError(
             f"train: expected the run folder on every machine, got no {run.folder} here. "
             "Pass an --output on a disk that all of them share."
         )
-    return processes
 
 
 def _fit(
@@ -201,7 +211,8 @@ def _fit(
             raise KeyboardInterrupt from None
         # what is missing in a checkpoint, or does not fit, ends in any exception before the first step
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
-            if last is None or checkpoints.training or str(error).startswith("train: "):
+            known = str(error).startswith("train: ") or is_about_others(error)
+            if last is None or checkpoints.training or known:
                 raise
             raise unusable(run, error) from error
     if trainer.is_global_zero:

@@ -182,6 +182,8 @@ class Recipe:
     """Devices on each machine, working as one. All its GPUs, or one CPU process, if not given."""
     nodes: int = 1
     """Machines that train together. torchrun and SLURM say both by themselves: docs/several-machines.md."""
+    wait_minutes: float = 10.0
+    """Minutes for which several processes wait for one that says nothing, before they stop."""
     strategy: Strategy = "auto"
     """How devices work together, by Lightning's names; "auto" is ddp where there are several, and finds out
     whether the student has parameters that go unused."""
@@ -200,7 +202,7 @@ class Recipe:
         for name, (holds, expected) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
-                raise ValueError(f"Recipe: expected {name} {expected}, got {value}. Change {_flag(name)}.")
+                raise ValueError(f"Recipe: expected {name} {expected}, got {value}. Change {flag_of(name)}.")
         object.__setattr__(self, "method", _canonical(self.method))
         loggers_of(self.loggers)
         self._check_teacher()
@@ -458,7 +460,7 @@ CACHED = (
 )
 """The fields that a cache is built by, besides the number of views, which may grow."""
 
-PLACES = ("devices", "nodes", "strategy")
+PLACES = ("devices", "nodes", "strategy", "wait_minutes")
 """The fields that say where a run takes place; it is the same run elsewhere."""
 
 _ALONE: dict[str, Any] = {"method": "none", "teacher": None}
@@ -512,10 +514,12 @@ _RANGES = {
     "view_seed": _SEED,
     "devices": _AT_LEAST_ONE,
     "nodes": _AT_LEAST_ONE,
+    "wait_minutes": (lambda v: 0 < v <= 525_600, "above 0 and up to a year"),
 }
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """What the command calls a field."""
     return "--" + name.replace("_", "-")
 
 
@@ -556,7 +560,7 @@ def _check_type(name: str, value: Any) -> None:
     if any(_accepts(option, value) for option in options):
         return
     expected = " or ".join(_describe(option) for option in options)
-    raise ValueError(f"Recipe: expected {name} to be {expected}, got {shown(value)}. Change {_flag(name)}.")
+    raise ValueError(f"Recipe: expected {name} to be {expected}, got {shown(value)}. Change {flag_of(name)}.")
 
 
 def _describe(option: Any) -> str:

@@ -33,7 +33,7 @@ _NOT_THE_METHOD = {
     *("seed", "split_seed", "output", "method", "cache"),
     *("teacher", "teacher_weights", "teacher_classes", "teacher_epochs"),
     *("data_root", "num_workers", "precision", "teacher_precision", "compile"),
-    *("accelerator", "devices", "nodes"),
+    *("accelerator", "devices", "nodes", "wait_minutes"),
 }
 
 
