@@ -65,6 +65,17 @@ def raw_energy(features: Float[Tensor, "b c h w"], p: float, mapping: Mapping) -
     return kernels.differentiable_energy(features, float(p), mapping, relative=False)[0]
 
 
+def map_spread(energy: Float[Tensor, "b h w"]) -> Float[Tensor, " b"]:
+    """How far each map is from flat: the standard deviation of its energy over the positions, over the mean.
+
+    0 for a flat map, which tells a student nothing, and for an energy of zero; about 1 for one with a clear
+    peak.
+    """
+    positions = energy.detach().to(kernels.reference.accumulation_dtype(energy.dtype)).flatten(1)
+    mean = positions.mean(1)
+    return positions.std(1, correction=0) / torch.where(mean == 0, 1, mean)
+
+
 def attention_transfer_loss(
     student: Activations,
     teacher: Activations,

@@ -8,10 +8,11 @@ resolution, and its end is the last unit that does the stage's work, as `stage_e
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
@@ -24,6 +25,7 @@ from . import taps
 from ._outputs import find_logits
 from ._reading import first_line
 from ._untouched import untouched
+from .functional import attention_map
 
 MAX_DEPTH_PAIRS = 4  # for two networks of one resolution each, such as two ViTs
 
@@ -117,7 +119,8 @@ def suggest_pairs(
         raise ValueError(
             "suggest_pairs: expected stages of equal relative resolution, got strides "
             f"{_strides(ours.stages)} in the student and {_strides(theirs.stages)} in the teacher. Name the "
-            'layers, pairs=[Pair("student.layer", "teacher.layer")], or pass a larger example input.'
+            'layers, pairs=[Pair("student.layer", "teacher.layer")], with resize="student" or "teacher" for '
+            f"the term{_or_larger(ours.stages, theirs.stages)}."
         )
     return pairs
 
@@ -176,8 +179,8 @@ def _survey(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Surve
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"{user}: expected images (b, c, h, w), got {got}. Pass a batch, e.g. x[:2].")
     trace = _trace(model, images, user=user, role=role)
-    ends = _ends(trace)
-    blocks = _repeated_blocks(trace) if len(ends) == 1 else []
+    ends = [trace.before_norm(end) for end in _ends(trace)]
+    blocks = [trace.before_norm(block) for block in _repeated_blocks(trace)] if len(ends) == 1 else []
     stages = [trace.stage(call) for call in blocks[-1:] or _outermost(ends, trace.root)]
     if not stages:
         raise ValueError(
@@ -202,6 +205,12 @@ def _strides(stages: Sequence[Stage]) -> str:
     return ", ".join(f"{stage.stride:.3g}" for stage in stages)
 
 
+def _or_larger(*sides: Sequence[Stage]) -> str:
+    """More advice where the side that goes less deep may have stages that are one pixel at this size."""
+    deepest = min((stages[-1] for stages in sides), key=lambda stage: stage.level)
+    return ", or pass a larger example input" if min(deepest.shape[1:]) <= 2 else ""
+
+
 def _level(stride: float) -> int:
     return round(math.log2(stride))
 
@@ -218,14 +227,20 @@ class _Call:
     module: nn.Module
     parent: _Call | None
     input: Tensor | None
+    input_version: int
     input_level: int | None
     children: list[_Call] = field(default_factory=list)
     tensor: Tensor | None = None
     version: int = 0
-    shape: tuple[int, int, int] | None = None  # (c, h, w), None for anything but a map larger than 1x1
+    layout: taps.Layout | None = None  # None for anything but a map larger than 1x1
     stride: float = math.nan
     level: int | None = None
     works_at: int | None = None  # the level at which a weight in it works: its own, or that of the map around
+
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """(c, h, w) of a map."""
+        return None if self.layout is None or self.tensor is None else self.layout.shape(self.tensor.shape)
 
     def walk(self) -> Iterator[_Call]:
         """This call and all inside it, in the order in which they ended."""
@@ -270,6 +285,37 @@ class _Call:
         """Whether nobody has written into the output since."""
         return self.tensor is not None and taps.version(self.tensor) == self.version
 
+    def same_map(self, other: _Call) -> bool:
+        """Whether the energies are equal: the output is the other's, perhaps in another shape."""
+        mine, others = self._energy(), other._energy()
+        if mine is None or others is None or mine.shape != others.shape:
+            return False
+        return torch.allclose(mine, others, rtol=1e-3, atol=0)
+
+    def _energy(self) -> Float[Tensor, "b h w"] | None:
+        if self.layout is None or self.tensor is None or not self.intact:
+            return None
+        return attention_map(self.layout.view(self.tensor), norm=None)
+
+    @property
+    def normalises(self) -> bool:
+        """Whether this is a norm over the channels: it gives the same, however large a position is.
+
+        After it, the energy is (nearly) the same everywhere.
+        """
+        given, layout = self.input, self.layout
+        if given is None or layout is None or self.tensor is None or self.children or list(_weights(self)):
+            return False
+        if given.shape != self.tensor.shape or taps.version(given) != self.input_version:
+            return False
+        scaled = given.clone()
+        h, w = layout.hw
+        factors = 1 + torch.arange(h * w, device=given.device).view(h, w) % 2
+        layout._replace(order=None).view(scaled).mul_(factors)
+        with untouched(self.module, training=False), torch.no_grad():
+            again = taps.first_tensor(self.module(scaled))
+        return (again - self.tensor).norm().item() < 0.01 * self.tensor.norm().item()
+
     def same_output(self, other: _Call) -> bool:
         return self.tensor is not None and self.tensor is other.tensor and self.version == other.version
 
@@ -290,6 +336,21 @@ class _Trace:
             return False
         inside = set(call.walk())  # an in-place layer there was given the output too
         return not any(other.input is call.tensor for other in self.root.walk() if other not in inside)
+
+    def before_norm(self, end: _Call) -> _Call:
+        """Rule 7 of `stage_ends`: what the norm over channels at the end was given, or the end itself."""
+        leaves = (call for call in reversed(list(end.walk())) if not call.children)
+        same = itertools.takewhile(lambda leaf: leaf.same_map(end), leaves)
+        norm = next((leaf for leaf in same if leaf.normalises), None)
+        if norm is None:
+            return end
+        for call in self.root.walk():
+            if call.tensor is norm.input and call.intact and call.level == end.level:
+                return call
+        name = f"{norm.name}.input"
+        self.calls[name] = self.calls[norm.name]
+        given = {"tensor": norm.input, "version": norm.input_version, "children": []}
+        return replace(norm, name=name, **given)
 
     def stage(self, call: _Call) -> Stage:
         assert call.shape is not None
@@ -359,7 +420,9 @@ class _Recorder:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             parent = self._open[-1] if self._open else None
             given = taps.first_tensor((*args, *kwargs.values()), self._batch)
-            call = _Call(name, self.calls[name], module, parent, given, self._measure(given, module)[2])
+            version = 0 if given is None else taps.version(given)
+            level = self._measure(given, module)[2]
+            call = _Call(name, self.calls[name], module, parent, given, version, level)
             self.calls[name] += 1
             if parent is None:
                 self.root = call
@@ -373,7 +436,7 @@ class _Recorder:
         call = self._open.pop()
         call.tensor = taps.first_tensor(output, self._batch)
         call.version = 0 if call.tensor is None else taps.version(call.tensor)
-        call.shape, call.stride, call.level = self._measure(call.tensor, module)
+        call.layout, call.stride, call.level = self._measure(call.tensor, module)
         if call is self.root and isinstance(output, Mapping):
             logits = find_logits(output, dense=True)
             self.classes = None if logits is None or logits.dim() == 2 else logits.shape[1]
@@ -387,7 +450,7 @@ class _Recorder:
         windows of tokens, or states. `around` is the level of the map that the call works for.
         """
         if inside and call.level is not None and call.level < finest:
-            call.shape, call.stride, call.level = None, math.nan, None
+            call.layout, call.stride, call.level = None, math.nan, None
         call.works_at = call.level
         if call.level is None and around is not None and self._level_of_work(call) == around:
             call.works_at = around
@@ -409,8 +472,8 @@ class _Recorder:
 
     def _measure(
         self, tensor: Tensor | None, module: nn.Module
-    ) -> tuple[tuple[int, int, int] | None, float, int | None]:
-        """Shape, stride and level of a map; a batch of windows or heads, or tokens by tokens, is none."""
+    ) -> tuple[taps.Layout | None, float, int | None]:
+        """Layout, stride and level of a map; a batch of windows or heads, or tokens by tokens, is none."""
         if tensor is None or tensor.dim() not in (3, 4) or len(tensor) != self._batch:
             return None, math.nan, None
         shape = tuple(tensor.shape)
@@ -425,7 +488,7 @@ class _Recorder:
         if not layouts or math.prod(layouts[0].hw) <= 1 or not self._tokens().isdisjoint(layouts[0].hw):
             return None, math.nan, None
         stride = math.sqrt(math.prod(self._hw) / math.prod(layouts[0].hw))
-        return layouts[0].shape(shape), stride, _level(stride)
+        return layouts[0], stride, _level(stride)
 
     def _tokens(self) -> set[int]:
         """How many tokens the open calls were given: a side of the attention matrices in them."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ._reading import first_line
 from ._untouched import untouched
-from .functional import cross_entropy
+from .functional import cross_entropy, map_spread
+from .kernels import distance
 from .kernels.reference import accumulation_dtype
 from .locality import Finding
 from .losses import Observation, Reading
@@ -27,6 +28,8 @@ IDLE_SHARE = 0.005  # of the parameters' gradient: below it a term costs its tim
 IGNORED = -100  # the label that does not count, as PyTorch's cross-entropy has it
 SUM_TOLERANCE = 0.01  # of probabilities, which may come from float16
 UNLIKELY, VERY_UNLIKELY = 1e-3, 1e-6  # that labels drawn among all outputs leave so many of them out
+FLAT = 1e-3  # spread of a map that shows nothing
+ROUNDING = 1e-5  # of unit maps: what sums in float32 and the epsilon of a LayerNorm leave of no difference
 WORSE_THAN_CHANCE = 1.2  # times log(k), the cross-entropy of a guess
 
 
@@ -86,8 +89,10 @@ def check_terms(
     at_pairs = {name for row in plan.rows for name in row.weights}
     for name, addend in addends.items():
         _check_gradient(name, addend, overall[name], gradients[name] if name in at_pairs else None)
+    _check_differences(seen)
     plan = replace(_with_shares(plan, gradients), shares=_shares(overall))
-    found = [*_warn_of_teacher(seen), *_warn_of_maps(seen), *_warn_of_shares(plan), *_warn_of_idleness(plan)]
+    of_maps = [*_warn_of_maps(seen), *_warn_of_flat_maps(seen)]
+    found = [*_warn_of_teacher(seen), *of_maps, *_warn_of_shares(plan), *_warn_of_idleness(plan)]
     return Preflight(plan, _warn(found))
 
 
@@ -131,6 +136,48 @@ def _names(seen: Observation, side: str) -> list[str]:
 def _layers(reading: Reading) -> Sequence[Tensor]:
     """Something of each layer that is zero where the activation is: a cached teacher has no activations."""
     return reading.features or next(iter(reading.energies.values()), ())
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """Two maps that a term compares, and how far they are from flat."""
+
+    pair: Pair
+    student: Float[Tensor, "b _ _"]
+    teacher: Float[Tensor, "b _ _"]
+    rounding: tuple[float, float]  # of student and teacher, relative
+
+    @property
+    def spreads(self) -> tuple[float, float]:
+        """Of student and teacher, the mean of the images whose map is not zero; NaN without any."""
+        return _mean_spread(self.student), _mean_spread(self.teacher)
+
+    @property
+    def differ(self) -> bool:
+        rounding, spreads = max(self.rounding), self.spreads
+        if max(spreads) <= rounding:
+            return False
+        same_size = self.student.shape == self.teacher.shape
+        return not same_size or distance(self.student, self.teacher, squared=False).mean().item() > rounding
+
+
+def _mean_spread(energy: Float[Tensor, "b h w"]) -> float:
+    return map_spread(energy)[energy.detach().flatten(1).any(1)].mean().item()
+
+
+def _maps(seen: Observation) -> Iterator[_Maps]:
+    """The maps at each pair, for each kind of energy that a term reads."""
+    if seen.teacher is None:
+        return
+    layers = zip(_layers(seen.student), _layers(seen.teacher), strict=False)
+    rounding = [(_rounding(student), _rounding(teacher)) for student, teacher in layers]
+    for kind, students in seen.student.energies.items():
+        yield from map(_Maps, seen.pairs, students, seen.teacher.energies.get(kind, ()), rounding)
+
+
+def _rounding(layer: Float[Tensor, "b c ..."]) -> float:
+    """What rounding to the layer's type leaves of a flat map: it is independent in each of c channels."""
+    return max(ROUNDING, 2 * torch.finfo(layer.dtype).eps / math.sqrt(layer.shape[1]))
 
 
 # --- faults -------------------------------------------------------------------------------------------------
@@ -302,6 +349,30 @@ def _check_gradient(name: str, addend: Tensor, overall: Gradients, at_pairs: Gra
         )
 
 
+def _check_differences(seen: Observation) -> None:
+    """A share of the gradient does not show it: ||D|| has a gradient of norm 1 however small D is."""
+    for maps in _maps(seen):
+        if maps.differ:
+            continue
+        student, teacher = maps.spreads
+        why = (
+            BEFORE_NORM
+            if max(student, teacher) <= max(FLAT, *maps.rounding)
+            else "Is the student a copy of the teacher?"
+        )
+        raise ValueError(
+            f"preflight: expected maps that differ at the pair {maps.pair}, got maps that are equal to "
+            f"rounding, with spreads of {student:.1e} and {teacher:.1e} (standard deviation over mean of the "
+            f"energy): the term is dead. {why}"
+        )
+
+
+BEFORE_NORM = (
+    "After a norm over the channels a map is flat: tap the layer before the norm, or what the norm is given "
+    '("layers.3.norm2.input").'
+)
+
+
 def _alive(gradients: Gradients) -> bool:
     return any(gradient is not None and bool(gradient.count_nonzero()) for gradient in gradients)
 
@@ -374,6 +445,23 @@ def _warn_of_maps(seen: Observation) -> Iterator[str]:
             blank = (layer.detach().flatten(1).count_nonzero(1) == 0).float().mean().item()
             if blank:
                 yield f"the {side}'s activation at {name} is zero everywhere on {blank:.0%} of the images."
+
+
+def _warn_of_flat_maps(seen: Observation) -> Iterator[str]:
+    found = {}  # one warning a layer, though it may be in several pairs
+    for maps in _maps(seen):
+        student, teacher = maps.spreads
+        if teacher <= max(FLAT, maps.rounding[1]):
+            what = "the term pulls the student to a flat map, which shows it nothing"
+            found["teacher", maps.pair.teacher] = teacher, what
+        if student <= max(FLAT, maps.rounding[0]):
+            what = "if a norm makes it so, it stays so, whatever the student learns"
+            found["student", maps.pair.student] = student, what
+    for (side, name), (spread, what) in found.items():
+        yield (
+            f"the {side}'s map at {name} is flat, with a spread of {spread:.1e} (standard deviation over "
+            f"mean of the energy): {what}. {BEFORE_NORM}"
+        )
 
 
 def _warn_of_shares(plan: Plan) -> Iterator[str]:

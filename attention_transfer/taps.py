@@ -415,8 +415,9 @@ class Taps:
 
     Names are dotted, as in `model.named_modules()`; prefixes of DDP and `torch.compile` may be given or left
     out. `"relu#2"` is the third call of `relu` in one forward pass, needed where a module is called several
-    times. `"blocks.3@tokens+1"` says how to read the layer, as `layout` does. Only the latest forward pass is
-    remembered, so nothing piles up when nobody pops.
+    times. `"norm2.input"` is what `norm2` is given, for a tensor that no module returns, such as the sum
+    before a norm. `"blocks.3@tokens+1"` says how to read the layer, as `layout` does. Only the latest forward
+    pass is remembered, so nothing piles up when nobody pops.
 
     **What is taken** from a module that does not return a tensor: from a tuple or list its first tensor with
     as many entries as there are images (else its first); from a dict (and a Hugging Face ModelOutput)
@@ -478,7 +479,13 @@ class Taps:
         _check_layouts(self._taps, layout)
         _refuse_replicas(model)
         self._root = unwrap(model)
-        self._paths = {tap.path: path_to(model, tap.path) for tap in self._taps}
+        self._inputs = {tap.path for tap in self._taps if _names_input(model, tap.path)}
+        self._paths = {
+            tap.path: path_to(
+                model, tap.path.removesuffix(".input") if tap.path in self._inputs else tap.path
+            )
+            for tap in self._taps
+        }
         self._found: dict[tuple, list[Layout]] = {}  # layouts, by what they depend on
         self._has_layer_norm = has_layer_norm(self._root)
         self._read = read
@@ -619,11 +626,15 @@ class Taps:
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             if _recomputing():
                 return None
-            tensor = first_tensor(output, self._batch)
+            tensor, kind = first_tensor(output, self._batch), type(output).__name__
+            if key in self._inputs:
+                given, output = first_tensor(args, self._batch), args
+                # an in-place layer has written over it
+                tensor, kind = (None, "its own output") if given is tensor else (given, "none")
             if tensor is not None and self._read is not None and not _deferred():
                 return self._read_now(key, tensor, output)
             count = 0 if tensor is None else version(tensor)
-            self._fired.append(_Firing(key, tensor, type(output).__name__, count))
+            self._fired.append(_Firing(key, tensor, kind, count))
             return None
 
         return hook
@@ -732,6 +743,12 @@ def _check_intact(name: str, firing: _Firing, end_version: int) -> None:
             "after the tap, such as by ReLU(inplace=True). Tap that ReLU itself, or build the model with "
             "inplace=False."
         )
+
+
+def _names_input(model: nn.Module, path: str) -> bool:
+    """Whether a path is of what a module is given: "norm2.input", where `norm2` has no child of that name."""
+    module, _, last = path.rpartition(".")
+    return bool(module) and last == "input" and "input" not in resolve(model, module)._modules
 
 
 def _parse(name: str, layout: str | Mapping[str, str]) -> _Tap:

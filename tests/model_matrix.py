@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ class Row:
         return Distiller(student, teacher, terms=[term], example_input=images)
 
 
-def numbered(stem: str, numbers: Sequence[int]) -> str:
+def numbered(stem: str, numbers: Iterable[int | str]) -> str:
     return ",".join(f"{stem}{number}" for number in numbers)
 
 
@@ -193,7 +193,13 @@ ROWS = [
     Row("DLA", "timm:dla46_c", "timm:dla34", numbered("level", range(6))),
     Row("CSP-ResNet", "timm:cspresnet50", "timm:cspresnet50", STAGES, slow=True),
     Row("PoolFormer", "timm:poolformer_s12", "timm:poolformer_s12", STAGES),
-    Row("PVT v2", "timm:pvt_v2_b0", "timm:pvt_v2_b1", STAGES),
+    Row(
+        "PVT v2",
+        "timm:pvt_v2_b0",
+        "timm:pvt_v2_b1",
+        numbered("stages.", (f"{stage}.blocks.1" for stage in range(4))),
+        note="stages end with a LayerNorm: the block before it",
+    ),
     Row(
         "Twins",
         "timm:twins_pcpvt_small",
@@ -267,9 +273,10 @@ ROWS = [
         "GC ViT",
         "timm:gcvit_xxtiny",
         "timm:gcvit_xxtiny",
-        f"stem.down.conv_block,{STAGES}",
-        options={"img_size": 64, "embed_dim": 32},
-        note=LAST,
+        "stem.down.conv_block,stages.0,stages.1,stages.2,stages.3.blocks.1",
+        size=96,
+        options={"img_size": 96, "embed_dim": 32},
+        note="the last stage ends with a LayerNorm: the block before it",
     ),
     Row(
         "Hiera of SAM 2",
@@ -366,7 +373,7 @@ ROWS = [
         "PVT v2 (Hugging Face)",
         "small_models:pvt",
         "small_models:pvt",
-        "pvt_v2.encoder.layers.0.blocks.0,pvt_v2.encoder.layers.1.blocks.0,pvt_v2.encoder.layers.2.blocks.1,pvt_v2.encoder",
+        "pvt_v2.encoder.layers.0.blocks.0,pvt_v2.encoder.layers.1.blocks.0,pvt_v2.encoder.layers.2.blocks.1,pvt_v2.encoder.layers.3.blocks.0",
         note="tokens and maps",
     ),
 ]

@@ -6,12 +6,14 @@ import time
 
 import pytest
 import small_models
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 
+from attention_transfer.functional import attention_map, map_spread
 from attention_transfer.models.nin import NetworkInNetwork
 from attention_transfer.models.wide_resnet import WideResNet
 from attention_transfer.pairs import Pair, Stage, stage_ends, stages_to_store, suggest_pairs
@@ -405,17 +407,96 @@ def test_a_parametrised_weight_is_no_map() -> None:
     assert names(model, 16) == "1 3"
 
 
+# ------------------------------------------------------------------------------------------ norms at the end
+
+
+class OverChannels(nn.Module):
+    """A norm over the channels of (b, c, h, w) with weights as a training leaves them; of no known class."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(width) + 0.5), nn.Parameter(torch.randn(width) / 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias).movedim(-1, 1)
+
+
+class NormedStage(nn.Module):
+    """A residual block, and a norm of the output, which may be what a block of its own returns."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, norm: nn.Module, *, added: bool) -> None:
+        super().__init__()
+        self.block, self.norm, self.added = InPlaceBlock(c_in, c_out, stride), norm, added
+        self.skip = nn.Conv2d(c_in, c_out, 1, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.block(x.clone())
+        return self.norm(out + self.skip(x) if self.added else out).clone()
+
+
+def normed_stages(norm, *, added: bool) -> nn.Module:
+    sizes = [(3, 8, 1), (8, 12, 2), (12, 16, 2)]
+    stages = [NormedStage(c_in, c_out, stride, norm(c_out), added=added) for c_in, c_out, stride in sizes]
+    return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1))
+
+
+@pytest.mark.parametrize("norm", [OverChannels, lambda width: timm.layers.LayerNorm2d(width, affine=False)])
+def test_a_stage_that_ends_with_a_norm_over_channels_ends_before(norm) -> None:
+    assert names(normed_stages(norm, added=False), 16) == "0.block 1.block 2.block"
+
+
+def test_where_no_module_returns_what_the_norm_is_given() -> None:
+    model = normed_stages(OverChannels, added=True)
+    stages = stage_ends(model, images(16))
+    assert [stage.name for stage in stages] == ["0.norm.input", "1.norm.input", "2.norm.input"]
+    given = []
+    model[1].norm.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    with Taps(model, [stage.name for stage in stages]) as taps:
+        model(images(16))
+        features = taps.pop()
+    torch.testing.assert_close(features["1.norm.input"], given[-1])
+    assert [tuple(each.shape[1:]) for each in features.values()] == [stage.shape for stage in stages]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda width: nn.GroupNorm(4, width), lambda _: nn.ReLU()])
+def test_other_layers_at_the_end_of_a_stage_stay(norm) -> None:
+    model = normed_stages(norm, added=False)
+    assert names(model, 16) == "0 1 2"
+    assert all(
+        torch.equal(module.running_mean, torch.zeros_like(module.running_mean))
+        for module in model.modules()
+        if isinstance(module, nn.BatchNorm2d)
+    )
+
+
+def test_post_norm_encoders_are_paired_before_their_last_norm() -> None:
+    """As torch has them by default: what the second norm is given is a sum that no module returns."""
+    student, teacher = encoder(16, norm_first=False), encoder(32, norm_first=False)
+    pairs = suggest_pairs(student, teacher, images(32))
+    assert pairs == [Pair(*[f"1.layers.{i}.norm2.input"] * 2) for i in range(4)]
+    batch = torch.randn(2, 3, 32, 32)
+    with Taps(student, [pair.student for pair in pairs]) as taps:
+        student(batch)
+        assert all(map_spread(attention_map(each)).min() > 0.01 for each in taps.pop().values())
+
+
 def test_attention_of_torch_has_its_weights_in_a_layer_that_is_not_called() -> None:
     """What a block is made of is its attention and two more layers: four blocks to pair by depth."""
-    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
-    patches = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.Flatten(2), Transposed())
-    model = nn.Sequential(patches, nn.TransformerEncoder(layer, 4, enable_nested_tensor=False), Transposed())
+    model = encoder(16, norm_first=True)
     assert [f"1.layers.{i}" for i in range(4)] == [stage.name for stage in stages_to_store(model, images(32))]
 
 
 class Transposed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.mT
+
+
+def encoder(width: int, *, norm_first: bool) -> nn.Module:
+    """Patches of 4 pixels and four blocks of torch's own transformer."""
+    layer = nn.TransformerEncoderLayer(width, 2, 2 * width, batch_first=True, norm_first=norm_first)
+    patches = nn.Sequential(nn.Conv2d(3, width, 4, 4), nn.Flatten(2), Transposed())
+    blocks = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    return nn.Sequential(patches, blocks, Transposed())
 
 
 # ---------------------------------------------------------------------------------------------- no trace
@@ -493,10 +574,22 @@ def test_pairs_print_readably() -> None:
 def test_no_common_resolution() -> None:
     whole = nn.Sequential(conv(3, 8), nn.ReLU())
     eighth = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.ReLU())
-    with pytest.raises(
-        ValueError, match=r"suggest_pairs: .* strides 1 in the student and 8 in the teacher\. Name"
-    ):
+    message = r"suggest_pairs: .* strides 1 in the student and 8 in the teacher\. Name .* for the term\.$"
+    with pytest.raises(ValueError, match=message):
         suggest_pairs(whole, eighth, images(32))
+
+
+def test_advice_without_a_common_resolution_is_of_use() -> None:
+    """A larger input has stages that a small one leaves at one pixel, and no more than those."""
+    blocks = (InPlaceBlock(3, 8, 2), InPlaceBlock(8, 8, 2), InPlaceBlock(8, 8, 2))
+    student = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1))
+    vit = timm.create_model("test_vit", img_size=32, patch_size=16, depth=2)
+    with pytest.raises(ValueError, match=r'resize="student" or "teacher" for the term\.$'):
+        suggest_pairs(student, vit, images(32))
+    eighth = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.ReLU())
+    with pytest.raises(ValueError, match=r"for the term, or pass a larger example input\.$"):
+        suggest_pairs(student, eighth, images(8), images(32))
+    assert suggest_pairs(student, eighth, images(32)) == [Pair("2", "1")]
 
 
 def test_no_maps_at_all() -> None:

@@ -16,6 +16,7 @@ from attention_transfer import AttentionTransfer, Distiller, KnowledgeDistillati
 from attention_transfer.preflight import PreflightWarning
 
 AT = AttentionTransfer(beta=1.0)
+AT_RESIZED = AttentionTransfer(beta=1.0, resize="student")
 PAIRS = [Pair("first", "first"), Pair("second", "second")]
 
 
@@ -309,6 +310,78 @@ def test_blank_maps_of_some_images(batch) -> None:
     x[:3] = 0
     with pytest.warns(PreflightWarning, match="the student's activation at first is zero everywhere on 50%"):
         distiller(student).preflight(x, y)
+
+
+class Normed(Net):
+    """Ends with a norm over the channels, after which a map is flat but for the norm's epsilon."""
+
+    def __init__(self, width: int, scale: float = 100.0) -> None:
+        super().__init__(width)
+        self.norm = nn.LayerNorm(width)
+        with torch.no_grad():
+            self.second[0].weight *= scale
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.norm(super().features(x).movedim(1, -1)).movedim(-1, 1)
+
+
+NORMED = ("norm", "norm")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_two_maps_that_are_flat(batch, dtype) -> None:
+    """The term is 0 but for rounding, and yet has a good share of the gradient."""
+    x, y = batch[0].to(dtype), batch[1]
+    built = distiller(Normed(16).to(dtype), Normed(32).to(dtype), pairs=[NORMED, PAIRS[0]])
+    term = built(x, y).terms["at/norm"]
+    assert 0 < term < (2e-3 if dtype == torch.bfloat16 else 1e-5)
+    message = (
+        r"maps that differ at the pair norm <- norm, got maps that are equal to rounding.*before the norm"
+    )
+    with pytest.raises(ValueError, match=message):
+        built.preflight(x, y)
+    repaired = distiller(Normed(16).to(dtype), Normed(32).to(dtype), pairs=[("norm.input", "norm.input")])
+    assert not repaired.preflight(x, y).warnings
+
+
+def test_two_maps_that_are_nearly_flat(batch) -> None:
+    """A norm's epsilon of 1e-5 is much where the variance is 1e-2."""
+    built = distiller(Normed(16, 1.0), Normed(32, 1.0), pairs=[NORMED])
+    assert built(*batch).terms["at/norm"] < 1e-3
+    with pytest.warns(PreflightWarning, match="map at norm is flat"):
+        assert len(built.preflight(*batch).warnings) == 2
+
+
+def test_flat_is_measured_of_the_map_that_the_term_compares(batch) -> None:
+    """After a LayerNorm the sum of |x| is not the same everywhere."""
+    term = AttentionTransfer(beta=1.0, p=1.0)
+    assert not distiller(Normed(16), Normed(32), pairs=[NORMED], terms=[term]).preflight(*batch).warnings
+
+
+def test_a_teacher_that_is_flat(batch) -> None:
+    built = distiller(teacher=Normed(32), pairs=[("second", "norm")])
+    with pytest.warns(
+        PreflightWarning, match=r"the teacher's map at norm is flat.*pulls the student to a flat"
+    ):
+        report = built.preflight(*batch)
+    assert len(report.warnings) == 1
+
+
+def test_a_student_that_stays_flat(batch) -> None:
+    built = distiller(Normed(16), pairs=[("norm", "second"), ("norm", "first")], terms=[AT_RESIZED])
+    with pytest.warns(PreflightWarning, match=r"the student's map at norm is flat.*stays so, whatever"):
+        report = built.preflight(*batch)
+    assert len(report.warnings) == 1  # of two pairs
+
+
+def test_maps_that_differ_by_rounding(batch) -> None:
+    teacher = Net(4).eval()
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        student.first[0].weight.mul_(1 + 1e-6)
+        student.second[0].weight[0] *= 1 + 1e-6
+    with pytest.raises(ValueError, match=r"equal to rounding.*is dead. Is the student a copy of the teacher"):
+        distiller(student, teacher).eval().preflight(*batch)
 
 
 def test_terms_that_drown_the_labels(batch) -> None:

@@ -358,10 +358,12 @@ FEATURES = torch.arange(2 * 6 * 8 * 8.0).reshape(2, 6, 8, 8)
         (FEATURES, torch.zeros(1)),
         [None, FEATURES],
         ((FEATURES,), None),
+        (torch.zeros(8, 6, 8), FEATURES),
+        (torch.zeros(()), torch.zeros(8, 6, 8), FEATURES, FEATURES + 1),
         {"loss": torch.zeros(()), "features": FEATURES, "more": torch.zeros(2, 1, 4, 4)},
         OrderedDict(features=torch.zeros(2, 1, 4, 4), last_hidden_state=FEATURES),
     ],
-    ids=["tensor", "tuple", "list", "nested", "dict", "model-output"],
+    ids=["tensor", "tuple", "list", "nested", "pixels and patches", "four tensors", "dict", "model-output"],
 )
 def test_the_tensor_taken_from_an_output(value: object) -> None:
     assert torch.equal(read(value), FEATURES)
@@ -503,6 +505,37 @@ def test_a_module_called_several_times(net: Net, x: Tensor) -> None:
             taps.pop()
 
 
+def test_what_a_module_is_given(net: Net, x: Tensor) -> None:
+    with Taps(net, ["layer1.input", "layer1"]) as taps:
+        net(x)
+        maps = taps.pop()
+    torch.testing.assert_close(maps["layer1.input"], net.relu(net.stem(x)))
+    torch.testing.assert_close(maps["layer1"], net.layer1(maps["layer1.input"]))
+    maps["layer1.input"].square().sum().backward()
+    assert net.stem.weight.grad.abs().sum() > 0
+    with Taps(net, ["relu.input#1"]) as taps:
+        net(x)
+        assert taps.pop()["relu.input#1"].shape == (2, 8, 4, 4)
+    assert hooks(net) == 0
+
+
+def test_what_an_in_place_module_is_given_is_gone(net: Net, x: Tensor) -> None:
+    with Taps(net, ["layer2.1.input"]) as taps:
+        net(x)
+        with pytest.raises(ValueError, match=r"expected 'layer2.1.input' to return .* got its own output"):
+            taps.pop()
+
+
+def test_a_child_of_the_name_input_is_that_child(x: Tensor) -> None:
+    model = nn.ModuleDict({"body": nn.Sequential(OrderedDict(input=nn.Conv2d(3, 4, 1), output=nn.ReLU()))})
+    model.forward = lambda x: model["body"](x)
+    with Taps(model, ["body.input", "body.input.input"]) as taps:
+        model(x)
+        maps = taps.pop()
+    torch.testing.assert_close(maps["body.input"], model["body"].input(x))
+    assert maps["body.input.input"] is x
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_an_output_overwritten_in_place(net: Net, x: Tensor, grad: bool) -> None:
     with torch.set_grad_enabled(grad):
@@ -585,6 +618,12 @@ def test_compiled_taps_kept_open(compiled: nn.Module) -> None:
     with Taps(compiled, names) as taps:
         for _ in range(3):
             check_step(compiled, taps, names, torch.randn(2, 3, 8, 8))
+
+
+def test_compiled_taps_of_what_a_module_is_given(compiled: nn.Module, x: Tensor) -> None:
+    names = ["layer1.input", "layer2"]
+    with Taps(compiled, names) as taps:
+        check_step(compiled, taps, names, x)
 
 
 def test_compiled_taps_opened_around_each_step(
