@@ -21,7 +21,7 @@ from . import kernels
 from ._choices import Form, Mapping, Side
 from ._outputs import logits_of
 from .kernels import reference
-from .kernels.reference import L2Norm, accumulation_dtype, power_of_two_near, unit
+from .kernels.reference import accumulation_dtype, l2_norm, power_of_two_near, unit
 
 Activations = Float[Tensor, "b _ _ _"] | Sequence[Float[Tensor, "b _ _ _"]]  # channels and sizes may differ
 
@@ -417,7 +417,7 @@ def leaf(x: Float[Tensor, "b c h w"], user: str) -> Float[Tensor, "b c h w"]:
     Raises:
         ValueError: in the name of `user`, inside a transform of torch.func, which forbids it.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._are_functorch_transforms_active():
         raise ValueError(
             f"{user}: expected to be outside of torch.func's transforms, as torch.autograd takes the input "
             "gradient, got a call inside of one. Use backward(), torch.autograd.grad or make_dual."
@@ -572,7 +572,7 @@ def input_gradient_norm(gradient: Float[Tensor, "b c h w"], *, beta: float) -> F
 
 
 def _half_mean_norm(beta: float, difference: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    return beta / 2 * L2Norm.apply(difference.flatten(1)).mean()
+    return beta / 2 * l2_norm(difference.flatten(1)).mean()
 
 
 def _wide(tensor: Tensor) -> Tensor:

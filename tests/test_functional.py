@@ -507,6 +507,18 @@ def test_compiles_without_a_graph_break(form) -> None:
     )
 
 
+@TRANSFORMS
+@pytest.mark.unchecked
+def test_transforms_of_torch_func_are_compiled_with_their_numbers() -> None:
+    x, direction = torch.randn(2, 2, 3, 4, 4)
+    loss = DIFFERENTIABLE["loss, paper"]
+    for function in (
+        lambda x: torch.func.jvp(loss, (x,), (direction,))[1],
+        lambda x: torch.func.vmap(attention_map)(torch.stack([x, direction])),
+    ):
+        torch.testing.assert_close(torch.compile(function, backend="eager")(x), function(x))
+
+
 def test_autocast_and_inference_mode() -> None:
     student, teacher = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     plain = attention_transfer_loss(student, teacher, beta=1.0)

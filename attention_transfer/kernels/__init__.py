@@ -165,6 +165,8 @@ def _composed(*tensors: Tensor | None) -> bool:
     The tensors wrap others (torch.func, FakeTensor, DTensor), a dispatch mode looks on (as in make_fx), or
     one carries a tangent, as in forward mode.
     """
+    if torch.compiler.is_compiling():  # which traces no question about a tensor
+        return torch._C._are_functorch_transforms_active()
     return torch._C._len_torch_dispatch_stack() > 0 or any(
         type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)

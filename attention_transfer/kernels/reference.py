@@ -58,7 +58,7 @@ def distance(
 ) -> Float[Tensor, " b"]:
     """See `kernels.distance`; in ops that autograd can differentiate twice."""
     difference = (unit(student) - unit(teacher)).flatten(1)
-    return difference.square().sum(1) if squared else L2Norm.apply(difference).squeeze(1)
+    return difference.square().sum(1) if squared else l2_norm(difference).squeeze(1)
 
 
 def distance_gradient(
@@ -66,9 +66,9 @@ def distance_gradient(
 ) -> Float[Tensor, "b h w"]:
     """d(distance)/d(student), times `grad`; in ops that autograd can differentiate again."""
     energy = student.flatten(1)
-    y = L2Normalise.apply(energy)
-    difference = y - L2Normalise.apply(teacher.flatten(1))
-    slope = 2 * difference if squared else L2Normalise.apply(difference)
+    y = l2_normalise(energy)
+    difference = y - l2_normalise(teacher.flatten(1))
+    slope = 2 * difference if squared else l2_normalise(difference)
     return l2_normalise_gradient(energy, grad.unsqueeze(1) * slope).view_as(student)
 
 
@@ -77,12 +77,28 @@ def distance_gradient(
 
 def unit(energy: Float[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
     """Each sample's map over its L2 norm, 0 where the map is 0."""
-    return L2Normalise.apply(energy.flatten(1)).view_as(energy)
+    return l2_normalise(energy.flatten(1)).view_as(energy)
 
 
-class L2Norm(torch.autograd.Function):
+def l2_norm(x: Float[Tensor, "b n"]) -> Float[Tensor, "b 1"]:
     """||x||_2 of each row; d||x||/dx = x/||x||, and 0 where x = 0."""
+    return (_L2Norm if _traced() else _ForwardL2Norm).apply(x)
 
+
+def l2_normalise(x: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+    """y = x/||x||_2 of each row, 0 where x = 0; dL/dx = (g - y <y, g>)/||x|| with g = dL/dy.
+
+    The Jacobian (I - y y^T)/||x|| is symmetric and never built.
+    """
+    return (_L2Normalise if _traced() else _ForwardL2Normalise).apply(x)
+
+
+def _traced() -> bool:
+    """Whether torch.compile looks on, which traces no function that has a rule for forward mode."""
+    return torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
+class _L2Norm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -93,25 +109,26 @@ class L2Norm(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Float[Tensor, "b 1"]) -> Float[Tensor, "b n"]:
         (x,) = ctx.saved_tensors
-        return grad * L2Normalise.apply(x)
+        return grad * l2_normalise(x)
+
+
+class _ForwardL2Norm(_L2Norm):
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _L2Norm.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def jvp(ctx, tangent: Float[Tensor, "b n"]) -> Float[Tensor, "b 1"]:
         (x,) = ctx.saved_tensors
-        return (tangent * L2Normalise.apply(x)).sum(1, keepdim=True)
+        return (tangent * l2_normalise(x)).sum(1, keepdim=True)
 
 
-class L2Normalise(torch.autograd.Function):
-    """y = x/||x||_2 of each row, 0 where x = 0; dL/dx = (g - y <y, g>)/||x|| with g = dL/dy.
-
-    The Jacobian (I - y y^T)/||x|| is symmetric and never built.
-    """
-
+class _L2Normalise(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -123,19 +140,25 @@ class L2Normalise(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         (x,) = ctx.saved_tensors
         return l2_normalise_gradient(x, grad)
 
-    jvp = backward
+
+class _ForwardL2Normalise(_L2Normalise):
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _L2Normalise.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs)
+
+    jvp = _L2Normalise.backward
 
 
 def l2_normalise_gradient(x: Float[Tensor, "b n"], grad: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
     """(g - y <y, g>)/||x|| with y = x/||x||, 0 where x = 0; in ops that autograd can differentiate again."""
-    y, norm = L2Normalise.apply(x), L2Norm.apply(x)
+    y, norm = l2_normalise(x), l2_norm(x)
     tangent = grad - y * (y * grad).sum(1, keepdim=True)
     return tangent * (norm != 0) / norm.where(norm != 0, 1)
 
