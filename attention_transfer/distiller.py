@@ -84,6 +84,8 @@ class Distiller(nn.Module):
             tuple of two for student and teacher. A name may say it too: ("blocks.3@tokens+0+4", "layer3").
         logits, teacher_logits: where the logits are in what the student and the teacher return, if it is
             not as above: an index, a key, the name of an attribute, or a function of the output.
+        teacher_classes: for each class of the student's logits and of the labels its number in the
+            teacher's, where these are in another order.
 
     Raises:
         TypeError: if a model, a term, the transform or the example is not what it should be.
@@ -104,12 +106,15 @@ class Distiller(nn.Module):
         layout: Layouts | tuple[Layouts, Layouts] = "auto",
         logits: Place | None = None,
         teacher_logits: Place | None = None,
+        teacher_classes: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         _check_model("student", student)
         if teacher is not None:
             _check_model("teacher", teacher)
         _check_teacher_options(teacher_transform, teacher_dtype)
+        order = None if teacher_classes is None else torch.tensor(teacher_classes)
+        self.register_buffer("_teacher_classes", order, persistent=False)
         self.student = student
         self.terms = nn.ModuleList(_terms(terms))
         self.teacher_dtype = teacher_dtype
@@ -122,6 +127,8 @@ class Distiller(nn.Module):
         self._layouts = _by_side(layout, self.pairs)
         self._plan = self._measure(example_input)
         self._prepare_terms()
+
+    _teacher_classes: Tensor | None
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -171,6 +178,7 @@ class Distiller(nn.Module):
             teacher = self._ask_teacher(x, y, energies, keep_features)
         elif teacher is not None:
             self._check_reading(teacher)
+            teacher = self._in_order(teacher)
         student = self._ask_student(x, y, energies, keep_features)
         return Observation(self.pairs, student, teacher, class_targets(y, student.logits, "Distiller"))
 
@@ -223,10 +231,16 @@ class Distiller(nn.Module):
             seen = self._read(
                 "teacher", names, self._as_teacher_sees(x), energies, keep_features, dense=dense
             )
+            seen = self._in_order(seen)
             if not wanted:
                 return seen
             gradient = input_gradient_of(seen.logits, y, x, create_graph=False, user="Distiller (teacher)")
             return replace(seen.detached(), input_gradient=gradient)
+
+    def _in_order(self, teacher: Reading) -> Reading:
+        """The teacher's reading with its logits in the order of the student's classes."""
+        order = self._teacher_classes
+        return teacher if order is None else replace(teacher, logits=teacher.logits[:, order])
 
     def addends(self, seen: Observation) -> dict[str, Float[Tensor, ""]]:
         """The loss as its named terms: "ce" and what each term contributes."""
@@ -455,7 +469,10 @@ class Distiller(nn.Module):
                 shapes = (seen.student.shapes[index], seen.teacher.shapes[index])
                 row = replace(row, student_shape=shapes[0], teacher_shape=shapes[1])
             rows.append(row)
-        return Plan(rows, [f"{type(term).__name__}({term.extra_repr()})" for term in self.terms])
+        lines = [f"{type(term).__name__}({term.extra_repr()})" for term in self.terms]
+        if self._teacher_classes is not None:
+            lines.append("the teacher's classes are in another order: matched by name")
+        return Plan(rows, lines)
 
 
 class InputTransform(nn.Module):

@@ -28,7 +28,7 @@ class Manifest:
         teacher_fingerprint: of its weights, as `models.fingerprint` gives it.
         teacher_input: how its input follows from the data's: (factor, offset) a channel and the size; None
             where it sees the data as they are.
-        classes: how many logits it gives.
+        classes: how many logits it gives; `class_names`, what they are called, if that is known.
         layers: its layers, with the shapes (c, h, w) and strides that their maps have.
         p, mapping: how a layer's activation became a map.
         dtype: in which the maps are stored; logits are float16.
@@ -69,6 +69,7 @@ class Manifest:
     source: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     version: str = ""
+    class_names: tuple[str, ...] | None = None
     decoding: str = "as they are stored, whatever EXIF says"  # before there was another rule
 
     @property
@@ -131,7 +132,9 @@ class Manifest:
     def _from_json(cls, values: dict[str, Any]) -> Manifest:
         layers = [Stage(each["name"], tuple(each["shape"]), each["stride"]) for each in values["layers"]]
         tuples = {name: tuple(values[name]) for name in ("shape", "mean", "std")}
-        manifest = cls(**{**values, **tuples, "layers": tuple(layers)})
+        names = values.get("class_names")
+        names = names if names is None else tuple(names)
+        manifest = cls(**{**values, **tuples, "layers": tuple(layers), "class_names": names})
         counts = [getattr(manifest, name) for name in _COUNTS]
         if not all(_is_count(count) for count in (*counts, len(layers))):
             raise ValueError(f"{', '.join(_COUNTS)}: {counts}")
@@ -155,6 +158,10 @@ class Manifest:
         texts = (manifest.teacher, manifest.teacher_fingerprint, manifest.precision, manifest.data)
         if not all(isinstance(text, str) for text in (*texts, manifest.decoding)):
             raise ValueError("teacher, precision, data and decoding")
+        if names is not None and (
+            len(names) != manifest.classes or not all(isinstance(n, str) for n in names)
+        ):
+            raise ValueError("class_names")
         if type(manifest.flip) is not bool:
             raise ValueError("flip")
         if not isinstance(manifest.source, dict) or not isinstance(manifest.settings, dict):
@@ -162,7 +169,8 @@ class Manifest:
         return manifest
 
 
-_BESIDE = ("views", "source", "settings", "version", "decoding")  # what no map depends on, but through `data`
+_BESIDE = ("views", "source", "settings", "version", "class_names", "decoding")
+"""What no map depends on, but through `data`."""
 _COUNTS = ("images", "views", "shard_images", "classes")
 MOST_FILES = 1 << 20  # of a cache: with 64 MB each, 64 TB
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
 from attention_transfer.cli.loading import load, load_teacher
-from attention_transfer.data import Splits
+from attention_transfer.data import Splits, match_classes
 from attention_transfer.training.build import Teacher, load_splits
 from attention_transfer.training.run import Run
 from attention_transfer.training.telling import say_text
@@ -31,9 +32,33 @@ def collect(runs: Sequence[Path], images: int) -> Examples | None:
     if teacher is None:
         say_text(f"note: the teacher of {taught.folder} is not at hand, so no maps are shown")
         return None
-    models, normalise = _models(taught, teacher, found, splits)
+    sides = _sides(taught, teacher, found, splits)
     test = splits.test.select(_spread_evenly(len(splits.test), images))
-    return collect_examples(models, test.decoded(), test.labels, normalise, splits.classes)
+    return collect_examples(
+        {role: (side.model, side.layers) for role, side in sides.items()},
+        test.decoded(),
+        test.labels,
+        {role: side.normalise for role, side in sides.items()},
+        splits.classes,
+        answers={role: order for role, side in sides.items() if (order := _answers(splits, side.classes))},
+    )
+
+
+class _Side(NamedTuple):
+    """A model, its layers, what makes its input of pixels, and what its classes are called, if known."""
+
+    model: nn.Module
+    layers: list[str]
+    normalise: Callable[[Tensor], Tensor]
+    classes: Sequence[str] | None
+
+
+def _answers(splits: Splits, classes: Sequence[str] | None) -> list[int] | None:
+    """For each class of a model that of the images, or a number beyond; None where they are the same."""
+    places = None if classes is None else match_classes(classes, splits.classes)
+    if places is None or places == list(range(splits.num_classes)):
+        return None
+    return [splits.num_classes + i if place is None else place for i, place in enumerate(places)]
 
 
 def _spread_evenly(available: int, wanted: int) -> Int64[Tensor, " n"]:
@@ -41,20 +66,21 @@ def _spread_evenly(available: int, wanted: int) -> Int64[Tensor, " n"]:
     return torch.linspace(0, available - 1, min(wanted, available)).round().long()
 
 
-def _models(
-    taught: Run, teacher: Teacher, runs: Sequence[Run], splits: Splits
-) -> tuple[dict[str, tuple[nn.Module, list[str]]], dict[str, Callable[[Tensor], Tensor]]]:
-    """{role: (model, layers)} and {role: normalisation} of teacher, student alone, and the taught student."""
+def _sides(taught: Run, teacher: Teacher, runs: Sequence[Run], splits: Splits) -> dict[str, _Side]:
+    """Teacher, student alone and the taught student, by role."""
     plan = taught.result["plan"]
     own, others = [row["student"] for row in plan], [row["teacher"] for row in plan]
     normalise = splits.augment().normalise
     to_teacher = teacher.transform or (lambda x: x)
-    models = {"teacher": (teacher.model.eval(), others)}
+    model = teacher.model.eval()
+    sides = {"teacher": _Side(model, others, lambda x: to_teacher(normalise(x)), teacher.names)}
     roles = {"student alone": _alone(taught, runs), "student with attention transfer": taught}
     for role, run in roles.items():
         if run is not None:
-            models[role] = (load(str(run.folder), None, 0, 0).model, own)
-    return models, dict.fromkeys(models, normalise) | {"teacher": lambda x: to_teacher(normalise(x))}
+            loaded = load(str(run.folder), None, 0, 0)
+            classes = loaded.card.classes if loaded.card else None
+            sides[role] = _Side(loaded.model, own, normalise, classes)
+    return sides
 
 
 def _alone(taught: Run, runs: Sequence[Run]) -> Run | None:

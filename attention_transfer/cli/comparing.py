@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from attention_transfer._machine import commit, device_name
 from attention_transfer._reading import one_line
 from attention_transfer._tables import format_table
-from attention_transfer.cli.loading import load, load_teacher
-from attention_transfer.data import Augment, Batches, Splits
+from attention_transfer.cli.loading import Loaded, load_teacher
+from attention_transfer.data import Augment, Batches, Splits, match_classes, unknown_classes
 from attention_transfer.training.build import Teacher
+from attention_transfer.training.card import ModelCard
 from attention_transfer.training.evaluation import Evaluation, evaluate_model
 from attention_transfer.training.fit import evaluation_batches
 from attention_transfer.training.latency import Size, Timing, size_of, time_batches
@@ -38,9 +39,24 @@ class Measured(Contender):
     answers: Evaluation
 
 
-def measure(weights: str, model: str | None, splits: Splits) -> Measured:
-    """A run's student, or the model of a weights file, on the test images."""
-    loaded = load(weights, model, splits.num_classes, splits.in_channels)
+def by_name(splits: Splits, card: ModelCard | None) -> Splits:
+    """The images with the classes of a model whose card says them, found by their names.
+
+    Raises:
+        ValueError: if there are classes among them that the model does not know.
+    """
+    names = card.classes if card else None
+    if strangers := unknown_classes(splits.classes, names):
+        raise ValueError(
+            f"evaluate: expected images of classes that the model knows, got {strangers}. It knows "
+            f"{', '.join(names or ())[:200]}. Name the classes of the images as the model does."
+        )
+    places = [place for place in match_classes(splits.classes, names) or () if place is not None]
+    return splits.numbered_as(names, places) if names and places else splits
+
+
+def measure(loaded: Loaded, splits: Splits) -> Measured:
+    """A run's student, or the model of a weights file, on the test images, whose classes are its own."""
     mean, std = (loaded.card.mean, loaded.card.std) if loaded.card else (splits.mean, splits.std)
     prepare = Augment(mean, std).to(_device()).normalise
     return _measure(Contender(loaded.name, loaded.model, prepare), splits, role="the model")
@@ -76,8 +92,10 @@ def _beside(teacher: Teacher, splits: Splits) -> Contender:
     transform = nn.Identity() if teacher.transform is None else teacher.transform.to(_device())
     model = teacher.model.eval().to(_device()).to(memory_format=torch.channels_last)
     contender = Contender(teacher.name, model, lambda pixels: transform(normalise(pixels)))
-    if teacher.classes != splits.num_classes:
+    if teacher.classes != splits.num_classes or unknown_classes(splits.classes, teacher.names):
         return contender
+    if teacher.order and teacher.names:
+        splits = splits.numbered_as(teacher.names, teacher.order)
     return _measure(contender, splits, role="its teacher")
 
 

@@ -33,9 +33,12 @@ def run(arguments: list[str]) -> None:
     )
     flags = parse(parser, arguments)
     splits = _evaluation_data(flags.weights, flags.data)
-    from attention_transfer.cli.comparing import compare_with_teacher, measure
+    from attention_transfer.cli.comparing import by_name, compare_with_teacher, measure
+    from attention_transfer.cli.loading import load
 
-    student = measure(flags.weights, flags.model, splits)
+    loaded = load(flags.weights, flags.model, splits.num_classes, splits.in_channels)
+    splits = by_name(splits, loaded.card)
+    student = measure(loaded, splits)
     result = student.answers
     print(f"{student.name} on the {len(result.labels):,} test images of {splits.name}")
     if flags.latency:

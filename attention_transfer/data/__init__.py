@@ -2,6 +2,9 @@
 
 from .augment import Augment as Augment
 from .batches import Batches as Batches
+from .classes import class_order as class_order
+from .classes import match_classes as match_classes
+from .classes import unknown_classes as unknown_classes
 from .decode import DECODING as DECODING
 from .identity import data_fingerprint as data_fingerprint
 from .images import Images as Images

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -179,6 +181,15 @@ class Splits:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    def numbered_as(self, classes: Sequence[str], places: Sequence[int]) -> Splits:
+        """The same images with the classes of another list, in which those of today have these places."""
+        found = torch.tensor(places)
+        splits = {
+            name: None if images is None else replace(images, labels=found[images.labels])
+            for name, images in (("train", self.train), ("validation", self.validation), ("test", self.test))
+        }
+        return replace(self, classes=list(classes), **cast("dict[str, Any]", splits))
 
     def augment(self) -> Augment:
         """The augmentation and normalisation that suit this data set."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attention_transfer._outputs import logits_of
 from attention_transfer._ranks import is_first_process
 from attention_transfer._untouched import untouched
-from attention_transfer.data import Augment, Splits, Views, load_data
+from attention_transfer.data import Augment, Splits, Views, class_order, load_data, unknown_classes
 from attention_transfer.distiller import Distiller, InputTransform
 from attention_transfer.losses import (
     ActivationTransfer,
@@ -76,11 +76,49 @@ def _build(
         in_channels=splits.in_channels,
         pretrained=weights == "pretrained",
     )
-    if weights not in (None, "pretrained"):
-        loaded = load_weights(model, weights, strict=strict)
+    if weights is not None and weights != "pretrained":
+        loaded = (
+            _load_by_name(model, name, weights, splits) if strict == "body" else load_weights(model, weights)
+        )
         if is_first_process():
             print(loaded, flush=True)
     return model
+
+
+def _load_by_name(model: nn.Module, name: str, weights: str, splits: Splits) -> str:
+    """Load a student's weights, whose head may be for other classes, or the same in another order."""
+    card = ModelCard.read(weights)
+    known = card.classes if card and len(card.classes) == splits.num_classes else None
+    order, strangers = class_order(splits.classes, known), unknown_classes(splits.classes, known)
+    if not (order or strangers):
+        return str(load_weights(model, weights, strict="body"))
+    head = _find_head(model, name, splits)
+    fresh = {key: model.state_dict()[key].clone() for key in head}
+    loaded = load_weights(model, weights, strict="body")
+    for key, axis in head.items():
+        tensor = model.state_dict()[key]
+        tensor.copy_(tensor.index_select(axis, torch.tensor(order)) if order else fresh[key])
+    if order:
+        return f"{loaded}; the classes of its head are in another order: matched by name"
+    return f"{loaded}; the head starts afresh: it did not know {strangers}"
+
+
+def _find_head(model: nn.Module, name: str, splits: Splits) -> dict[str, int]:
+    """The tensors of a model whose shapes follow the number of classes, each with the axis that does."""
+    with torch.random.fork_rng(devices=[]):
+        other = build_model(name, num_classes=splits.num_classes + 1, in_channels=splits.in_channels)
+    larger = other.state_dict()
+    head = {}
+    for key, tensor in model.state_dict().items():
+        axes = [i for i, size in enumerate(tensor.shape) if larger[key].shape[i] != size]
+        if axes:
+            head[key] = axes[0]
+    if not head:
+        raise ValueError(
+            f"train: expected weights of {name} for the classes of the data in their order, got others, and "
+            "no head that follows the number of classes. Name the classes alike, or pass other weights."
+        )
+    return head
 
 
 def build_augment(recipe: Recipe, splits: Splits) -> Augment:
@@ -97,12 +135,17 @@ def build_views(recipe: Recipe) -> Views | None:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher with its weights, and how the student's input becomes its own."""
+    """A teacher with its weights, and how the student's input becomes its own.
+
+    `names` are its classes, where they are known; `order` is where the data's are among them, if elsewhere.
+    """
 
     name: str
     model: nn.Module
     classes: int
     transform: InputTransform | None
+    names: Sequence[str] | None = None
+    order: Sequence[int] | None = None
 
 
 def trains_teacher(recipe: Recipe) -> bool:
@@ -135,16 +178,23 @@ def build_teacher(recipe: Recipe, splits: Splits, train_first: Callable[[], Run]
         teacher = _teacher_of_run(train_first(), splits)
     else:
         teacher = _teacher_of_weights(recipe, splits)
-    check_classes(recipe, teacher.classes, splits)
+    check_classes(recipe, teacher.classes, teacher.names, splits)
     return teacher
 
 
-def check_classes(recipe: Recipe, classes: int, splits: Splits) -> None:
+def check_classes(recipe: Recipe, classes: int, names: Sequence[str] | None, splits: Splits) -> None:
     """Raise ValueError if the method compares answers and the teacher has other classes than the data."""
-    if {"kd", "gradient"} & set(recipe.terms) and classes != splits.num_classes:
+    if not {"kd", "gradient"} & set(recipe.terms):
+        return
+    if classes != splits.num_classes:
         raise ValueError(
             f'train: method "{recipe.method}" compares answers: expected a teacher of {splits.num_classes} '
             f"classes, as the data, got {classes}. Attention maps need no equal classes: --method at."
+        )
+    if strangers := unknown_classes(splits.classes, names):
+        raise ValueError(
+            f'train: method "{recipe.method}" compares answers: expected a teacher that knows the classes of '
+            f"the data, got one that does not know {strangers}. Name them alike, or pass --method at."
         )
 
 
@@ -176,7 +226,8 @@ def _teacher_of_card(card: ModelCard, weights: str | Path, splits: Splits) -> Te
             f"of {card.in_channels} in {weights}. Pass a teacher that was trained on such images."
         )
     transform = _input_transform(splits, card.mean, card.std)
-    return Teacher(card.model, card.build(weights), len(card.classes), transform)
+    order = class_order(splits.classes, card.classes)
+    return Teacher(card.model, card.build(weights), len(card.classes), transform, card.classes, order)
 
 
 def _teacher_of_weights(recipe: Recipe, splits: Splits) -> Teacher:
@@ -227,6 +278,7 @@ def build_distiller(
         terms=build_terms(recipe),
         example_input=example,
         teacher_transform=teacher.transform,
+        teacher_classes=teacher.order,
         teacher_dtype=TEACHER_DTYPES.get(recipe.teacher_precision),
     )
 

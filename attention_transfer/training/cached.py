@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attention_transfer._patterns import is_pattern
 from attention_transfer._weights_path import split_prefix
 from attention_transfer.cache import Cache, Manifest
-from attention_transfer.data import DECODING, Splits, data_fingerprint
+from attention_transfer.data import DECODING, Splits, class_order, data_fingerprint
 from attention_transfer.distiller import Distiller
 from attention_transfer.losses import Energy, Reading, Term
 from attention_transfer.models import fingerprint
@@ -114,10 +114,14 @@ def name_teacher(recipe: Recipe) -> Recipe:
 
 @dataclass(frozen=True)
 class CachedTeacher:
-    """What a teacher made of every image, read from its cache. It is never run: it need not be there."""
+    """What a teacher made of every image, read from its cache. It is never run: it need not be there.
+
+    `order` is where the data's classes are among the teacher's, if elsewhere.
+    """
 
     cache: Cache
     pairs: list[Pair]
+    order: list[int] | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, splits: Splits, student: nn.Module) -> CachedTeacher:
@@ -130,13 +134,15 @@ class CachedTeacher:
         cache = Cache.read(recipe.cache or "")
         cache.require(recipe.views or cache.manifest.views)
         check_terms(build_terms(recipe))
-        check_classes(recipe, cache.manifest.classes, splits)
+        facts = cache.manifest
+        check_classes(recipe, facts.classes, facts.class_names, splits)
+        order = class_order(splits.classes, facts.class_names)
         _check_images(splits, cache)
         _check_teacher(recipe, splits, cache)
         if "at" not in recipe.terms:
-            return cls(cache, [])
+            return cls(cache, [], order)
         _check_energy(recipe, cache)
-        return cls(cache, _pairs(recipe, splits, student, cache))
+        return cls(cache, _pairs(recipe, splits, student, cache), order)
 
     def __call__(self, rows: Int64[Tensor, " b"], view: int, device: torch.device) -> Reading:
         """What the teacher made of a view of the images at `rows`."""
@@ -149,7 +155,8 @@ class CachedTeacher:
 
     def distiller(self, recipe: Recipe, student: nn.Module) -> Distiller:
         """The student and the method's terms, with no teacher."""
-        return Distiller(student, None, pairs=self.pairs, terms=build_terms(recipe))
+        terms = build_terms(recipe)
+        return Distiller(student, None, pairs=self.pairs, terms=terms, teacher_classes=self.order)
 
     @property
     def fingerprint(self) -> str:

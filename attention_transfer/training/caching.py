@@ -109,6 +109,7 @@ def describe(recipe: Recipe, splits: Splits, onlooker: Onlooker, dtype: Stored) 
         teacher_fingerprint=onlooker.weights,
         teacher_input=onlooker.input,
         classes=onlooker.classes,
+        class_names=tuple(onlooker.teacher.names) if onlooker.teacher.names else None,
         layers=onlooker.layers,
         p=recipe.p,
         mapping=recipe.mapping,

@@ -201,6 +201,7 @@ def _fit(
             distiller,
             build_augment(recipe, splits),
             loaders.train,
+            classes=splits.classes,
             cached=cached,
             teacher=weights,
             say=tell,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import fmean
@@ -54,6 +54,7 @@ class DistillationModule(LightningModule):
         augment: Augment,
         batches: Batches,
         *,
+        classes: Sequence[str] | None = None,
         cached: CachedTeacher | None = None,
         teacher: str | None,
         say: Callable[[str], None],
@@ -62,6 +63,7 @@ class DistillationModule(LightningModule):
 
         `teacher` is the fingerprint of the teacher's weights, which checkpoints carry in their place.
 
+        `classes` are the labels' names, by which a run that goes on knows them again.
         `cached` gives, by position and view, what a teacher made of the images that is not at hand.
         """
         super().__init__()
@@ -69,6 +71,7 @@ class DistillationModule(LightningModule):
         self.recipe, self.distiller, self.augment = recipe, distiller, augment
         self.batches, self.steps_per_epoch, self.views = batches, len(batches), batches.views
         self.teacher_fingerprint, self.cached = teacher, cached
+        self.classes = None if classes is None else list(classes)
         self.training_totals, self.validation_totals = Totals(), Totals()
         self._unclassified = Totals()  # of the validation images: those whose logits are not finite
         self.clock = Clock()
@@ -245,6 +248,7 @@ class DistillationModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["teacher_fingerprint"] = self.teacher_fingerprint
+        checkpoint["classes"] = self.classes
         checkpoint["terms"] = self.distiller.terms.state_dict()
         checkpoint["found_weights"] = self._found
         checkpoint["training_totals"] = self.training_totals.state_dict(self.trainer.strategy.reduce)
@@ -253,8 +257,14 @@ class DistillationModule(LightningModule):
         """Take up the epoch's sums.
 
         Raises:
-            ValueError: if the checkpoint was made with another teacher.
+            ValueError: if the checkpoint was made with another teacher, or with other classes.
         """
+        if self.classes != (known := checkpoint.get("classes") or self.classes):
+            raise ValueError(
+                f"train: expected the classes that the run began with, {', '.join(known)[:200]}, got "
+                f"{', '.join(self.classes or ())[:200]}. Put the data back as it was, or start over with "
+                "--overwrite."
+            )
         before = checkpoint.get("teacher_fingerprint")
         if before != self.teacher_fingerprint:
             raise ValueError(

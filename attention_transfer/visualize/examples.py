@@ -123,6 +123,7 @@ def collect_examples(
     normalise: Normalise | Mapping[str, Normalise],
     classes: Sequence[str],
     *,
+    answers: Mapping[str, Sequence[int]] | None = None,
     shown: int = 6,
     batch_size: int = 128,
 ) -> Examples:
@@ -135,6 +136,7 @@ def collect_examples(
         labels: their classes.
         normalise: uint8 images to a model's input; or one such function for each role.
         classes: the names of the classes.
+        answers: {role: for each class of its model that of the images}, where these are not the same.
         shown: how many images the report shows, of different classes first.
         batch_size: images at a time.
 
@@ -154,6 +156,8 @@ def collect_examples(
             )
         check_finite(logits.isfinite().all(1), user="collect_examples", model=f"the {role}")
         predictions[role] = logits.argmax(1)
+        if answers and role in answers:
+            predictions[role] = torch.tensor(answers[role])[predictions[role]]
     layers_of = {role: list(layers) for role, (_, layers) in models.items()}
     cosines = {role: _cosines(maps, layers_of, role) for role in models if role != TEACHER}
     seen = Seen(images.cpu(), labels.cpu(), maps, predictions, cosines)
