@@ -454,10 +454,10 @@ SOLVER = (
 
 @reader("prototxt", "net.prototxt", lambda folder: [NET.encode(), OLD.encode()])
 def read_prototxt(path: Path) -> None:
-    from attention_transfer.caffe.files.prototxt import layer_lines, read_net
+    from attention_transfer.caffe.files.prototxt import layer_lines, read_net, read_text
 
     read_net(path)
-    layer_lines(path.read_text())
+    layer_lines(read_text(path, "read_net"))
 
 
 @reader("caffe check", "net.prototxt", lambda folder: [NET.encode(), OLD.encode()])

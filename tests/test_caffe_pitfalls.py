@@ -818,6 +818,26 @@ def test_dimensions_of_0_are_refused(place: int) -> None:
     assert [(finding.pitfall, finding.layers) for finding in check(net)] == [("does_not_build", ["x"])]
 
 
+@pytest.mark.parametrize("kind", ["Convolution", "Deconvolution"])
+@pytest.mark.parametrize(("bottoms", "tops"), [(1, 2), (2, 1), (2, 3)])
+def test_a_layer_gives_a_top_for_each_bottom(kind: str, bottoms: int, tops: int) -> None:
+    net = one(kind, "convolution_param { num_output: 2 kernel_size: 3 }")
+    net.layer[1].bottom[:] = ["x"] * bottoms
+    net.layer[1].top[:] = ["a", "b", "c"][:tops]
+    with pytest.raises(ValueError, match=f"expected {bottoms} tops for its bottoms, got {tops}"):
+        Net(net)
+    assert found(net) == [("does_not_build", ["y"])]
+
+
+def test_a_layer_without_its_top_is_found_where_another_misses_that() -> None:
+    net = one("ReLU")
+    net.layer.add().CopyFrom(layer("z", "TanH", "y"))
+    for spec in net.layer[1:]:
+        spec.include.add(phase=schema.TEST)
+    net.layer[1].ClearField("top")
+    assert found(net) == [("does_not_build", ["y"])]
+
+
 def test_a_net_without_layers_is_refused() -> None:
     net = one("ReLU")
     for spec in net.layer:

@@ -80,7 +80,7 @@ def _first_tops(layer: Layer, bottoms: list[Tensor]) -> tuple[Tensor, ...]:
     if not layer.bottoms:
         layer.setup()
         layer.check_specs()
-        return tuple(_countable(layer, shape) for shape in layer.shapes())
+        return _countable(layer, layer.shapes())
     try:
         layer.setup(*bottoms)
         layer.check_specs()
@@ -89,17 +89,19 @@ def _first_tops(layer: Layer, bottoms: list[Tensor]) -> tuple[Tensor, ...]:
     except (RuntimeError, IndexError, ZeroDivisionError, OverflowError) as error:
         shapes = ", ".join(str(tuple(bottom.shape)) for bottom in bottoms)
         raise layer.error("bottoms that it can work on", shapes, f"PyTorch: {first_line(error)}") from None
-    return tuple(_countable(layer, top.shape) for top in (tops if isinstance(tops, tuple) else (tops,)))
+    return _countable(layer, [top.shape for top in (tops if isinstance(tops, tuple) else (tops,))])
 
 
-def _countable(layer: Layer, shape: Sequence[int]) -> Tensor:
-    if math.prod(shape) > MOST_ENTRIES:
-        raise layer.error(f"tops of at most {MOST_ENTRIES} entries", f"the shape {tuple(shape)}")
-    if math.prod(shape) < 1:
-        raise layer.error(
-            "tops with entries", f"the shape {tuple(shape)}", "Caffe stops at the first forward pass."
-        )
-    return torch.empty(tuple(shape), device="meta")
+def _countable(layer: Layer, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    if len(shapes) != len(layer.tops):
+        raise layer.error(f"{len(shapes)} tops for its bottoms", f"{len(layer.tops)}")
+    for shape in shapes:
+        if math.prod(shape) > MOST_ENTRIES:
+            raise layer.error(f"tops of at most {MOST_ENTRIES} entries", f"the shape {tuple(shape)}")
+        if math.prod(shape) < 1:
+            remedy = "Caffe stops at the first forward pass."
+            raise layer.error("tops with entries", f"the shape {tuple(shape)}", remedy)
+    return tuple(torch.empty(tuple(shape), device="meta") for shape in shapes)
 
 
 # ----------------------------------------------------------------------------------- sharing and freezing

@@ -7,7 +7,7 @@ looks at structure, never at names, and stands in one table under the pitfall's 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -76,13 +76,14 @@ def check(
     solver = _read_solver(solver)
     tried = [_case(net, state, solver, channels) for state in _states(solver)]
     found += _unwritten(tried, solver, source, lines)
+    trials = [_counts_alone(trial) if case.graph.unwritten else trial for case, trial in tried]
     tried = [(case, trial) for case, trial in tried if not case.graph.unwritten]
     for name, rule in RULES.items():
         blames = [blame for case, _ in tried if (blame := rule(case))]
         if blames:
             found.append(_finding(name, blames, lines))
     blamed = {name for finding in found if not finding.note for name in finding.layers}
-    found += _refused(net, [trial for case, trial in tried], blamed, lines)
+    found += _refused(net, trials, blamed, lines)
     return sorted(found, key=lambda finding: finding.line)
 
 
@@ -169,6 +170,11 @@ def _case(net: Any, state: Any, solver: Any, channels: int | None) -> tuple[Case
         other = try_out(with_known_sizes(phased, 1), phase).refused
         trial.refused = {place: error for place, error in trial.refused.items() if place in other}
     return Case(Graph(phased, trial.shapes, trial.lacking), train, solver), trial
+
+
+def _counts_alone(trial: Trial) -> Trial:
+    """A trial in a phase that does not hold together, for what is wrong in it whatever its bottoms are."""
+    return replace(trial, refused={p: e for p, e in trial.refused.items() if p in trial.lacking})
 
 
 def _refused(net: Any, trials: list[Trial], blamed: set[str], lines: list[int]) -> Iterator[Finding]:
