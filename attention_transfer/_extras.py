@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 
@@ -19,7 +20,22 @@ def require(package: str, *, extra: str, user: str, name: str | None = None) -> 
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != package.split(".")[0]:
             raise
-        raise ImportError(
-            f"{user}: needs the package {name or package.split('.')[0]}, which is not installed. "
-            f'Run: pip install "attention-transfer[{extra}]"'
-        ) from None
+        raise _missing(name or package.split(".")[0], extra, user) from None
+
+
+def check_installed(*packages: str, extra: str, user: str) -> None:
+    """Make sure of packages that are needed later on, after hours perhaps, without importing them now.
+
+    Raises:
+        ImportError: as `require`.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise _missing(package, extra, user)
+
+
+def _missing(package: str, extra: str, user: str) -> ImportError:
+    return ImportError(
+        f"{user}: needs the package {package}, which is not installed. "
+        f'Run: pip install "attention-transfer[{extra}]"'
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +146,32 @@ def test_a_teacher_left_over_in_a_recipe_is_said_to_be_unused(recipe: Recipe) ->
     assert run.recipe.teacher is None
     assert Recipe(method="none").unused_teacher is None
     assert Recipe(method="at").unused_teacher is None
+
+
+@pytest.mark.parametrize("package", ["jinja2", "scipy"])
+def test_what_the_report_needs_is_looked_for_at_the_start(
+    recipe: Recipe,
+    package: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)  # as Python marks what cannot be imported
+    assert main(["train", "--data", str(recipe.data), "--teacher", "wrn-10-1", "--output", "run"]) == 2
+    error = capsys.readouterr().err
+    assert f"train: needs the package {package}, which is not installed. Run: pip install" in error
+    assert not Path("run").exists()
+
+
+def test_where_a_picture_goes_is_looked_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "nowhere", "--plot", str(tmp_path)]) == 2
+    assert "evaluate: expected a file for --plot, got" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["evaluate", "nowhere", "--plot", "x.png"]) == 2
+    assert "evaluate: needs the package matplotlib" in capsys.readouterr().err
 
 
 def test_weights_of_a_teacher_are_given_once(recipe: Recipe, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attention_transfer._extras import check_installed
 from attention_transfer._tables import format_table
 from attention_transfer._weights_path import split_prefix
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
@@ -32,6 +33,8 @@ def run(arguments: list[str]) -> None:
         "run's teacher if it has one.",
     )
     flags = parse(parser, arguments)
+    if flags.plot:
+        _check_plot(Path(flags.plot))
     splits = _evaluation_data(flags.weights, flags.data)
     from attention_transfer.cli.comparing import by_name, compare_with_teacher, measure
     from attention_transfer.cli.loading import load
@@ -59,6 +62,13 @@ def _show_classes(result: Evaluation, splits: Splits) -> None:
     found = per_class_errors(result.predictions, result.labels, splits.classes)
     rows = [[each.name, f"{each.images:,}", f"{each.error:.1f}"] for each in found]
     print(format_table(["class", "images", "error %"], rows, numbers=True))
+
+
+def _check_plot(path: Path) -> None:
+    """What would stop the picture after all images have been looked at."""
+    check_installed("matplotlib", extra="plots", user="evaluate")
+    if path.is_dir():
+        raise UsageError(f"evaluate: expected a file for --plot, got {path}, which is a folder.")
 
 
 def _plot(result: Evaluation, splits: Splits, path: str) -> None:

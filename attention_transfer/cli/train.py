@@ -11,7 +11,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from attention_transfer._extras import require
+from attention_transfer._extras import check_installed, require
 from attention_transfer._ranks import is_first_process
 from attention_transfer._reading import one_line
 from attention_transfer._trust import trusted
@@ -78,7 +78,13 @@ def _is_named(name: str, arguments: list[str]) -> bool:
     return any(word.partition("=")[0] == flag_of(name) for word in arguments)
 
 
+def _check_report() -> None:
+    """What the report at the end needs is looked for at the start."""
+    check_installed("jinja2", "matplotlib", "PIL", "scipy", extra="plots", user="train")
+
+
 def _train_new(recipe: Recipe, overwrite: bool, keep_memory: bool, say: Say | None) -> Run:
+    _check_report()
     from attention_transfer.training.fit import train
 
     govern_memory(recipe, keep=keep_memory)
@@ -91,6 +97,7 @@ def _resume(folder: Path, keep_memory: bool, places: dict[str, Any], say: Say | 
     if run.finished:
         (say or say_text)(f"{folder} is finished; nothing is left to do.")
         return run
+    _check_report()
     from attention_transfer.training.fit import resume
 
     govern_memory(recipe, keep=keep_memory)

@@ -85,7 +85,8 @@ class Recipe:
     max_train: int | None = None
     """Train on this many images only; validation and test images stay as they are."""
     image_size: int | None = None
-    """Resize every image to this height and width, in pixels."""
+    """Height and width of every image, in pixels: its shorter side is resized to this, and the central square
+    kept. Where images are streamed, training crops them at random instead."""
     image_column: str | None = None
     """The parquet column of the images, where it cannot be told from the file."""
     label_column: str | None = None
