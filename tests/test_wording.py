@@ -90,6 +90,7 @@ def test_what_the_library_refuses_is_no_bug() -> None:
         ),
         ("Recipe: expected batch_size >= 2, got 1.", "Recipe: expected batch_size >= 2, got 1."),
         ("a: got RuntimeError: too small.. Pass ... or", "a: got RuntimeError: too small. Pass ... or"),
+        ('a: Say where they are, such as by logits=1 or logits="p", or return them.', "a: Return them."),
         ("a: x == y, unknown=3, lr==3", "a: x == y, unknown=3, lr==3"),
     ],
 )

@@ -36,6 +36,7 @@ _PHRASES = (
     (r"Pass layout=\{.*?\} or the other, or call it", "Call it"),
     (r"layout=\{.*?\} or (\"[^\"]*\" as its name)", r"\1"),
     (r", or pass another layout=", ""),
+    (r"Say where they are, such as by \w+=\S+ or \w+=\S+, or return", "Return"),
     # what they offer under another name
     (r"pairs=\[Pair\(\"student\.layer\", \"teacher\.layer\"\)\]", "--pairs STUDENT_LAYER:TEACHER_LAYER"),
     (r"Pass example_input= \(teacher_input=\) of the size", "Pass an input_size of the size"),
