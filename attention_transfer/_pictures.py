@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import re
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ._extras import require
 from ._reading import first_line
@@ -52,7 +52,7 @@ def open_picture(data: bytes, *, extra: str, user: str, upright: bool = True) ->
     """
     pillow = require("PIL.Image", extra=extra, user=user)
     try:
-        image = _without_bomb_warning(pillow, data)
+        image = _without_bomb_warning(pillow, io.BytesIO(data))
         if image is None:
             raise ValueError(f"none of {', '.join(FORMATS)}")
         limit, pixels = pillow.MAX_IMAGE_PIXELS, image.width * image.height
@@ -80,15 +80,26 @@ def convert(image: Image, channels: int) -> Image:
     return (image.convert("RGBA") if "transparency" in image.info else image).convert(mode)
 
 
-def _without_bomb_warning(pillow: object, data: bytes) -> Image | None:
+def begins_as_picture(file: IO[bytes]) -> bool:
+    """Whether it begins as an image that `open_picture` reads."""
+    pillow = require("PIL.Image", extra="data", user="load_data")
+    try:
+        return _without_bomb_warning(pillow, file) is not None
+    except Exception:  # a header that is damaged: Pillow's readers raise almost anything
+        return False
+
+
+def _without_bomb_warning(pillow: Any, file: IO[bytes]) -> Image | None:
     """As `PIL.Image.open`, which warns of images of up to twice the limit where this package refuses them."""
-    pillow.init()  # type: ignore[attr-defined]
+    pillow.init()
+    head = file.read(16)
     for name in FORMATS:
-        factory, accepts = pillow.OPEN.get(name, (None, None))  # type: ignore[attr-defined]
-        if factory is None or (accepts and accepts(data[:16]) is not True):
+        factory, accepts = pillow.OPEN.get(name, (None, None))
+        if factory is None or (accepts and accepts(head) is not True):
             continue
         try:
-            return factory(io.BytesIO(data), None)
+            file.seek(0)
+            return factory(file, None)
         except (SyntaxError, IndexError, TypeError, KeyError, EOFError):
             continue  # Pillow's word for: not mine after all
     return None

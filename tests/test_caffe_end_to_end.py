@@ -56,7 +56,10 @@ def test_a_student_is_taught_and_its_teacher_stays_as_it_was(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for split in ("train", "test"):
-        command(f"lmdb --data {shared_data} --split {split} --pad 4 --limit {images} -o {split}.lmdb")
+        command(
+            f"lmdb --data cifar10 --root {shared_data} --split {split} --pad 4 --limit {images} "
+            f"-o {split}.lmdb"
+        )
     for name, depth in zip(("student", "teacher"), depths, strict=True):
         write_resnet(name, depth, images, batch, iterations)
     command("train --solver teacher_solver.prototxt")

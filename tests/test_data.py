@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -318,6 +319,206 @@ def test_class_folders_that_training_lacks(tmp_path):
 def test_folder_without_train(tmp_path):
     make_folder(tmp_path / "test")
     with pytest.raises(ValueError, match=r"expected a 'train' folder in .*, got only \['test'\]"):
+        load_data(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "split"),
+    [
+        ("training_set", "test_set", "test"), ("Train", "TEST", "test"), ("training", "testing", "test"),
+        ("train_images", "test_images", "test"), ("imagesTrain", "imagesTest", "test"),
+        ("trainset", "testset", "test"),
+        ("train2017", "val2017", "validation"), ("seg_train/seg_train", "seg_test/seg_test", "test"),
+        ("train", "eval", "validation"), ("train", "dev", "validation"), ("train", "hold-out", "validation"),
+        ("flowers_train", "flowers_valid", "validation"), ("train/images", "test/images", "test"),
+        ("images/train", "images/val", "validation"), ("Training Data", "Test Data", "test"),
+    ],
+)  # fmt: skip
+def test_names_near_those_of_splits_are_understood_and_said(tmp_path, train, other, split):
+    make_folder(tmp_path / train, count=20)
+    make_folder(tmp_path / other, count=3)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "all.json").write_text("{}")
+    splits = load_data(tmp_path, validation=0)
+    assert splits.classes == ["cat", "dog"]
+    assert (len(splits.train), len(splits.test)) == (40, 6)
+    said = "; ".join(splits.notes)
+    assert ("is the test split" in said) == (split == "validation")
+    for role, path in (("train", train), (split, other)):
+        named = next(part for part in path.split("/") if part != "images")
+        usual = named.lower() in ("train", "test", "val", "training")
+        assert (f"split {role}: {named}" in said) == (not usual)
+
+
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        (("train", "val", "validation"), "one folder for each split in .*, got val and validation, which"),
+        (("train", "training_set", "test"), "got train and training_set, which both"),
+        (("train", "TRAIN"), "got TRAIN and train, which both"),
+        (("trainA", "trainB", "testA", "testB"), "got testA and testB, which both"),
+        (("train", "test", "extra"), "such as test, train, got also extra"),
+        (("train", "tset"), r"got also tset\. Did you mean .*test.* Rename it to train"),
+        (("seg_train", "seg_test", "seg_pred"), "got also seg_pred"),
+        (("trian", "test"), "got also trian"),
+        (("part1", "part2", "part3"), "got part1, part2, part3, all of which hold folders called cat, dog"),
+        (("amazon", "webcam"), "all of which hold folders called cat, dog"),
+        (("eval", "dev_set"), "got dev_set and eval, which both"),
+        (("test", "val"), r"expected a 'train' folder in .*, got only \['test', 'val'\]"),
+    ],
+)  # fmt: skip
+def test_unknown_and_doubled_splits_are_refused(tmp_path, folders, words):
+    for folder in folders:
+        make_folder(tmp_path / folder, count=3)
+    with pytest.raises(ValueError, match=words) as caught:
+        load_data(tmp_path, validation=0)
+    assert str(caught.value).startswith("load_data: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("control", "test"), ("car", "train"), ("invalid", "valid"), ("test_tube", "train_station"),
+        ("dev", "prod"), ("training_shoes", "valid_ticket"), ("car", "train", "trian"),
+    ],
+)  # fmt: skip
+def test_classes_may_be_called_like_splits(tmp_path, classes):
+    splits = load_data(make_folder(tmp_path, classes))
+    assert splits.classes == list(classes)
+    assert (
+        splits.notes == ("no test split: 4 images (20%) were cut off, the same for every seed",)
+        or len(classes) > 2
+    )
+
+
+def test_flat_splits_are_not_classes(tmp_path):
+    make_folder(tmp_path, ("train", "test"))
+    with pytest.raises(ValueError, match=r"expected class folders \(or parquet files\) in .*test, got none"):
+        load_data(tmp_path)
+
+
+def test_class_folders_may_have_folders(tmp_path):
+    """As Tiny ImageNet has them, and of one class more than of another."""
+    for name in ("cat", "dog"):
+        make_folder(tmp_path / "train" / name, ("images",))
+        (tmp_path / "train" / name / "boxes.txt").write_text("0 0 1 1")
+    (tmp_path / "links").mkdir()
+    splits = load_data(tmp_path / "train", validation=0)
+    assert splits.classes == ["cat", "dog"]
+    assert "left out, as no images that can be read: 2 .txt" in splits.notes
+    make_folder(tmp_path / "train" / "dog", ("more",))
+    (tmp_path / "links" / "bird").symlink_to(tmp_path / "train" / "cat")
+    (tmp_path / "links" / "dog").mkdir()
+    (tmp_path / "links" / "dog" / "inner").symlink_to(tmp_path / "train" / "dog")
+    assert len(load_data(tmp_path / "links", validation=0).train) + 6 == 30
+    (tmp_path / "links" / "dog" / "back").symlink_to(tmp_path / "links")
+    with pytest.raises(ValueError, match=r"got the link .*back to a folder that it lies in"):
+        load_data(tmp_path / "links")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (("train/0", "validation/0", "val/0"), "expected one name for each split in .*, got val and valid"),
+        (("train-0", "unknown-0"), "to be named after its split, got unknown-0"),
+    ],
+)  # fmt: skip
+def test_files_of_doubled_and_unknown_splits_are_refused(tmp_path, files, words):
+    for name in files:
+        make_parquet(tmp_path / f"{name}.parquet", [0, 1] * 5)
+    with pytest.raises(ValueError, match=words):
+        load_data(tmp_path)
+
+
+def test_files_of_near_names_are_understood_and_said(tmp_path):
+    for name in ("trainset-0", "evalData-0"):
+        make_parquet(tmp_path / f"{name}.parquet", [0, 1] * 5)
+    splits = load_data(tmp_path, validation=0)
+    assert (len(splits.train), len(splits.test)) == (10, 10)
+    assert splits.notes[0] == "split validation: eval"
+
+
+# --- what is an image ---
+
+
+def with_content(path, kind):
+    buffer = io.BytesIO()
+    picture(1).save(buffer, kind)
+    path.write_bytes(buffer.getvalue())
+
+
+def test_images_are_known_by_their_content_and_the_rest_is_counted(tmp_path):
+    make_folder(tmp_path)
+    for name, kind in (
+        ("a.jfif", "JPEG"), ("b.JPG", "JPEG"), ("none", "PNG"), ("c.jpe", "JPEG"), ("d.jpg_large", "JPEG"),
+        ("e.apng", "PNG"), ("f.dib", "BMP"), ("g.jpg", "WEBP"), ("h.TIF", "TIFF"), ("i.pnm", "PPM"),
+    ):  # fmt: skip
+        with_content(tmp_path / "cat" / name, kind)
+    for name, data in {
+        "x.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "y.HEIC": b"\0\0\0\x18ftypheic",
+        "z.avif": b"\0\0\0\x1cftypavif", "drawing.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "boxes.txt": b"P6 of the boxes", "README": b"BMW and others", "empty": b"",
+        "raw.dng": b"II*\0\x08\0\0\0\0\0", ".hidden.png": b"x",
+    }.items():  # fmt: skip
+        (tmp_path / "dog" / name).write_bytes(data)
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._00.png"):
+        (tmp_path / "dog" / name).write_bytes(b"clutter")
+    for name in ("__MACOSX", ".ipynb_checkpoints"):
+        (tmp_path / name / "cat").mkdir(parents=True)
+        (tmp_path / name / "cat" / "0.png").write_bytes(b"clutter")
+    with_content(tmp_path / "stray.png", "PNG")
+    splits = load_data(tmp_path, validation=0)
+    assert splits.classes == ["cat", "dog"]
+    assert len(splits.train) + len(splits.test) == 30
+    left_out = next(note for note in splits.notes if note.startswith("left out, as no images"))
+    assert left_out == (
+        "left out, as no images that can be read: 2 .heic, 2 without an ending, 1 .avif, 1 .dng, 1 .svg, "
+        "1 .txt and 1 more"
+    )
+    assert "left out, as in no class folder: 1 images, such as stray.png" in splits.notes
+
+
+def test_only_images_that_cannot_be_read(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "fox").mkdir()
+    for number in range(3):
+        (tmp_path / "fox" / f"{number}.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(
+        ValueError, match=r"class folder .*fox, got none that can be read: 3 \.heic\. Add some"
+    ):
+        load_data(tmp_path)
+
+
+def test_a_page_called_jpg_is_named(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "dog" / "x.jpg").write_text("<!DOCTYPE html><html>404</html>")
+    with pytest.raises(ValueError, match=r"cannot decode .*x\.jpg \(none of JPEG, .*repair or remove it"):
+        load_data(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (os.mkfifo, "expected a file, got a named pipe"),
+        (lambda path: path.symlink_to("/dev/zero"), "expected a file, got a device"),
+        (Path.mkdir, "expected a file, got a folder"),
+        (lambda path: path.symlink_to("gone.png"), "No such file or directory"),
+    ],
+)
+def test_what_is_called_an_image_and_is_no_file_is_named(tmp_path, make, words):
+    make_folder(tmp_path)
+    make(tmp_path / "dog" / "x.png")
+    with pytest.raises(OSError, match=rf"{words}: '.*dog/x\.png'"):
+        load_data(tmp_path)
+
+
+def test_parquet_beside_other_kinds(tmp_path):
+    make_parquet(tmp_path / "train.parquet", [0, 1] * 5)
+    picture(0).save(tmp_path / "preview.png")
+    assert load_data(tmp_path).notes[0].startswith("left out, as beside parquet files: images, such as ")
+    (tmp_path / "more.tar").write_bytes(bytes(10240))
+    with pytest.raises(ValueError, match=r"expected parquet files or tar files in .*, got both"):
         load_data(tmp_path)
 
 

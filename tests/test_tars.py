@@ -190,6 +190,25 @@ def test_labels_in_json_and_other_members(tmp_path: Path) -> None:
     assert [i % 2 for i in numbers(splits.train.images)] == splits.train.labels.tolist()
 
 
+def test_members_with_other_endings_are_known_by_their_content(tmp_path: Path) -> None:
+    members = numbered(0, 10)
+    for key, ending in (("b", ".jfif"), ("a", ""), ("c", ".apng")):
+        members += [(f"{key}.cls", b"1"), (f"{key}.txt", b"P6 of it"), (f"{key}{ending}", png(len(members)))]
+    members += [
+        ("facts.json", b'{"made": 2020}'),
+        ("facts.md", b"for all of them"),
+        ("0000.txt", b"a caption"),
+    ]
+    images = load_data(write_tar(tmp_path / "train.tar", members), validation=0, seed=3)
+    found = numbers(torch.cat([images.train.images, images.test.images]))
+    assert sorted(found) == [*range(10), 20, 23, 26]
+    write_tar(tmp_path / "heic.tar", [*numbered(0, 10), ("x.heic", b"\0\0\0\x18ftypheic"), ("x.cls", b"1")])
+    with pytest.raises(
+        ValueError, match=r"expected an image for every label, of JPEG, .*member x\.heic\. Conv"
+    ):
+        load_data(tmp_path / "heic.tar")
+
+
 def test_two_shards_may_have_the_same_keys(tmp_path: Path) -> None:
     for i in range(2):
         write_tar(tmp_path / f"{i}.tar", numbered(0, 10))

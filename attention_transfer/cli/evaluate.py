@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +44,8 @@ def run(arguments: list[str]) -> None:
     splits = by_name(splits, loaded.card)
     student = measure(loaded, splits)
     result = student.answers
+    for note in splits.notes:
+        print(f"note: {note}", file=sys.stderr)
     print(f"{student.name} on the {len(result.labels):,} test images of {splits.name}")
     if flags.latency:
         print(compare_with_teacher(student, Run(Path(flags.weights)), splits))

@@ -137,8 +137,11 @@ def find_source(
         return _read_files(expand(name), None, columns, name)
     path = Path(name).expanduser()
     if path.is_dir():
-        files = _shards_in(path)
-        return _read_files(files, path, columns, name) if files else read_folder(path)
+        files, beside = _shards_in(path)
+        if not files:
+            return read_folder(path)
+        source = _read_files(files, path, columns, name)
+        return replace(source, notes=[*source.notes, *beside])
     if path.exists():
         return _read_files([path], path, columns, name)
     near = difflib.get_close_matches(name.lower(), NAMES)
@@ -149,8 +152,8 @@ def find_source(
     )
 
 
-def _shards_in(folder: Path) -> list[Path]:
-    """The parquet files or tar files of a data set; none for one of class folders."""
+def _shards_in(folder: Path) -> tuple[list[Path], list[str]]:
+    """The parquet files or tar files of a data set, none for one of class folders; what else is there."""
     parquet, files, loose = [], [], None
     for path in folder.rglob("*"):  # once: there may be a million
         suffix = path.suffix.lower()
@@ -160,8 +163,15 @@ def _shards_in(folder: Path) -> list[Path]:
             files.append(path)
         elif loose is None and suffix in IMAGE_SUFFIXES:
             loose = path
+    if parquet and files:
+        raise ValueError(
+            f"load_data: expected parquet files or tar files in {folder}, got both ({parquet[0].name} and "
+            f"{files[0].name}). Move one kind away, or pass a pattern, such as DIR/train-*.tar."
+        )
     if parquet:
-        return sorted(parquet)
+        return sorted(parquet), [
+            f"left out, as beside parquet files: images, such as {loose}"
+        ] if loose else []
     if files and loose:
         raise ValueError(
             f"load_data: expected tar files or class folders in {folder}, got both ({files[0].name} and "
@@ -169,7 +179,7 @@ def _shards_in(folder: Path) -> list[Path]:
         )
     if not files and not loose:
         _refuse_compressed(folder)
-    return sorted(files)
+    return sorted(files), []
 
 
 def _refuse_compressed(folder: Path) -> None:

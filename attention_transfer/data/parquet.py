@@ -158,12 +158,13 @@ def read_parquet(
     """
     splits: dict[str, RawSplit] = {}
     names: dict[Path, list[str]] = {}
-    for split, members in group_by_split(files, place).items():
+    groups, notes = group_by_split(files, place)
+    for split, members in groups.items():
         tables = [_read_file(file, image_column, label_column) for file in members]
         content = EncodedRows([images for images, _, _ in tables])
         splits[split] = RawSplit(content, torch.cat([labels for _, labels, _ in tables]))
         names |= {file: classes for file, (_, _, classes) in zip(members, tables, strict=True) if classes}
-    return Source(splits, _agreed(names) or numbered_classes(splits), str(place))
+    return Source(splits, _agreed(names) or numbered_classes(splits), str(place), notes=notes)
 
 
 def _agreed(names: dict[Path, list[str]]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,15 +11,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from .decode import Encoded
-
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-}
+from .split_names import SPLIT_NAMES, doubled, notes_of, split_of_file
 
 LABEL_NAMES = ("label", "labels", "target", "class", "fine_label", "y")  # what labels are usually called
 
@@ -46,18 +37,19 @@ class Source:
     notes: list[str] = field(default_factory=list)
 
 
-def group_by_split(files: Sequence[Path], place: Path) -> dict[str, list[Path]]:
+def group_by_split(files: Sequence[Path], place: Path) -> tuple[dict[str, list[Path]], list[str]]:
     """Files, sorted, by the split that their name, or a folder above them within `place`, speaks of.
 
-    The last word counts: train, test, val, valid or validation. If no name speaks of one, all are training
-    files.
+    The last word counts: train, test, val, valid, validation, or one near to these, of which there is a note.
+    If no name speaks of one, all are training files.
 
     Raises:
-        ValueError: if some names speak of a split and some do not.
+        ValueError: if some names speak of a split and some do not, or two words of the same one.
     """
     groups: dict[str | None, list[Path]] = defaultdict(list)
     for file in sorted(files):
-        groups[_split_of(file.relative_to(place) if place.is_dir() else Path(file.name))].append(file)
+        within = file.relative_to(place) if place.is_dir() else Path(file.name)
+        groups[split_of_file(within.with_suffix("").as_posix())].append(file)
     nameless = groups.pop(None, [])
     if groups and nameless:
         raise ValueError(
@@ -65,12 +57,15 @@ def group_by_split(files: Sequence[Path], place: Path) -> dict[str, list[Path]]:
             f"split, got {nameless[0].name}. "
             "Put train, validation or test into its name, or move it away."
         )
-    return {name: group for name, group in groups.items() if name} or {"train": nameless}
-
-
-def _split_of(path: Path) -> str | None:
-    words = re.findall(r"[a-z]+", path.with_suffix("").as_posix().lower())
-    return next((SPLIT_NAMES[word] for word in reversed(words) if word in SPLIT_NAMES), None)
+    words = {word: group for word, group in groups.items() if word}
+    if same := doubled({word: word for word in words}):
+        examples = " and ".join(words[word][0].name for word in same)
+        raise ValueError(
+            f"load_data: expected one name for each split in {place}, got {' and '.join(same)}, which say "
+            f"the same ({examples}). Rename some, or move them away."
+        )
+    notes = notes_of({word: word for word in words})
+    return {SPLIT_NAMES[word]: group for word, group in words.items()} or {"train": nameless}, notes
 
 
 def numbered_classes(splits: dict[str, RawSplit]) -> list[str]:

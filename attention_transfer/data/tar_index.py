@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from .._files import write_atomically
+from .._pictures import FORMATS, begins_as_picture
 from .._reading import check_regular, open_file, parse_json
 from .folder import IMAGE_SUFFIXES
 from .sources import LABEL_NAMES
@@ -26,10 +27,11 @@ from .stamps import Stamp
 
 INDEX = "attention-transfer-index.safetensors"
 KEY = "attention_transfer_index"  # of its metadata
-VERSION = 2
+VERSION = 3
 NUMBERS = ("offsets", "sizes", "labels")  # of each image
 THREADS = 8  # each waits for its own file
 LABEL_ENDINGS = ("cls", "json")
+BEGINNING = 1 << 20  # bytes of a member by which an image is known
 LABEL_BYTES = 1 << 20  # of a .cls or .json member, which is read whole
 BLOCK = 512
 END_BLOCKS = 40  # of zeros that are looked at behind the end of a tar file: what it is padded to, twice
@@ -202,6 +204,7 @@ def scan(path: Path, label_field: str | None) -> Shard:
     """
     stamp = Stamp.of(path)
     images: dict[str, tarfile.TarInfo] = {}
+    others: dict[str, list[tarfile.TarInfo]] = {}
     labels: dict[str, dict[str, int | None]] = {}
     with open_file(path, buffering=0) as file:  # a buffer would read what is jumped over
         for member in _members(path, file):
@@ -209,11 +212,17 @@ def scan(path: Path, label_field: str | None) -> Shard:
             if f".{ending.rpartition('.')[2]}" in IMAGE_SUFFIXES:
                 _check_image(path, member, ending, images.get(key))
                 images[key] = member
-            elif ending in LABEL_ENDINGS:
+            elif ending not in LABEL_ENDINGS:
+                others.setdefault(key, []).extend([member] if member.isreg() else [])
+            else:
                 found = labels.setdefault(key, {})
                 if ending in found:
                     raise _error(path, member.name, "one file of a name", "it twice", "Keep one of them")
                 found[ending] = _read_label(path, member, file, label_field)
+        for key, found in labels.items():
+            if key not in images and others.get(key) and set(found.values()) != {None}:
+                images[key] = _choose_by_content(path, others[key], file)
+    images = dict(sorted(images.items(), key=lambda item: item[1].offset_data))
     if not images:
         raise ValueError(
             f"load_data: expected images (KEY.jpg, KEY.png, ...) in {path}, got none. "
@@ -287,6 +296,17 @@ def _check_image(path: Path, member: tarfile.TarInfo, ending: str, other: tarfil
         )
     if other is not None:
         raise _error(path, member.name, "one image a key", f"{printable(other.name)} too", "Keep one of them")
+
+
+def _choose_by_content(path: Path, members: list[tarfile.TarInfo], file: io.FileIO) -> tarfile.TarInfo:
+    """The image among the members that belong to a label, none of which ends as images do."""
+    for member in members:
+        file.seek(member.offset_data)
+        if begins_as_picture(io.BytesIO(file.read(min(member.size, BEGINNING)))):
+            _check_image(path, member, _key(member.name)[1], None)
+            return member
+    expected = f"an image for every label, of {', '.join(FORMATS)}"
+    raise _error(path, members[0].name, expected, "something else", "Convert it, or leave its label out")
 
 
 # Labels

@@ -122,11 +122,11 @@ def read_tars(files: Sequence[Path], place: Path, label_field: str | None = None
         OSError: if a file cannot be read.
     """
     folder = place if place.is_dir() else place.parent
-    groups = group_by_split(files, place)
+    groups, notes = group_by_split(files, place)
     paths = [path for members in groups.values() for path in members]
     shards = dict(zip(paths, index_shards(paths, folder, label_field), strict=True))
     splits = {name: _read_split(members, shards) for name, members in groups.items()}
-    return Source(splits, _named_classes(folder / CLASSES, numbered_classes(splits)), str(place))
+    return Source(splits, _named_classes(folder / CLASSES, numbered_classes(splits)), str(place), notes=notes)
 
 
 def _read_split(files: Sequence[Path], shards: dict[Path, Shard]) -> RawSplit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -39,6 +40,8 @@ def run(arguments: list[str]) -> None:
     total = _write(flags.output, records)
     if flags.mean:
         _write_mean(total / len(records), flags.mean)
+    for note in splits.notes:
+        print(f"note: {note}", file=sys.stderr)
     shape = " x ".join(map(str, records.shape))
     print(f"{flags.output}: {len(records):,} images of {shape} (c, h, w), {splits.num_classes} classes")
     print(f"transform_param {{ {' '.join(f'mean_value: {v:.2f}' for v in _channel_means(splits))} }}")
