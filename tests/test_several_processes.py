@@ -357,15 +357,15 @@ def test_processes_with_other_settings_are_refused_in_all_of_them(recipe: Recipe
     words, port = ["train", "--config", "recipe.yaml", "--output", "run"], free_port()
     more = [["--epochs", 2, "--lr", 0.02], ["--epochs", 3, "--lr", 0.1, "--max-train", 36]]
     machines = [by_hand(rank, port, *words, *flags) for rank, flags in enumerate(more)]
-    for rank, machine in enumerate(machines):
-        _, said = machine.communicate(timeout=200)
+    both = [machine.communicate(timeout=200)[1] for machine in machines]
+    for rank, (machine, said) in enumerate(zip(machines, both, strict=True)):
         (line,) = said.splitlines()
         assert machine.returncode == 2
         place = "process 0 of machine 1: " if rank else ""
         assert line == (
             f"attention-transfer: {place}train: expected the same settings and images in all 2 processes, "
-            "got max_train 37 in process 0, 36 in process 1; epochs 2 in process 0, 3 in process 1; "
-            "lr 0.02 in process 0, 0.1 in process 1; training images 37 in process 0, 36 in process 1. "
+            "got --max-train 37 in process 0, 36 in process 1; --epochs 2 in process 0, 3 in process 1; "
+            "--lr 0.02 in process 0, 0.1 in process 1; training images 37 in process 0, 36 in process 1. "
             "Start all of them with one command, on the same files."
         )
 

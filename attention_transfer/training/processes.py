@@ -28,7 +28,7 @@ import torch
 from attention_transfer._extras import require
 from attention_transfer._ranks import is_first_process
 from attention_transfer._reading import shown
-from attention_transfer.training.recipe import PLACES, Recipe
+from attention_transfer.training.recipe import PLACES, Recipe, flag_of
 from attention_transfer.training.run import Interrupted
 from attention_transfer.training.speed import device_of
 from attention_transfer.training.telling import Say
@@ -150,7 +150,7 @@ def together(recipe: Recipe, facts: dict[str, Any], user: str) -> Iterator[Proce
             f"attention_transfer/{next(_joined)}", torch.distributed.distributed_c10d._get_default_store()
         )
         pulses = Pulses(store, rank, size, 60 * recipe.wait_minutes)
-        _compare(pulses.exchange({**{name: getattr(recipe, name) for name in names}, **facts}), user)
+        _compare(pulses.exchange({**{flag_of(name): getattr(recipe, name) for name in names}, **facts}), user)
         yield Processes(rank, size, pulses)
     except Interrupted:  # all of them have agreed to stop
         raise
