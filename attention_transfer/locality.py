@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ._untouched import untouched
 from .taps import Layout, Taps, possible_layouts
 
+CPU = torch.device("cpu")  # of what is drawn and counted here, whatever the default device
 REGIONS = 16
 IMAGES = 8  # at a time
 FEWEST_PLACES = 9  # of a map, below which its regions are too few to tell
@@ -71,13 +72,13 @@ def find_order(
     """How the maps of these layers answer; the model is left as it is, after up to five runs on a few images.
 
     Left out are layers with few places, and those with the axes of an image, unless the user said so, or the
-    shape leaves a doubt which axes they are.
+    shape leaves a doubt which axes they are; and all of them where the images are none, or a DTensor.
 
     Args:
         layout: as for `Taps`.
         transform: from these images to what the model is given.
     """
-    if not names or x.dim() != 4 or not len(x):
+    if not names or x.dim() != 4 or not len(x) or hasattr(x, "placements"):  # nor a DTensor
         return {}
     see = transform or (lambda images: images)
     x = x.detach().repeat(-(-REGIONS // len(x)), 1, 1, 1)[:REGIONS]
@@ -113,7 +114,8 @@ def _is_doubtful(layout: Layout, features: Float[Tensor, "b c h w"], images: Ima
 def _regions(hw: tuple[int, int]) -> list[Region]:
     """Cells of the grid, evenly drawn."""
     (h, w), count = hw, min(REGIONS, math.prod(hw))
-    chosen = torch.randperm(h * w, generator=torch.Generator().manual_seed(0))[:count].tolist()
+    order = torch.randperm(h * w, generator=torch.Generator(CPU).manual_seed(0), device=CPU)
+    chosen = order[:count].tolist()
     return [(i // w / h, (i // w + 1) / h, i % w / w, (i % w + 1) / w) for i in chosen]
 
 
@@ -149,17 +151,17 @@ def _features(model: nn.Module, names: Mapping[str, str], x: Images) -> dict[str
 
 def _changed(x: Images, regions: Sequence[Region]) -> Images:
     """Images with noise in a region each, a tint of its own among it."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(CPU).manual_seed(0)
     changed, (height, width) = x.detach().clone(), x.shape[2:]
     scale = x.float().std().item() or 1.0
     for image, (top, bottom, left, right) in zip(changed, regions, strict=False):
         rows = slice(int(top * height), max(int(bottom * height), int(top * height) + 1))
         columns = slice(int(left * width), max(int(right * width), int(left * width) + 1))
         part = image[:, rows, columns]
-        noise = torch.randn(part.shape, generator=generator) + torch.randn(
-            len(part), 1, 1, generator=generator
+        grain, tint = (
+            torch.randn(shape, generator=generator, device=CPU) for shape in (part.shape, (len(part), 1, 1))
         )
-        part += (scale * noise).to(part)
+        part += (scale * (grain + tint)).to(part)
     return changed
 
 
@@ -190,7 +192,7 @@ def _grid(change: Float[Tensor, "b n"], layout: Layout) -> Float[Tensor, "b _"]:
 def _inside(region: Region, hw: tuple[int, int]) -> Bool[Tensor, " n"]:
     """The places of a map whose centres are in the region; the nearest if none is."""
     top, bottom, left, right = region
-    rows, columns = ((torch.arange(size) + 0.5) / size for size in hw)
+    rows, columns = ((torch.arange(size, device=CPU) + 0.5) / size for size in hw)
     inside = ((rows >= top) & (rows < bottom))[:, None] & ((columns >= left) & (columns < right))
     if not inside.any():
         far = (rows - (top + bottom) / 2).square()[:, None] + (columns - (left + right) / 2).square()

@@ -177,7 +177,10 @@ def _stored_survey(stages: Sequence[Stage]) -> _Survey:
 def _survey(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Survey:
     if not isinstance(images, Tensor) or images.dim() != 4 or not len(images):
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"{user}: expected images (b, c, h, w), got {got}. Pass a batch, e.g. x[:2].")
+        raise ValueError(
+            f"{user}: expected images (b, c, h, w), got {got}. Pass a batch, e.g. x[:2], or x[None] of one "
+            "image; take video frame by frame."
+        )
     trace = _trace(model, images, user=user, role=role)
     ends = [trace.before_norm(end) for end in _ends(trace)]
     blocks = [trace.before_norm(block) for block in _repeated_blocks(trace)] if len(ends) == 1 else []

@@ -704,6 +704,11 @@ class Taps:
         if len(found) == 1:
             return found[0]
         seen = f"got shape {shape} with {_describe_input(hw)}"
+        if hw is None and len(shape) != 4:
+            raise ValueError(
+                f"Taps.pop: expected a model of images (b, c, h, w), {seen}, at {tap.name!r}. Call the whole "
+                "model, with the axis of the batch; take video frame by frame; other signals have no maps."
+            )
         if not found and len(shape) == 3 and tap.layout == "auto" and hw is not None:
             _refuse_tokens(tap, shape[1], hw, tokens_around(self._paths[tap.path]))
         if not found:

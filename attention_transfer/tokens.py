@@ -58,7 +58,7 @@ def rolled(path: Sequence[nn.Module], n: int) -> tuple[tuple[int, int], Int[Tens
         if inside and callable(reroll) and isinstance(schedule, Mapping):
             for place, (_, size) in schedule.items():
                 if math.prod(size) == n and len(size) == 2:
-                    numbers = reroll(torch.arange(n).view(1, n, 1), place)
+                    numbers = reroll(torch.arange(n, device="cpu").view(1, n, 1), place)
                     return (size[0], size[1]), numbers.flatten()
     return None
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from attention_transfer.taps import Taps, resolve, unwrap
@@ -478,6 +479,45 @@ def test_unknown_layout(layout: object) -> None:
 def test_layout_for_a_name_that_is_not_tapped(net: Net) -> None:
     with pytest.raises(ValueError, match=r"got one for 'layer2'\. Near: layer1"):
         Taps(net, ["layer1"], layout={"layer2": "nchw"})
+
+
+@pytest.mark.parametrize("convolution, shape", [(nn.Conv1d, (2, 3, 16)), (nn.Conv3d, (2, 3, 4, 8, 8))])
+def test_signals_and_video_have_no_maps(convolution: type[nn.Module], shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(convolution(3, 4, 3, padding=1), nn.ReLU())
+    with Taps(model, ["0"]) as taps:
+        model(torch.randn(shape))
+        with pytest.raises(
+            ValueError, match=r"a model of images \(b, c, h, w\), got .*take video frame by frame"
+        ):
+            taps.pop()
+
+
+def test_fake_tensors(net: Net) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True), Taps(net, ["layer1", "layer2"]) as taps:
+        net(torch.randn(2, 3, 8, 8))
+        assert {name: tuple(each.shape) for name, each in taps.pop().items()} == {
+            "layer1": (2, 4, 8, 8),
+            "layer2": (2, 8, 4, 4),
+        }
+
+
+def test_functional_gradients_and_vmap(net: Net) -> None:
+    x, parameters = torch.randn(3, 2, 3, 8, 8), {name: each.detach() for name, each in net.named_parameters()}
+    net.eval()
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        with Taps(net, ["layer1"]) as taps:
+            torch.func.functional_call(net, parameters, (x,))
+            return taps.pop()["layer1"].square().mean()
+
+    together = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i, images in enumerate(x):
+        alone = torch.func.grad(loss)(parameters, images)
+        with Taps(net, ["layer1"]) as taps:
+            net(images)
+            [expected] = torch.autograd.grad(taps.pop()["layer1"].square().mean(), [net.stem.weight])
+        torch.testing.assert_close(alone["stem.weight"], expected)
+        torch.testing.assert_close(together["stem.weight"][i], expected)
 
 
 # ---------------------------------------------------------------------------------------------- hazards

@@ -300,6 +300,14 @@ def test_looking_at_the_order_leaves_no_trace() -> None:
     assert all(torch.equal(each, before[name]) for name, each in student.state_dict().items())
 
 
+def test_another_default_device_changes_nothing() -> None:
+    model, x = hiera().eval(), torch.randn(4, 3, 64, 64)
+    expected = find_order(model, ["blocks.0"], x)["blocks.0"]
+    with torch.device("meta"):
+        found = find_order(model, ["blocks.0"], x)["blocks.0"]
+    assert expected.share == found.share > 0.99 and expected.peak == found.peak
+
+
 def test_maps_of_images_are_looked_at_only_in_doubt() -> None:
     """A map of 16 channels and 16x16 pixels, read along the wrong axes."""
     model = nn.Sequential(nn.Conv2d(3, 16, 3, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
