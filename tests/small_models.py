@@ -1,13 +1,14 @@
 """Factories of small models with random weights, for names such as "small_models:vit" in `build_model`.
 
-All but VGG are Hugging Face's.
+All but VGG and the vision transformer with registers are Hugging Face's.
 """
 
 from __future__ import annotations
 
+import torch
 import torchvision
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 
 def vgg(num_classes: int = 10, *, batch_norm: bool = False) -> nn.Module:
@@ -89,3 +90,24 @@ def pvt(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
         num_channels=in_channels,
     )
     return transformers.PvtV2ForImageClassification(config)
+
+
+class Registers(nn.Module):
+    """A vision transformer that says nothing, with register tokens behind its patches."""
+
+    def __init__(self, behind: int = 4, front: int = 0, depth: int = 2, patch: int = 8) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 24, patch, patch)
+        self.behind = nn.Parameter(torch.randn(1, behind, 24))
+        self.front = nn.Parameter(torch.randn(1, front, 24))
+        layer = {"dim_feedforward": 48, "batch_first": True, "norm_first": True, "dropout": 0.0}
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(24, 2, **layer) for _ in range(depth))
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).mT
+        front, behind = (each.expand(len(x), -1, -1) for each in (self.front, self.behind))
+        tokens = torch.cat([front, tokens, behind], 1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(tokens.mean(1))

@@ -39,6 +39,7 @@ ALLOWED = {
             "data",
             "distiller",
             "functional",
+            "locality",
             "losses",
             "models",
             "pairs",

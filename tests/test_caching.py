@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import Registers
 from torch import nn
 
 from attention_transfer.cache import Cache
@@ -23,6 +24,7 @@ from attention_transfer.models import build_model, load_weights, save_weights
 from attention_transfer.taps import Taps
 from attention_transfer.training import Recipe, Run, build_cache, caching, train
 from attention_transfer.training.build import build_augment, build_teacher, load_splits
+from attention_transfer.training.onlooker import Onlooker
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::attention_transfer.preflight.PreflightWarning"),
@@ -364,6 +366,17 @@ def test_teachers_that_will_not_do(
     ]
     message = refused(capsys, *again, "-o", "cache")
     assert re.match(r"cache: cache holds another cache \(teacher_fingerprint: \w+, not \w+\)\. Go", message)
+
+
+def test_a_teacher_whose_tokens_are_not_in_order(base: Recipe) -> None:
+    splits = load_splits(base)
+    found = replace(build_teacher(base, splits, lambda: None), model=Registers(patch=4).eval())
+    with pytest.raises(
+        ValueError, match=r"from token 4 on at the teacher's blocks.1, .*\"blocks.1@4x4\+0\+4\""
+    ):
+        Onlooker.of(base, splits, found, ["blocks.1"], torch.device("cpu"))
+    named = Onlooker.of(base, splits, found, ["blocks.1@4x4+0+4"], torch.device("cpu"))
+    assert named.layers[0].shape == (24, 4, 4)
 
 
 @pytest.mark.parametrize("action", [[], ["build"], ["info"], ["verify"]])

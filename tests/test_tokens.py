@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import transformers as hf
+from small_models import Registers
 from torch import Tensor, nn
 
 from attention_transfer import AttentionTransfer, Distiller, attention_map
@@ -142,27 +143,6 @@ def test_swin_of_hugging_face_at_96_pixels() -> None:
 
 
 # ------------------------------------------------------------------------------- what the user says
-
-
-class Registers(nn.Module):
-    """A vision transformer that says nothing, with register tokens behind its patches."""
-
-    def __init__(self, behind: int = 4, front: int = 0, depth: int = 2) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, 24, 8, 8)
-        self.behind = nn.Parameter(torch.randn(1, behind, 24))
-        self.front = nn.Parameter(torch.randn(1, front, 24))
-        layer = {"dim_feedforward": 48, "batch_first": True, "norm_first": True, "dropout": 0.0}
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(24, 2, **layer) for _ in range(depth))
-        self.head = nn.Linear(24, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.patches(x).flatten(2).mT
-        front, behind = (each.expand(len(x), -1, -1) for each in (self.front, self.behind))
-        tokens = torch.cat([front, tokens, behind], 1)
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.head(tokens.mean(1))
 
 
 @pytest.mark.parametrize("layout", ["tokens+1+4", "6x6+1+4", "6x6+1"])

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from attention_transfer._outputs import logits_of
 from attention_transfer.data import Augment, Splits, Views
 from attention_transfer.functional import attention_map
+from attention_transfer.locality import find_order
 from attention_transfer.models import fingerprint
 from attention_transfer.pairs import Stage, stages_to_store
+from attention_transfer.preflight import check_order
 from attention_transfer.taps import Taps
 from attention_transfer.training.build import Teacher, build_augment
 from attention_transfer.training.recipe import Precision, Recipe
@@ -57,7 +59,7 @@ class Onlooker:
         """The teacher of a settled recipe on its device; `layers` are by default all that may be paired.
 
         Raises:
-            ValueError: if a layer is unknown, or no layer has maps.
+            ValueError: if a layer is unknown, no layer has maps, or one has its own order of places.
         """
         model, transform, weights = teacher.model, teacher.transform, fingerprint(teacher.model)
         model.eval()
@@ -65,6 +67,8 @@ class Onlooker:
         seen = transform(example) if transform else example
         names = [stage.name for stage in stages_to_store(model, seen)] if layers is None else layers
         classes, stages = _probe(model, names, seen)
+        noise = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
+        check_order("teacher", find_order(model, names, noise, transform=transform))
         precision = recipe.precision
         for module in (model, transform):
             if module is not None:
