@@ -227,10 +227,8 @@ class Distiller(nn.Module):
         wanted = any(term.needs_teacher and term.needs_input_gradient for term in self._terms())
         with torch.set_grad_enabled(wanted), _precision(self.teacher_dtype, x.device):
             x = leaf(x, "Distiller") if wanted else x
-            dense = True if y.dim() > 2 else None
-            seen = self._read(
-                "teacher", names, self._as_teacher_sees(x), energies, keep_features, dense=dense
-            )
+            x_t, dense = self._as_teacher_sees(x), True if y.dim() > 2 else None
+            seen = self._read("teacher", names, x_t, energies, keep_features, dense=dense)
             seen = self._in_order(seen)
             if not wanted:
                 return seen
@@ -258,10 +256,16 @@ class Distiller(nn.Module):
         """The layer pairs with shapes, resizing and weights; after `preflight`, with gradient shares too."""
         return self._plan
 
-    def preflight(self, x: Images, y: Labels, *, teacher: Reading | None = None) -> Preflight:
+    def preflight(
+        self, x: Images, y: Labels, *, teacher: Reading | None = None, classes: int | None = None
+    ) -> Preflight:
         """Check one real batch for every way in which distillation fails without a word.
 
         Nothing is changed by it: no gradient, statistic or random state. Run it before the first step.
+
+        Args:
+            x, y, teacher: as in a call.
+            classes: how many there are, where that is known: the student must have as many outputs.
 
         Returns:
             The plan, with each term's share of the gradient at each pair, and the warnings it gave.
@@ -271,11 +275,11 @@ class Distiller(nn.Module):
         """
         check_models(self.student, self.teacher)
         with torch.enable_grad(), untouched(self.student), statistics_kept(self.teacher):
-            unordered = self._check_order(x, teacher)
             seen = self.observe(x, y, teacher=teacher, keep_features=True)
             open_weights = [term.name for term in self._terms() if not term.settled]
-            noticed = check_observation(seen, x, open_weights)
+            noticed = check_observation(seen, x, open_weights, classes)
             report = check_terms(self.addends(seen), seen, self._plan_of(seen), self.student)
+            unordered = self._check_order(x, teacher)  # last, as its runs write into what the graph has kept
             report = replace(report, warnings=[*unordered, *noticed, *report.warnings])
         self._plan = report.plan
         return report
@@ -285,7 +289,7 @@ class Distiller(nn.Module):
         found = check_order("student", find_order(self.student, names, x, layout=self._layouts[0]))
         if self.teacher is None or teacher is not None:
             return found
-        see = self.teacher_transform
+        see = self._as_teacher_sees
         with _precision(self.teacher_dtype, x.device):
             theirs = find_order(self.teacher, others, x, layout=self._layouts[1], transform=see)
         return [*found, *check_order("teacher", theirs)]

@@ -54,11 +54,14 @@ def check_models(student: nn.Module, teacher: nn.Module | None) -> None:
     _check_teacher(teacher)
 
 
-def check_observation(seen: Observation, x: Tensor, open_weights: Sequence[str] = ()) -> list[str]:
+def check_observation(
+    seen: Observation, x: Tensor, open_weights: Sequence[str] = (), classes: int | None = None
+) -> list[str]:
     """Raise ValueError for what is wrong with a batch and what the models made of it, and warn, as returned.
 
-    `open_weights` names the terms whose weight is "auto" and was not found yet.
+    `open_weights` names the terms whose weight is "auto" and was not found yet; `classes` is their number.
     """
+    _check_outputs(seen, classes)
     _check_labels(seen)
     _check_finite(seen, x)
     _check_features(seen)
@@ -208,13 +211,22 @@ def _check_teacher(teacher: nn.Module | None) -> None:
         )
 
 
-def _check_labels(seen: Observation) -> None:
-    classes, labels = seen.student.logits.shape[1], seen.labels
-    if classes == 1:
+def _check_outputs(seen: Observation, classes: int | None) -> None:
+    width = seen.student.logits.shape[1]
+    if classes is not None and width != classes:
+        raise ValueError(
+            f"preflight: expected a student with an output for each of {classes} classes, got {width}. Let "
+            "it return its logits, rather than features, first or alone."
+        )
+    if width == 1:
         raise ValueError(
             "preflight: expected a student of two outputs or more, got 1, whose cross-entropy is always 0. "
             "Build the student with num_classes=2."
         )
+
+
+def _check_labels(seen: Observation) -> None:
+    classes, labels = seen.student.logits.shape[1], seen.labels
     if labels.is_floating_point():
         _check_probabilities(labels)
         return

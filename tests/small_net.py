@@ -20,3 +20,15 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.drop(self.features(x).mean((2, 3))))
+
+
+class FeaturesFirst(Net):
+    """Returns (features, logits)."""
+
+    def __init__(self, num_classes: int = 5) -> None:
+        super().__init__(4, num_classes)
+        self.widen = nn.Linear(4, 64)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean = self.features(x).mean((2, 3))
+        return self.widen(mean), self.head(mean)

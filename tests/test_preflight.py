@@ -461,6 +461,15 @@ def test_labels_that_do_not_count_among_images(batch) -> None:
         distiller().preflight(x, torch.full((6,), -100))
 
 
+def test_the_number_of_classes_where_it_is_known(batch) -> None:
+    built = distiller(terms=[AttentionTransfer(0.1)])
+    assert built.preflight(*batch, classes=5).plan.shares["ce"] > 0
+    with pytest.raises(
+        ValueError, match=r"an output for each of 6 classes, got 5\. Let it return its logits"
+    ):
+        built.preflight(*batch, classes=6)
+
+
 def test_a_student_of_one_output(batch) -> None:
     with pytest.raises(ValueError, match="a student of two outputs or more, got 1, whose cross-entropy is"):
         distiller(Net(4, classes=1)).preflight(batch[0], batch[1] * 0)

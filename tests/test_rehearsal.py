@@ -43,6 +43,10 @@ def recipe(tiny: Recipe, tmp_path: Path) -> Recipe:
         ({"beta": 0.0}, r"preflight: .* no gradient from at/group0 \(value 0\): the term is dead"),
         ({"method": "kd", "alpha": 0.0}, r"preflight: .* no gradient from kd \(value 0\): the term is dead"),
         ({"method": "at+f-actt", "beta_f_actt": 0.0}, r"no gradient from f-actt/group0"),
+        (
+            {"student": "small_net:FeaturesFirst"},
+            r"preflight: expected a student with an output for each of \d+ classes, got 64\. Let it return",
+        ),
         ({"teacher": "wrn-10-one"}, r'build_model: .*got "wrn-10-one"'),
     ],
 )

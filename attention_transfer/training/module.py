@@ -280,7 +280,8 @@ class DistillationModule(LightningModule):
         with warnings.catch_warnings():
             if not self.trainer.is_global_zero:  # says nothing that the first does not say
                 warnings.simplefilter("ignore", PreflightWarning)
-            plan = self.distiller.preflight(inputs, labels, teacher=teacher).plan
+            classes = None if self.classes is None else len(self.classes)
+            plan = self.distiller.preflight(inputs, labels, teacher=teacher, classes=classes).plan
         if self.recipe.terms:
             self.say(Line(str(plan), "plan", pairs=plan.as_dicts()))
 

@@ -37,4 +37,4 @@ def rehearse(recipe: Recipe, splits: Splits, student: nn.Module, teacher: Recipe
             plain, student, Teacher(teacher.student, model, splits.num_classes, None), inputs[:2]
         )
         distiller.settle(distiller.balance(inputs, images.labels))
-        distiller.preflight(inputs, images.labels)
+        distiller.preflight(inputs, images.labels, classes=splits.num_classes)
