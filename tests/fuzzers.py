@@ -357,6 +357,13 @@ def read_map_picture(path: Path) -> None:
     _read_image(str(path), 3, 8)
 
 
+@reader("file of another ending", "image.odd", _pictures)
+def read_odd_file(path: Path) -> None:
+    from attention_transfer.data.folder import scan_folder
+
+    scan_folder(path.parent)
+
+
 def _parquets(folder: Path) -> list[bytes]:
     import pyarrow as pa
     import pyarrow.parquet as pq
