@@ -182,7 +182,7 @@ HOSTILE = [
         "True",
         "security nothing_outside",
     ),
-    Guard("cache/store.py", "deep=self._compared.get(shard) != stamp", "deep=False", "cache flipped_bit"),
+    Guard("cache/store.py", "deep=self._compared.get(shard) != stamp", "deep=False", "cached flipped_bit"),
     Guard(
         "cache/manifest.py",
         "not all(_is_count(count) for count in (*counts, len(layers)))",
