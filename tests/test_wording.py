@@ -151,6 +151,7 @@ def test_help_names_plain_types(words: list[str], capsys: pytest.CaptureFixture[
     assert main([*words, "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert not re.search(r"<class|Union\[|Literal\[|NoneType|PosixPath|typing\.", text)
+    assert not re.search(r"default: (null|\[\]|\))|, \)|\(\)", text)
     assert not re.search(r"(?<!\.)\.\.(?=\s|$)", text)
 
 

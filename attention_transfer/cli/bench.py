@@ -14,7 +14,9 @@ WHAT = ("kernels", "step", "terms", "caffe", "startup")
 
 def run(arguments: list[str]) -> None:
     parser = verb_parser("bench", f"{PROGRAM} bench kernels --quick")
-    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"{', '.join(WHAT)}; all if not given.")
+    parser.add_argument(
+        "what", nargs="*", default=[], metavar="WHAT", help=f"{', '.join(WHAT)}; all if not given."
+    )
     parser.add_argument("--quick", action="store_true", help="Tiny shapes, two rounds: see that it works.")
     parser.add_argument("--output", help="The CSV to append to. If not given, docs/speed.md is written too.")
     parser.add_argument("--device", default="", help="cpu or cuda. A GPU if there is one, if not given.")

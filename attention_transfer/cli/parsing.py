@@ -48,6 +48,13 @@ def verb_parser(verb: str, usage: str, summary: str | None = None) -> Any:
             hint = _hint(action)
             return None if hint is None else " | ".join(type_names(hint))
 
+        def _get_help_string(self, action: argparse.Action) -> str:
+            text = super()._get_help_string(action)
+            is_switch = action.nargs == 0
+            if action.default in (None, "", []) or is_switch:  # the text says what it is if not given
+                text = text.replace(" (default: %(default)s)", "").replace(", default: %(default)s", "")
+            return text
+
     return jsonargparse.ArgumentParser(
         prog=f"{PROGRAM} {verb}",
         description=f"{summary or VERBS[verb]}. Example: {usage}",

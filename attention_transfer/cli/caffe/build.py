@@ -29,7 +29,10 @@ def run(arguments: list[str]) -> None:
     )
     parser.add_argument("--p", type=int, default=2, help="Power of the activations: 1, 2 or 4.")
     parser.add_argument(
-        "--beta", type=float, default=None, help="Weight of each pair (default: 1 for paper, 1.25 for caffe)."
+        "--beta",
+        type=float,
+        default=None,
+        help="Weight of each pair; 1 for paper and 1.25 for caffe, if not given.",
     )
     parser.add_argument(
         "--normalize",
