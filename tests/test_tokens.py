@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 import warnings
 from typing import Any
@@ -15,9 +17,9 @@ from torch import Tensor, nn
 
 from attention_transfer import AttentionTransfer, Distiller, attention_map
 from attention_transfer.locality import find_order
-from attention_transfer.pairs import stage_ends
+from attention_transfer.pairs import stage_ends, stages_to_store
 from attention_transfer.preflight import PreflightWarning
-from attention_transfer.taps import Taps
+from attention_transfer.taps import Taps, resolve
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
@@ -332,3 +334,84 @@ def test_no_false_alarm_on_encoders_of_random_weights(norm_first: bool, scale: f
         for training in (True, False):
             found = find_order(model.train(training), names, torch.randn(8, 3, 64, 64))
             assert all(finding.in_order for finding in found.values()), (depth, training, found)
+
+
+TINY = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 40, 64]}
+VIT = {"image_size": 64, "patch_size": 8, **SMALL}
+SWIN = {
+    "image_size": 64,
+    "patch_size": 2,
+    "window_size": 4,
+    "depths": [1, 1],
+    "num_heads": [1, 2],
+    "embed_dim": 24,
+}
+UNTRAINED: dict[str, tuple[int, dict[str, Any]]] = {  # by name: the size of the images and options
+    "vit_tiny_patch16_224": (64, {"img_size": 64}),
+    "eva02_tiny_patch14_224": (56, {"img_size": 56}),
+    "cait_xxs24_224": (64, {"img_size": 64}),
+    "xcit_nano_12_p8_224": (64, {}),
+    "gmixer_12_224": (64, {"img_size": 64}),
+    "levit_128": (128, {"img_size": 128}),
+    "convit_tiny": (64, {"img_size": 64}),
+    "twins_svt_small": (128, {}),
+    "mvitv2_tiny": (128, {}),
+    "hiera_tiny_224": (128, {"img_size": 128}),
+    "tnt_s_patch16_224": (128, {"img_size": 128}),
+    "vit_relpos_small_patch16_224": (128, {"img_size": 128}),
+    "ViT": (64, VIT),
+    "DeiT": (64, VIT),
+    "Beit": (64, VIT),
+    "Dinov2WithRegisters": (64, VIT),
+    "DINOv3ViT": (64, {**VIT, "num_register_tokens": 4}),
+    "CLIPVision": (64, VIT),
+    "SiglipVision": (64, VIT),
+    "IJepa": (64, VIT),
+    "Swin": (64, SWIN),
+    "Swinv2": (64, SWIN),
+    "Segformer": (64, TINY),
+}
+SLOW = {"convit_tiny", "twins_svt_small", "mvitv2_tiny", "tnt_s_patch16_224"}
+SLOW |= {"cait_xxs24_224", "xcit_nano_12_p8_224", "gmixer_12_224"}
+SLOW |= {
+    "vit_relpos_small_patch16_224",
+    "hiera_tiny_224",
+    "Swinv2",
+    "Beit",
+    "DINOv3ViT",
+    "SiglipVision",
+    "IJepa",
+}
+
+
+def untrained(name: str, options: dict[str, Any]) -> nn.Module:
+    torch.manual_seed(0)
+    if timm.is_model(name):
+        return timm.create_model(name, **options)
+    return getattr(hf, f"{name}Model")(getattr(hf, f"{name}Config")(**options))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in UNTRAINED]
+)
+def test_untrained_transformers_are_in_order_and_shuffled_ones_are_not(name: str) -> None:
+    size, options = UNTRAINED[name]
+    model, x = untrained(name, options), torch.randn(8, 3, size, size)
+    names = [stage.name for stage in stages_to_store(model, x[:1]) if "#" not in stage.name]
+    for training in (True, False):
+        found = find_order(model.train(training), names, x)
+        assert all(finding.in_order for finding in found.values()), found
+    answering = {name: finding for name, finding in found.items() if finding.peak > 2}
+    assert answering  # the first stage of each answers clearly
+    for layer, finding in answering.items():
+        count = finding.layout.prefix + math.prod(finding.layout.hw) + finding.layout.suffix
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
+        handle = resolve(model, layer).register_forward_hook(functools.partial(shuffle, order))
+        assert not find_order(model, [layer], x)[layer].in_order, layer
+        handle.remove()
+
+
+def shuffle(order: Tensor, module: nn.Module, args: tuple, output: Any) -> Any:
+    if isinstance(output, tuple):
+        return tuple(shuffle(order, module, args, each) for each in output)
+    return output[:, order] if isinstance(output, Tensor) and output.shape[1:2] == order.shape else output
