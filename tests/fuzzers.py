@@ -214,7 +214,13 @@ def read_reproduction(path: Path) -> None:
 def _results(folder: Path) -> list[bytes]:
     from attention_transfer.training.run import NUMBERS
 
-    row = {"student": "layer1", "weights": {"at": 1.0}, "student_shape": [1, 2, 3], "shares": None}
+    row = {
+        "student": "layer1",
+        "teacher": "layer2",
+        "weights": {"at": 1.0},
+        "student_shape": [1, 2, 3],
+        "shares": None,
+    }
     return [json.dumps(dict.fromkeys(NUMBERS, 1.5) | {"plan": [row], "seed": 1}).encode()]
 
 

@@ -206,13 +206,15 @@ def fault_of(call: ast.Call) -> str | None:
     return None
 
 
-def test_one_place_writes_and_deletes() -> None:
-    """So that no link is followed, no half of a file is left, and nothing of others is deleted."""
-    own = {PACKAGE / "_files.py", PACKAGE / "_locks.py"}
+def test_one_place_writes_and_deletes_and_one_prints() -> None:
+    """So that no link is followed, no half of a file is left, nothing of others is deleted or printed raw."""
+    own = {PACKAGE / "_files.py", PACKAGE / "_locks.py", PACKAGE / "_colours.py"}
     files = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "benchmarks").glob("*.py")]
     for file in [file for file in files if file not in own and "pycaffe" not in file.parts]:
         calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
         faults = [f"line {call.lineno}: {fault}" for call in calls if (fault := fault_of(call))]
+        if file.is_relative_to(PACKAGE):
+            faults += [f"line {call.lineno}: print" for call in calls if ast.unparse(call.func) == "print"]
         assert not faults, f"{file.name}: {faults}"
 
 

@@ -146,8 +146,9 @@ HOSTILE = [
     Guard("training/recipe.py", "check_models(values, path)", "pass", "security a_recipe_and_a_run"),
     Guard("training/cached.py", 'check_models(named, recipe.cache or "")', "pass", "security a_cache_names"),
     Guard("cli/__init__.py", "(factories or trusted()) and ", "", "security a_module_in_the_current"),
+    Guard("_colours.py", "map(printable, lines)", "lines", "security whatever_a_name_holds"),
     Guard(
-        "cli/__init__.py", "{printable(_describe(error))}", "{_describe(error)}", "security escape_sequence"
+        "export/readme.py", "return _MARKS.sub(_without_meaning, text)", "return text", "security markdown"
     ),
     Guard("_reading.py", "if stat.S_ISREG(mode):", "if True:", "fuzz no_file_is_refused"),
     Guard("_reading.py", "isinstance(event, yaml.AliasEvent)", "False", "security yaml_makes_no"),
@@ -193,7 +194,7 @@ HOSTILE = [
     Guard("visualize/report.py", "autoescape=True", "autoescape=False", "security the_report_escapes"),
     Guard(
         "cli/train.py",
-        "except ValueError as error:\n        say",
+        "except (OSError, ValueError) as error:\n        say",
         "except KeyError as error:\n        say",
         "security damaged_run_beside",
     ),

@@ -15,6 +15,8 @@ import json
 import os
 import pickle
 import random
+import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -897,6 +899,66 @@ def test_an_escape_sequence_does_not_reach_the_terminal(capsys: Any) -> None:
     assert "\x1b" not in line and "\x07" not in line
     Path("bad\x1b[2J").write_text("a: [")
     assert "\x1b" not in fails(capsys, "train", "--config", "bad\x1b[2J")
+
+
+ODD = ["\x1b]0;owned\x07", "<img src=x onerror=alert(1)>", "`|[a](b)**\u202ec\x9b31m"]
+
+
+@pytest.mark.filterwarnings("ignore::attention_transfer.preflight.PreflightWarning")  # an untrained teacher
+def test_whatever_a_name_holds_the_terminal_and_the_card_show_it(
+    image_folder: Path, tiny: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Classes, folders and files with control characters, HTML and Markdown in their names, in every verb."""
+    images = Path(f"images {ODD[2]} {ODD[0]}")
+    for odd, folder in zip(ODD, sorted(image_folder.iterdir()), strict=True):
+        (images / odd).parent.mkdir(exist_ok=True)
+        shutil.copytree(folder, images / odd)
+    run, picture = f"runs/{ODD[0]}{ODD[2]}", images / ODD[0] / "0.png"
+    recipe = replace(tiny, data=str(images), max_train=20, output=run, method="at", teacher="wrn-10-1")
+    Path("recipe.yaml").write_text(replace(recipe, teacher_epochs=1).to_yaml())
+    verbs: list[list[object]] = [
+        ["train", "--config", "recipe.yaml", "--progress", "lines"],
+        ["train", "--config", "recipe.yaml", "--help"],
+        ["train", "--resume", run],
+        ["evaluate", run, "--plot", f"{ODD[0]}.png"],
+        ["report", run, "-o", f"{ODD[0]}.html", "--images", 4],
+        ["export", run, "--format", "torch", "-o", f"export{ODD[0]}"],
+        ["maps", str(picture), "--weights", run, "-o", f"maps{ODD[0]}.png"],
+        ["pairs", "--student", "wrn-10-1", "--teacher", "wrn-10-1"],
+        ["cache", "build", "--data", images, "--teacher", run, "--accelerator", "cpu", "-o", f"c{ODD[0]}"],
+        ["cache", "info", f"c{ODD[0]}"],
+        ["cache", "verify", f"c{ODD[0]}"],
+        ["caffe", "lmdb", "--data", images, "--split", "test", "-o", f"l{ODD[0]}"],
+        ["train", "--config", "recipe.yaml"],
+        ["evaluate", f"nowhere{ODD[0]}"],
+    ]
+    statuses = [main([*map(str, words)]) for words in verbs]
+    said = capsys.readouterr()
+    assert statuses == [0] * 12 + [2, 2], said.err
+    for lines in (said.out, said.err):
+        assert all(line.isprintable() for line in lines.split("\n")), ascii(lines)
+    assert said.out.count("owned") > 5 and "\\x1b" in said.out
+    card = Path(f"export{ODD[0]}/README.md").read_text()
+    blocks = re.split("^```.*$", card, flags=re.MULTILINE)
+    assert "<img" not in "".join(blocks[::2]) and "[a](b)" not in "".join(blocks[::2])
+    assert all(line.isprintable() for line in card.split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown_as"),
+    [
+        ("<b>a</b> & c", "&lt;b&gt;a&lt;/b&gt; &amp; c"),
+        ("a|b\n# c", "a\\|b # c"),
+        ("[x](javascript:y)", "\\[x\\](javascript:y)"),
+        ("\x1b[0m", "\\\\x1b\\[0m"),
+        (3, "3"),
+    ],
+)
+def test_markdown_is_escaped(value: object, shown_as: str) -> None:
+    from attention_transfer.export.readme import code, plain
+
+    assert plain(value) == shown_as
+    assert code("a`b``c") == "``` a`b``c ```" and code("wrn") == "`wrn`"
 
 
 @pytest.mark.filterwarnings("ignore::attention_transfer.preflight.PreflightWarning")  # an untrained teacher

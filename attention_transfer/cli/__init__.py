@@ -17,8 +17,9 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 
-from attention_transfer._colours import coloured
+from attention_transfer._colours import coloured, print_safely
 from attention_transfer._ranks import is_first_process, process_name
 from attention_transfer._reading import one_line
 from attention_transfer._tables import printable
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or bool(os.environ.get("ATTENTION_TRANSFER_DEBUG"))
     arguments = [argument for argument in arguments if argument != "--debug"]
-    warnings.formatwarning = _format_warning
+    warnings.formatwarning, sys.excepthook = _format_warning, _show_traceback
     try:
         arguments, factories = split_trust(arguments)
         _open_current_folder(factories)
@@ -50,13 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug or not _is_bad_input(error):
             raise
         place = f"{printable(name)}: " if (name := process_name()) else ""
-        print(coloured(f"{PROGRAM}: {place}{printable(_describe(error))}", sys.stderr), file=sys.stderr)
+        print_safely(f"{PROGRAM}: {place}{printable(_describe(error))}", stream=sys.stderr)
         return 2
 
 
 def _format_warning(message: Warning | str, *_: object, **__: object) -> str:
     text = in_flags(one_line(str(message)), spoken.get())
     return coloured(f"warning: {printable(text)}\n", sys.stderr)
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print_safely("".join(traceback.format_exception(kind, error, trace)), end="", stream=sys.stderr)
 
 
 def _status(stopped: int) -> int:
@@ -80,12 +85,12 @@ def _open_current_folder(factories: Sequence[str]) -> None:
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
+        print_safely(_overview())
         return 0
     if arguments[0] == "--version":
         from importlib.metadata import version
 
-        print(version("attention-transfer"))
+        print_safely(version("attention-transfer"))
         return 0
     verb, *rest = arguments
     if verb not in VERBS:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from attention_transfer._choices import Stored
+from attention_transfer._colours import print_safely
 from attention_transfer._ranks import is_first_process
 from attention_transfer._tables import format_table
 from attention_transfer.cli.memory import add_memory_flag, govern_memory
@@ -32,7 +33,7 @@ SUMMARIES = {
 
 def run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_overview())
+        print_safely(_overview())
         return
     actions: dict[str, Callable[[list[str]], None]] = {"build": _build, "info": _info, "verify": _verify}
     action, *rest = arguments
@@ -80,13 +81,13 @@ def _start(folder: Path, recipe: Recipe, layers: list[str] | None, dtype: Stored
         line.clear()
         if (folder / "cache.json").exists() and is_first_process():
             command = f"{PROGRAM} cache build --resume {folder}"
-            print(f"\nStopped; nothing is lost. Go on with: {command}", file=sys.stderr)
+            print_safely(f"\nStopped; nothing is lost. Go on with: {command}", stream=sys.stderr)
         raise
     line.clear()
     if not is_first_process():
         return
-    print(f"cache: {folder.absolute()}, {_state(cache)}")
-    print(f"train from it: {PROGRAM} train --cache {folder} --student NAME")
+    print_safely(f"cache: {folder.absolute()}, {_state(cache)}")
+    print_safely(f"train from it: {PROGRAM} train --cache {folder} --student NAME")
 
 
 def _check_alone(arguments: list[str]) -> None:
@@ -168,7 +169,7 @@ def _info(arguments: list[str]) -> None:
         ["from", ", ".join(f"{k} {v}" for k, v in {**_data(facts.settings), **facts.source}.items())],
         ["views", f"{facts.views} of seed {facts.view_seed}, pad {facts.pad}, flip {facts.flip}"],
     ]
-    print(format_table(["cache", str(cache.folder)], rows))
+    print_safely(format_table(["cache", str(cache.folder)], rows))
 
 
 def _data(settings: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +203,7 @@ def _verify(arguments: list[str]) -> None:
             f"cache verify: {len(bad)} of {count} files are not as they should be. Delete what is damaged, "
             f"and build it anew: {cache.build_command}"
         )
-    print(f"{cache.folder}: {count} files, every checksum fits")
+    print_safely(f"{cache.folder}: {count} files, every checksum fits")
 
 
 def _read(action: str, arguments: list[str]) -> Cache:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attention_transfer._colours import print_safely
 from attention_transfer._tables import format_table
 from attention_transfer.cli.memory import add_memory_flag, govern_memory
 from attention_transfer.cli.output import StatusLine
@@ -30,7 +31,7 @@ def run(arguments: list[str]) -> None:
     flags = parse(parser, arguments)
     folder = Path(flags.output)
     runs = _train(folder, flags.overwrite, flags.keep_memory)
-    print("\n" + _comparison(runs))
+    print_safely("\n" + _comparison(runs))
     _write_pages(folder, [run.folder for group in runs.students.values() for run in group])
 
 
@@ -44,7 +45,9 @@ def _train(folder: Path, overwrite: bool, keep_memory: bool) -> DemoRuns:
         runs = demo.run(folder, overwrite=overwrite, say=line.print, progress=line.show)
     except (Interrupted, KeyboardInterrupt):
         line.clear()
-        print(f"Stopped; nothing is lost. Go on with: {PROGRAM} demo --output {folder}", file=sys.stderr)
+        print_safely(
+            f"Stopped; nothing is lost. Go on with: {PROGRAM} demo --output {folder}", stream=sys.stderr
+        )
         raise
     line.clear()
     return runs
@@ -57,8 +60,8 @@ def _write_pages(folder: Path, students: list[Path]) -> None:
 
     examples = collect(students, SIMILARITY_IMAGES)
     assert examples is not None  # some of the students are taught
-    print(f"\nmaps:   {_save_picture(folder / 'maps.png', examples).absolute()}")
-    print(f"report: {write_report(students, folder / 'report.html', examples=examples).absolute()}")
+    print_safely(f"\nmaps:   {_save_picture(folder / 'maps.png', examples).absolute()}")
+    print_safely(f"report: {write_report(students, folder / 'report.html', examples=examples).absolute()}")
 
 
 def _save_picture(path: Path, examples: Examples) -> Path:

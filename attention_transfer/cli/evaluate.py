@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attention_transfer._colours import print_safely
 from attention_transfer._extras import check_installed
 from attention_transfer._tables import format_table
 from attention_transfer._weights_path import split_prefix
@@ -45,14 +46,14 @@ def run(arguments: list[str]) -> None:
     student = measure(loaded, splits)
     result = student.answers
     for note in splits.notes:
-        print(f"note: {note}", file=sys.stderr)
-    print(f"{student.name} on the {len(result.labels):,} test images of {splits.name}")
+        print_safely(f"note: {note}", stream=sys.stderr)
+    print_safely(f"{student.name} on the {len(result.labels):,} test images of {splits.name}")
     if flags.latency:
-        print(compare_with_teacher(student, Run(Path(flags.weights)), splits))
+        print_safely(compare_with_teacher(student, Run(Path(flags.weights)), splits))
     else:
         errors = {"top-1": result.error, "top-5": result.top5_error}
         known = [f"{name} error {error:.2f} %" for name, error in errors.items() if error is not None]
-        print("   ".join(known) + "\n")
+        print_safely("   ".join(known) + "\n")
         _show_classes(result, splits)
     if flags.plot:
         _plot(result, splits, flags.plot)
@@ -64,7 +65,7 @@ def _show_classes(result: Evaluation, splits: Splits) -> None:
 
     found = per_class_errors(result.predictions, result.labels, splits.classes)
     rows = [[each.name, f"{each.images:,}", f"{each.error:.1f}"] for each in found]
-    print(format_table(["class", "images", "error %"], rows, numbers=True))
+    print_safely(format_table(["class", "images", "error %"], rows, numbers=True))
 
 
 def _check_plot(path: Path) -> None:
@@ -79,7 +80,7 @@ def _plot(result: Evaluation, splits: Splits, path: str) -> None:
     from attention_transfer.visualize import confusion_matrix
 
     picture = confusion_matrix(result.predictions, result.labels, splits.classes, path)
-    print(f"\nconfusion matrix: {picture}")
+    print_safely(f"\nconfusion matrix: {picture}")
 
 
 def _evaluation_data(weights: str, data: str | None) -> Splits:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from attention_transfer._choices import ExportFormat, ProgramInput
+from attention_transfer._colours import print_safely
 from attention_transfer._tables import format_table
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, suggest, verb_parser
 from attention_transfer.training.run import Run
@@ -80,21 +81,21 @@ def _check_run(folder: str) -> None:
 def _show(done: Export) -> None:
     student, result = done.student, done.student.run.result
     parameters, error = result["parameters"], result["test_error"]
-    print(f"{student.card.model}: {parameters:,} parameters, test error {error:.2f} %")
+    print_safely(f"{student.card.model}: {parameters:,} parameters, test error {error:.2f} %")
     if taught := _whose_teacher(student.run):
         say_text(f"note: this is the teacher of {taught}. Its student: {PROGRAM} export {taught}")
-    print(format_table(["format", "file", "MB", "difference", "allowed"], [*map(_row, done.written)]))
+    print_safely(format_table(["format", "file", "MB", "difference", "allowed"], [*map(_row, done.written)]))
     from attention_transfer.export.student import BATCHES
 
     batches = ", ".join(map(str, BATCHES))
-    print(
+    print_safely(
         "difference: of each file, loaded anew, to the student's logits, over the largest logit, at batch "
         f"sizes {batches}"
     )
     if {"onnx", "torch-export"} & {each.format.name for each in done.written}:
         takes = {"pixels": "uint8 pixels, 0 to 255, which they normalise", "normalised": "normalised float32"}
-        print(f"input of onnx and torch-export: {takes[student.input]}")
-    print(f"model card, with a snippet for each file: {done.folder / 'README.md'}")
+        print_safely(f"input of onnx and torch-export: {takes[student.input]}")
+    print_safely(f"model card, with a snippet for each file: {done.folder / 'README.md'}")
 
 
 def _row(written: Written) -> list[str]:

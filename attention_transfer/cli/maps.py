@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attention_transfer._colours import print_safely
 from attention_transfer._pictures import LARGEST, DeepError, convert, open_picture
 from attention_transfer._reading import read_bytes
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
@@ -54,7 +55,7 @@ def run(arguments: list[str]) -> None:
         for role, loaded in models.items()
     }
     for path in _save(flags, images, maps):
-        print(path)
+        print_safely(path)
 
 
 def _check_sides(flags: Any) -> None:

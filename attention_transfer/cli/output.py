@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from attention_transfer._colours import print_safely
+
 
 class StatusLine:
     """One line that is written over, for whoever watches; elsewhere it stays silent."""
@@ -13,11 +15,11 @@ class StatusLine:
 
     def show(self, text: str) -> None:
         if self._visible:
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+            print_safely(text, end="", stream=sys.stderr, over=True)
 
     def clear(self) -> None:
         self.show("")
 
     def print(self, text: str) -> None:
         self.clear()
-        print(text, flush=True)
+        print_safely(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attention_transfer._colours import print_safely
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
 from attention_transfer.cli.wording import in_flags
 
@@ -26,4 +27,4 @@ def run(arguments: list[str]) -> None:
     )
     images = torch.zeros(2, flags.in_channels, flags.input_size, flags.input_size)
     plan = Distiller(student, teacher, terms=[AttentionTransfer(1.0)], example_input=images).plan()
-    print(in_flags(str(plan), {"--resize"}))  # of `train`, where it is to be passed
+    print_safely(in_flags(str(plan), {"--resize"}))  # of `train`, where it is to be passed

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from attention_transfer._colours import print_safely
 from attention_transfer._extras import require
 from attention_transfer._hints import did_you_mean
 from attention_transfer._reading import is_deceptive, one_line
@@ -74,6 +75,9 @@ def parse(parser: Any, arguments: list[str]) -> Any:
     spoken.set(frozenset(option for action in parser._actions for option in action.option_strings))
     _check_numbers(parser, arguments)
     try:
+        if {"-h", "--help"} & {*arguments}:  # the defaults in it may be those of a --config
+            print_safely(parser.format_help(), end="")
+            raise SystemExit(0)
         return parser.parse_args(arguments)
     except argparse.ArgumentError as error:
         raise UsageError(_explain(parser, str(error))) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from attention_transfer._colours import print_safely
 from attention_transfer.cli.parsing import PROGRAM, parse, verb_parser
 
 SIMILARITY_IMAGES = 500  # test images that the similarity of the maps is a mean over
@@ -27,4 +28,4 @@ def run(arguments: list[str]) -> None:
     from attention_transfer.cli.collecting import collect
     from attention_transfer.visualize import write_report
 
-    print(f"report: {write_report(runs, output, examples=collect(runs, flags.images))}")
+    print_safely(f"report: {write_report(runs, output, examples=collect(runs, flags.images))}")

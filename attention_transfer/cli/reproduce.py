@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from attention_transfer._colours import print_safely
 from attention_transfer.cli.output import StatusLine
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
 from attention_transfer.training.recipe import Precision
@@ -48,7 +49,7 @@ def run(arguments: list[str]) -> None:
     once = table.taught_once(cells)
     plan = make_plan(library, setting, chosen, flags.seeds, once)
     slots = flags.jobs or _side_by_side(len(plan.jobs))
-    print(_describe_plan(plan, slots, setting))
+    print_safely(_describe_plan(plan, slots, setting))
     failures = [] if flags.plan else _run(plan, slots, arguments)
     results = find_results(table, cells, setting, described, flags.seeds, once)
     _show(results, flags, arguments)
@@ -231,9 +232,9 @@ def _run(plan: Plan, slots: int, arguments: list[str]) -> list[Failure]:
         failures = runner.run()
     except Interrupted:
         line.clear()
-        print(
+        print_safely(
             f"Stopped; nothing is lost. Go on with: {PROGRAM} reproduce {shlex.join(arguments)}",
-            file=sys.stderr,
+            stream=sys.stderr,
         )
         raise
     line.clear()
@@ -248,17 +249,17 @@ def _shortened(line: StatusLine) -> Callable[[str], None]:
 def _show(results: Results, flags: Any, arguments: list[str]) -> None:
     from attention_transfer.reproduction.results import as_text, total_time, write_results
 
-    print("\n" + as_text(results))
-    print(f"\n{total_time(results)}")
+    print_safely("\n" + as_text(results))
+    print_safely(f"\n{total_time(results)}")
     if flags.plan:
         return
     for path in write_results(results):
-        print(path)
+        print_safely(path)
     if flags.record:
         from attention_transfer.reproduction.record import record
 
         for path in record(results, _recorded_command(flags, arguments), _recipes(flags.recipes)):
-            print(f"recorded: {path}")
+            print_safely(f"recorded: {path}")
 
 
 def _recorded_command(flags: Any, arguments: list[str]) -> str:

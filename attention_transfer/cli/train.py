@@ -11,9 +11,11 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from attention_transfer._colours import print_safely
 from attention_transfer._extras import check_installed, require
 from attention_transfer._ranks import is_first_process
 from attention_transfer._reading import one_line
+from attention_transfer._tables import printable
 from attention_transfer._trust import trusted
 from attention_transfer.cli.memory import add_memory_flag, govern_memory
 from attention_transfer.cli.parsing import PROGRAM, UsageError, dashed, parse, verb_parser
@@ -31,7 +33,7 @@ def run(arguments: list[str]) -> None:
     options = {name: flags.pop(name) for name in _OPTIONS}
     recipe = Recipe.from_mapping(flags)
     if options["print_config"]:
-        print(recipe.to_yaml(), end="")
+        print_safely(recipe.to_yaml(), end="")
         return
     say = teller(options["progress"])
     if options["resume"]:
@@ -119,10 +121,10 @@ def _start(folder: Path, work: Callable[[], Run], say: Say) -> None:
                 folder, "Stopped by an error; what is saved is not lost. Go on, once it is mended, with"
             )
         if _only_the_teacher_is_trained(Run(folder)) and is_first_process():
-            print(
+            print_safely(
                 f"Its teacher is trained. To go on from it with other settings, add them to: {PROGRAM} train "
                 f"{_command_anew(folder)}",
-                file=sys.stderr,
+                stream=sys.stderr,
             )
         raise
     if is_first_process():
@@ -154,7 +156,7 @@ def _own_factories() -> str:
 
 def _say_how_to_go_on(folder: Path, how: str) -> None:
     if is_first_process():
-        print(f"{how}: {PROGRAM} train --resume {folder}{_own_factories()}", file=sys.stderr)
+        print_safely(f"{how}: {PROGRAM} train --resume {folder}{_own_factories()}", stream=sys.stderr)
 
 
 def _say_outcome(run: Run, say: Say) -> None:
@@ -165,8 +167,8 @@ def _say_outcome(run: Run, say: Say) -> None:
         f"test error {result['test_error']:.2f} %, {result['parameters']:,} parameters",
         f"{rate:,.0f} images/s; {share:.1%} of the training time was spent waiting for images",
         *(_against(other, result["test_error"]) for other in alone),
-        f"report: {_write_report(run, alone).absolute()}",
-        f"run folder: {run.folder.absolute()}",
+        f"report: {printable(str(_write_report(run, alone).absolute()))}",
+        f"run folder: {printable(str(run.folder.absolute()))}",
     ]
     paths = {"folder": str(run.folder.absolute()), "report": str(run.report.absolute())}
     say(Line("\n".join(lines), "result", **paths, **result))
@@ -195,7 +197,7 @@ def _is_alone(other: Run, recipe: Recipe, say: Say) -> bool:
     try:
         _ = other.result
         return other.recipe.method == "none" and _alike_alone(other.recipe, recipe)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         say(f"note: {error}")
         return False
 
@@ -209,7 +211,8 @@ def _alike_alone(one: Recipe, other: Recipe) -> bool:
 
 def _against(alone: Run, error: float) -> str:
     change = error - alone.result["test_error"]
-    line = f"student alone {alone.result['test_error']:.2f} % ({alone.folder.name}): {change:+.2f} points"
+    name = printable(alone.folder.name)
+    line = f"student alone {alone.result['test_error']:.2f} % ({name}): {change:+.2f} points"
     if change > 0:
         line += ". The teacher did not help; try a smaller --beta, other --pairs, or more seeds"
     return line

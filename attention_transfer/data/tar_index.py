@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from .._colours import print_safely
 from .._files import write_atomically
 from .._pictures import FORMATS, begins_as_picture
 from .._reading import check_regular, open_file, parse_json
@@ -86,7 +87,7 @@ def index_shards(paths: Sequence[Path], place: Path, label_field: str | None = N
 def _show(text: str) -> None:
     """A line that is written over, for whoever watches: a million images take a minute or two."""
     if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        print_safely(text, end="", stream=sys.stderr, over=True)
 
 
 def _scan_all(paths: Sequence[Path], label_field: str | None) -> Iterator[tuple[Path, Shard]]:

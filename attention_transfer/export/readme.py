@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from attention_transfer._reading import one_line
+from attention_transfer._tables import printable
 from attention_transfer.cache import Manifest
 from attention_transfer.training.card import ModelCard
 from attention_transfer.training.evaluation import TOP
@@ -18,6 +22,8 @@ from .student import Student
 
 README = "README.md"
 SIGNATURE = "Written by `attention-transfer export`."
+_MARKS = re.compile(r"[\\`*\[\]<>&|~]")
+
 MACHINE = ("device", "torch", "version", "commit")
 
 File = tuple[Format, int, float]
@@ -26,13 +32,13 @@ File = tuple[Format, int, float]
 
 def model_card(student: Student, files: Sequence[File]) -> str:
     """The card as Markdown. It holds no path of this machine."""
-    name, data = student.card.model, _shown(student.run.recipe.images)
+    name, data = plain(student.card.model), plain(_shown(student.run.recipe.images))
     sections = [
         f"# {name}, trained on {data}\n\n{_opening(student)}",
         f"## Errors\n\n{_errors(student)}",
         f"## Input and output\n\n{_input(student)}",
         "## Files\n\n" + "\n\n".join(_file(student, *file) for file in files),
-        f"## Classes\n\n```\n{_classes(student)}\n```",
+        f"## Classes\n\n{_block(_classes(student))}",
         f"## Training\n\n{_training(student.run)}",
         "## Caveats\n\n" + "\n".join(f"- {line}" for line in _caveats(student.run)),
     ]
@@ -42,8 +48,8 @@ def model_card(student: Student, files: Sequence[File]) -> str:
 def _opening(student: Student) -> str:
     card, run = student.card, student.run
     return (
-        f"A `{card.model}` of {run.result['parameters']:,} parameters that tells {len(card.classes)} classes "
-        f"of images apart. {_lesson(run)} {SIGNATURE}"
+        f"A {code(card.model)} of {run.result['parameters']:,} parameters that tells {len(card.classes)} "
+        f"classes of images apart. {_lesson(run)} {SIGNATURE}"
     )
 
 
@@ -55,7 +61,7 @@ def _lesson(run: Run) -> str:
     if not run.recipe.needs_teacher:
         return f"It learned from labels, with {method}, without a teacher."
     return (
-        f"It learned from labels and from a `{teacher_name(run)}`, by {method}; nothing of "
+        f"It learned from labels and from a {code(teacher_name(run))}, by {method}; nothing of "
         "that teacher is in these files."
     )
 
@@ -63,14 +69,14 @@ def _lesson(run: Run) -> str:
 def _errors(student: Student) -> str:
     run, result = student.run, student.run.result
     rows = {"test error, top-1": f"{result['test_error']:.2f} %"}
-    if len(student.card.classes) > TOP:
+    if len(student.card.classes) > TOP and result["test_top5_error"] is not None:
         rows["test error, top-5"] = f"{result['test_top5_error']:.2f} %"
     if result["validation_error"] is not None:
         rows["validation error, top-1"] = f"{result['validation_error']:.2f} %"
     if (error := _teacher_error(run)) is not None:
         rows["its teacher's test error, top-1"] = f"{error:.2f} %"
-    seed, data = result["seed"], _shown(run.recipe.images)
-    return f"{_table(rows)}\n\nOf one run, seed {seed}. The test images of {data} chose nothing."
+    data = plain(_shown(run.recipe.images))
+    return f"{_table(rows)}\n\nOf one run, seed {run.recipe.seed}. The test images of {data} chose nothing."
 
 
 def _input(student: Student) -> str:
@@ -103,18 +109,46 @@ def _file(student: Student, format: Format, size: int, difference: float) -> str
 
 
 def _classes(student: Student) -> str:
-    return "\n".join(f"{index} {' '.join(name.split())}" for index, name in enumerate(student.card.classes))
+    return "\n".join(
+        f"{index} {printable(one_line(name))}" for index, name in enumerate(student.card.classes)
+    )
+
+
+def plain(value: object) -> str:
+    """A value as Markdown shows it: on one line, no mark-up, no HTML, nothing that moves a cursor."""
+    text = printable(one_line(value))
+    return _MARKS.sub(_without_meaning, text)
+
+
+def _without_meaning(found: re.Match[str]) -> str:
+    return html.escape(found[0]) if found[0] in "<>&" else f"\\{found[0]}"
+
+
+def code(value: object) -> str:
+    """A value in the type of code, whatever backticks it holds."""
+    text = printable(one_line(value))
+    fence = "`" * (_longest_fence(text) + 1)
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+def _block(text: str) -> str:
+    fence = "`" * max(3, _longest_fence(text) + 1)
+    return f"{fence}\n{text}\n{fence}"
+
+
+def _longest_fence(text: str) -> int:
+    return max((len(found) for found in re.findall("`+", text)), default=0)
 
 
 def _training(run: Run) -> str:
     recipe, result = run.recipe, run.result
-    machine = {name: result.get("machine", {}).get(name, "unknown") for name in MACHINE}
+    machine = {name: result["machine"].get(name, "unknown") for name in MACHINE}
     rows = {
         "method": recipe.method,
         "teacher": f"{teacher_name(run)}, weights {result['teacher_fingerprint'] or 'unknown'}"
         if recipe.needs_teacher
         else "none",
-        **_weights(recipe, result.get("weights", {})),
+        **_weights(recipe, result["weights"]),
         "epochs": recipe.epochs,
         "batch size": recipe.batch_size,
         "learning rate": f"{recipe.lr:g}, {recipe.schedule}",
@@ -131,7 +165,8 @@ def _training(run: Run) -> str:
 
 
 def _table(rows: Mapping[str, object]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    lines = [f"| {plain(name)} | {plain(value)} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def _weights(recipe: Recipe, weights: dict[str, float]) -> dict[str, str]:
@@ -155,7 +190,7 @@ def _caveats(run: Run) -> Iterable[str]:
         yield f"It was trained on {recipe.max_train:,} images only (`max_train`)."
     if recipe.student_weights is not None:
         yield "It started from weights of another training, whose licence and data carry over."
-    if run.result.get("machine", {}).get("commit", "").endswith("+"):
+    if str(run.result["machine"].get("commit", "")).endswith("+"):
         yield "The code that trained it differed from the commit above."
     yield "It answers with one of its classes whatever the image shows, and its confidence is not calibrated."
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attention_transfer._colours import print_safely
 from attention_transfer._outputs import logits_of
 from attention_transfer._ranks import is_first_process
 from attention_transfer._untouched import untouched
@@ -81,7 +82,7 @@ def _build(
             _load_by_name(model, name, weights, splits) if strict == "body" else load_weights(model, weights)
         )
         if is_first_process():
-            print(loaded, flush=True)
+            print_safely(loaded)
     return model
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from attention_transfer._tables import duration
+from attention_transfer._tables import duration, printable
 from attention_transfer.training.module import DistillationModule
 from attention_transfer.training.run import Interrupted, Run
 from attention_transfer.training.telling import Line
@@ -209,6 +209,6 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         assert isinstance(pl_module, DistillationModule)
         means = pl_module.training_totals.means()
-        return {name: f"{mean:.3f}" for name, mean in means.items()} | {
+        return {printable(name): f"{mean:.3f}" for name, mean in means.items()} | {
             "images/s": f"{pl_module.clock.images_per_second:.0f}"
         }

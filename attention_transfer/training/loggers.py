@@ -15,6 +15,8 @@ from jaxtyping import UInt8
 
 from attention_transfer._extras import require
 from attention_transfer._files import write_atomically
+from attention_transfer._reading import parse_json, read_text
+from attention_transfer._tables import printable
 from attention_transfer.training.recipe import Recipe, loggers_of
 from attention_transfer.training.run import Run
 
@@ -46,7 +48,7 @@ def _wandb(run: Run, recipe: Recipe) -> Logger:
 
     identity = _remembered(run, "wandb", uuid.uuid4().hex[:16])
     logger = WandbLogger(
-        project=PROJECT, name=run.folder.name, save_dir=run.folder, id=identity, resume="allow"
+        project=PROJECT, name=printable(run.folder.name), save_dir=run.folder, id=identity, resume="allow"
     )
     logger.log_hyperparams(asdict(recipe))
     return logger
@@ -58,7 +60,7 @@ def _mlflow(run: Run, recipe: Recipe) -> Logger:
 
     address = os.environ.get("MLFLOW_TRACKING_URI", LOCAL_MLFLOW)
     known = _identities(run).get("mlflow")
-    logger = MLFlowLogger(PROJECT, run_name=run.folder.name, tracking_uri=address, run_id=known)
+    logger = MLFlowLogger(PROJECT, run_name=printable(run.folder.name), tracking_uri=address, run_id=known)
     if known is None:
         _remembered(run, "mlflow", str(logger.run_id))
         logger.log_hyperparams(asdict(recipe))
@@ -86,7 +88,18 @@ def log_pictures(
 
 def _identities(run: Run) -> dict[str, str]:
     path = _identity_file(run)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        known = parse_json(read_text(path))
+        if not isinstance(known, dict) or not all(isinstance(each, str) for each in known.values()):
+            raise ValueError("no JSON object of texts")
+    except ValueError as error:
+        raise ValueError(
+            f"train: expected the run's names with its loggers in {path}, got a damaged file ({error}). "
+            "Delete it: the loggers begin a new run."
+        ) from None
+    return known
 
 
 def _remembered(run: Run, name: str, identity: str) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from attention_transfer._colours import print_safely
 from attention_transfer._extras import require
 from attention_transfer._ranks import is_first_process
 from attention_transfer._reading import shown
@@ -248,7 +249,7 @@ def _leave_after_a_death() -> None:
     if _at_work.is_set():
         rank, status = next((i, child.returncode) for i, child in enumerate(_children, 1) if child.poll())
         what = f"process {rank} of {len(_children) + 1} {_end_of(status)}, so this one stops too."
-        print(f"attention-transfer: {what}", file=sys.stderr, flush=True)
+        print_safely(f"attention-transfer: {what}", stream=sys.stderr)
         _end_children()
         os._exit(2)
 

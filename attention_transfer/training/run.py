@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,8 +20,8 @@ from attention_transfer._files import (
     write_atomically,
 )
 from attention_transfer._locks import is_locked, locked
-from attention_transfer._reading import parse_csv, parse_json, read_text
-from attention_transfer.training.recipe import Recipe
+from attention_transfer._reading import parse_csv, parse_json, read_text, shown
+from attention_transfer.training.recipe import LARGEST_FLOAT, Recipe
 
 
 class Interrupted(Exception):  # noqa: N818 (it is no error)
@@ -44,16 +44,40 @@ NUMBERS = ("test_error", "parameters", "images_per_second", "data_share", "wall_
 """What every result.json tells, besides what depends on the method."""
 
 
+_OTHERS: dict[str, tuple[Callable[[Any], bool], Any]] = {
+    **dict.fromkeys(("test_top5_error", "validation_error", "best_epoch"), (lambda v: _is_number(v), None)),
+    **dict.fromkeys(("seed",), (lambda v: type(v) is int, None)),
+    **dict.fromkeys(("method", "teacher_fingerprint"), (lambda v: isinstance(v, str), None)),
+    "weights": (lambda v: isinstance(v, dict) and all(map(_is_number, v.values())), {}),
+    "machine": (lambda v: isinstance(v, dict) and all(isinstance(e, str | int) for e in v.values()), {}),
+}
+"""What else it tells, with what stands for it where it is missing or null."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
+
+
 def _checked(result: Any) -> dict[str, Any]:
+    """What a result.json holds, every entry of it of its kind."""
     if not isinstance(result, dict):
         raise ValueError("no JSON object")
     for name in NUMBERS:
-        if isinstance(result.get(name), bool) or not isinstance(result.get(name), int | float):
+        if not _is_number(result.get(name)):
             raise ValueError(f"no number {name}")
+    for name, (holds, missing) in _OTHERS.items():
+        if result.setdefault(name, missing) is None:
+            result[name] = missing
+        elif not holds(result[name]):
+            raise ValueError(f"{name} is {shown(result[name])}")
     plan = result.get("plan")
-    if not isinstance(plan, list) or not all(isinstance(row, dict) for row in plan):
+    if not isinstance(plan, list) or not all(map(_is_pair, plan)):
         raise ValueError("no list of pairs under plan")
     return result
+
+
+def _is_pair(row: Any) -> bool:
+    return isinstance(row, dict) and all(isinstance(row.get(side), str) for side in ("student", "teacher"))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
-from attention_transfer._colours import coloured
+from attention_transfer._colours import print_safely
 
 Say = Callable[[str], None]
 Progress = Literal["auto", "lines", "json", "none"]
@@ -32,7 +32,7 @@ def teller(progress: Progress) -> Say | None:
 
 
 def say_text(line: str) -> None:
-    print(coloured(line, sys.stdout), flush=True)
+    print_safely(line)
 
 
 def say_nothing(line: str) -> None:
@@ -42,15 +42,15 @@ def say_nothing(line: str) -> None:
 def say_json(line: str) -> None:
     """One JSON object a line, with "event" and "text"; numbers that are not finite are null."""
     values = {name: _plain(value) for name, value in getattr(line, "values", {}).items()}
-    print(json.dumps({"event": getattr(line, "event", "note"), "text": str(line), **values}), flush=True)
+    print_safely(json.dumps({"event": getattr(line, "event", "note"), "text": str(line), **values}))
 
 
 def say_above_the_bar(line: str) -> None:
     """Print a line, above the progress bar if there is one."""
     from tqdm import tqdm
 
-    tqdm.write(coloured(line, sys.stdout), file=sys.stdout)
-    sys.stdout.flush()
+    with tqdm.external_write_mode(file=sys.stdout):
+        print_safely(line)
 
 
 def _plain(value: Any) -> Any:

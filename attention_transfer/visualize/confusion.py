@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attention_transfer._extras import require
 from attention_transfer._files import write_atomically
+from attention_transfer._tables import printable
 
 ANNOTATED_CLASSES = 20  # beyond these, numbers in the cells are too small to read
 
@@ -51,7 +52,7 @@ def confusion_matrix(
         ValueError: if predictions and labels differ in number or name a class that does not exist.
     """
     counts = _count(predictions, labels, classes, user="confusion_matrix")
-    figure = _draw(_row_percent(counts), list(classes))
+    figure = _draw(_row_percent(counts), [printable(name) for name in classes])
     total, right = int(counts.sum()), int(counts.trace())
     error = f"{100 * (1 - right / total):.1f} % error" if total else "no images"
     figure.suptitle(f"{error} · {total:,} images · {len(classes)} classes", fontsize=12, x=0.02, ha="left")

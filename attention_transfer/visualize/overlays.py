@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from attention_transfer._extras import require
 from attention_transfer._files import write_atomically
+from attention_transfer._tables import printable
 
 Array = Tensor | np.ndarray
 Size = tuple[int, int]
@@ -209,6 +210,7 @@ class _Grid:
     def _write(self, text: str, span: tuple[int, int], y: int, *, bold: bool = False) -> None:
         height, width, _ = self.canvas.shape
         room = int((span[1] - span[0]) / (8 if bold else 7))
+        text = printable(text)
         text = text if len(text) <= room else "…" + text[1 - room :]
         self.figure.text(
             sum(span) / 2 / width,

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from attention_transfer._files import write_atomically
-from attention_transfer._reading import check_regular
+from attention_transfer._reading import check_regular, parse_json
 from attention_transfer.functional import resize_maps
 from attention_transfer.visualize.examples import cosine_similarity
 
@@ -119,7 +119,7 @@ class Snapshots:
         check_regular(path)
         try:
             with safe_open(path, framework="pt") as file:
-                facts = json.loads((file.metadata() or {})[_KEY])
+                facts = parse_json((file.metadata() or {})[_KEY])
                 tensors: dict[str, Any] = {
                     name: file.get_tensor(name).clone()  # not a view of a file that may be written anew
                     for name in file.keys()  # noqa: SIM118

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from attention_transfer._colours import print_safely
 from attention_transfer.cli.parsing import PROGRAM, UsageError, suggest
 
 VERBS = {
@@ -19,9 +20,9 @@ def run(arguments: list[str]) -> int | None:
     """Run one verb; the exit status, where it is not 0 by itself."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, VERBS))
-        print(f"usage: {PROGRAM} caffe VERB [flags]\n\nAttention transfer for Caffe's nets.\n")
-        print(*(f"  {name.ljust(width)}  {summary}" for name, summary in VERBS.items()), "", sep="\n")
-        print(f"`{PROGRAM} caffe VERB --help` lists a verb's flags.")
+        print_safely(f"usage: {PROGRAM} caffe VERB [flags]\n\nAttention transfer for Caffe's nets.\n")
+        print_safely(*(f"  {name.ljust(width)}  {summary}" for name, summary in VERBS.items()), "", sep="\n")
+        print_safely(f"`{PROGRAM} caffe VERB --help` lists a verb's flags.")
         return None
     verb, *rest = arguments
     if verb not in VERBS:

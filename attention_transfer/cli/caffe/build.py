@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from attention_transfer._colours import print_safely
 from attention_transfer._tables import format_table
 from attention_transfer.cli.caffe import VERBS
 from attention_transfer.cli.parsing import PROGRAM, parse, verb_parser
@@ -72,14 +73,16 @@ def run(arguments: list[str]) -> None:
     )
     files = built.write(flags.output, force=flags.force)
     notes = [f"note: {note}" for note in built.notes]
-    print(_table(built.pairs), "", *notes, *(f"wrote {file}" for file in files), "", sep="\n")
+    print_safely(_table(built.pairs), "", *notes, *(f"wrote {file}" for file in files), "", sep="\n")
     weights = f" --weights {flags.output.with_suffix('.caffemodel')}" if built.weights is not None else ""
-    print(f"Next: {PROGRAM} caffe train --solver {files[1]}{weights}")
-    print(f"In Caffe: caffe train --solver {files[1]}{weights}")
+    print_safely(f"Next: {PROGRAM} caffe train --solver {files[1]}{weights}")
+    print_safely(f"In Caffe: caffe train --solver {files[1]}{weights}")
     if built.sources:
-        print(f"with PYTHONPATH={flags.output.parent} and a Caffe built WITH_PYTHON_LAYER.")
+        print_safely(f"with PYTHONPATH={flags.output.parent} and a Caffe built WITH_PYTHON_LAYER.")
     if flags.teacher_weights is None:
-        print("The teacher has no weights yet: give --weights those of a trained one, under its new names.")
+        print_safely(
+            "The teacher has no weights yet: give --weights those of a trained one, under its new names."
+        )
 
 
 def _table(pairs: list[BuiltPair]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from attention_transfer._colours import print_safely
 from attention_transfer.cli.caffe import VERBS
 from attention_transfer.cli.parsing import PROGRAM, parse, verb_parser
 
@@ -24,9 +25,9 @@ def run(arguments: list[str]) -> int:
     findings = check(flags.net, solver=flags.solver, channels=flags.channels)
     for finding in findings:
         kind = "note: " if finding.note else ""
-        print(f"{flags.net}:{finding.line}: {kind}{finding.pitfall}: {', '.join(finding.layers)}")
-        print(f"  {finding.message}", f"  Mend: {finding.mend}", "", sep="\n")
+        print_safely(f"{flags.net}:{finding.line}: {kind}{finding.pitfall}: {', '.join(finding.layers)}")
+        print_safely(f"  {finding.message}", f"  Mend: {finding.mend}", "", sep="\n")
     mistakes = [finding for finding in findings if not finding.note]
     if not mistakes:
-        print(f"{flags.net}: nothing found")
+        print_safely(f"{flags.net}: nothing found")
     return 1 if mistakes else 0

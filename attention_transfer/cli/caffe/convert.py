@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from attention_transfer._colours import coloured
+from attention_transfer._colours import print_safely
 from attention_transfer._reading import one_line, open_file
 from attention_transfer.cli.caffe import VERBS
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
@@ -68,10 +68,10 @@ def _forth(flags: Any) -> None:
         flags.net, flags.weights, folder, phase=flags.phase, output=flags.output, onnx=flags.onnx
     )
     for line in done.differences():
-        print(coloured(f"warning: {line}", sys.stderr), file=sys.stderr)
+        print_safely(f"warning: {line}", stream=sys.stderr)
     gives = ", ".join(done.source.outputs)
-    print(f"{done.source.name}: {', '.join(done.source.inputs)} -> {gives}; same numbers as the net.")
-    print(*(folder / name for name in written), sep="\n")
+    print_safely(f"{done.source.name}: {', '.join(done.source.inputs)} -> {gives}; same numbers as the net.")
+    print_safely(*(folder / name for name in written), sep="\n")
 
 
 def _back(flags: Any) -> None:
@@ -87,7 +87,7 @@ def _back(flags: Any) -> None:
     stored = to_caffemodel(flags.net, flags.weights, phase=flags.phase)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_binary(stored, path)
-    print(path)
+    print_safely(path)
 
 
 def _refuse_to_replace(paths: list[Path], force: bool) -> None:

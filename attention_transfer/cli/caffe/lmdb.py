@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attention_transfer._colours import print_safely
 from attention_transfer._extras import require
 from attention_transfer._files import new_folder, remove_written
 from attention_transfer.cli.caffe import VERBS
@@ -41,10 +42,12 @@ def run(arguments: list[str]) -> None:
     if flags.mean:
         _write_mean(total / len(records), flags.mean)
     for note in splits.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print_safely(f"note: {note}", stream=sys.stderr)
     shape = " x ".join(map(str, records.shape))
-    print(f"{flags.output}: {len(records):,} images of {shape} (c, h, w), {splits.num_classes} classes")
-    print(f"transform_param {{ {' '.join(f'mean_value: {v:.2f}' for v in _channel_means(splits))} }}")
+    print_safely(
+        f"{flags.output}: {len(records):,} images of {shape} (c, h, w), {splits.num_classes} classes"
+    )
+    print_safely(f"transform_param {{ {' '.join(f'mean_value: {v:.2f}' for v in _channel_means(splits))} }}")
 
 
 def _parser() -> Any:

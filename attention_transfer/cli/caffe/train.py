@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from attention_transfer._colours import print_safely
 from attention_transfer._files import open_to_append, write_atomically
 from attention_transfer._reading import parse_csv, read_text
 from attention_transfer._tables import duration
@@ -48,7 +49,7 @@ def run(arguments: list[str]) -> None:
         solver.param.max_iter = flags.max_iter
     _say_device(solver)
     if flags.snapshot and solver.iteration >= solver.param.max_iter:
-        print(f"{flags.snapshot} is of iteration {solver.iteration:,}; nothing is left to do.")
+        print_safely(f"{flags.snapshot} is of iteration {solver.iteration:,}; nothing is left to do.")
         return
     prefix = solver.snapshot_prefix
     log = _Log(flags.log or prefix.with_name(f"{prefix.name}_log.csv"), solver)
@@ -74,9 +75,9 @@ def _say_device(solver: Solver) -> None:
     if solver.device.type == "cuda":
         import torch
 
-        print(f"training on {torch.cuda.get_device_name(solver.device)}")
+        print_safely(f"training on {torch.cuda.get_device_name(solver.device)}")
     elif solver.param.solver_mode == solver.param.GPU:
-        print("solver_mode is GPU, but no GPU is here: training on the CPU")
+        print_safely("solver_mode is GPU, but no GPU is here: training on the CPU")
 
 
 def _resuming(flags: Any) -> list[str]:
@@ -108,10 +109,10 @@ class _Training:
             self.line.clear()
             for number, handler in self._former.items():
                 signal.signal(number, handler)
-        print(f"log: {self.log.path}")
+        print_safely(f"log: {self.log.path}")
         weights = self.solver.snapshot_path(".caffemodel")
         if weights.is_file():
-            print(f"weights: {weights}")
+            print_safely(f"weights: {weights}")
 
     def _after_iteration(self, solver: Solver) -> None:
         self.log.add()
@@ -136,7 +137,7 @@ class _Training:
         path = self.solver.snapshot()
         self.line.clear()
         command = shlex.join([*self.command, "--snapshot", str(path)])
-        print(f"\nStopped; nothing is lost. Go on with: {command}", file=sys.stderr)
+        print_safely(f"\nStopped; nothing is lost. Go on with: {command}", stream=sys.stderr)
         raise Interrupted(self.received or signal.SIGINT)
 
     def _catch_signals(self) -> None:
