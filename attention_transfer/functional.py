@@ -39,7 +39,7 @@ def attention_map(
         p: exponent, 1 <= p <= 64.
         mapping: "sum" or "max" over the channels (section 3.1 of the paper).
         norm: 2 divides each sample's map, taken as one vector of n = h*w entries, by its L2 norm, so the
-            scale of A does not matter; None gives the energy Q itself.
+            scale of A does not matter; None gives the energy Q itself, computed in float64 and rounded.
 
     Returns:
         The maps, float32 (float64 for float64 features). An all-zero activation gives an all-zero map;
