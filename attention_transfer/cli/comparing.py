@@ -58,8 +58,10 @@ def by_name(splits: Splits, card: ModelCard | None) -> Splits:
 def measure(loaded: Loaded, splits: Splits) -> Measured:
     """A run's student, or the model of a weights file, on the test images, whose classes are its own."""
     mean, std = (loaded.card.mean, loaded.card.std) if loaded.card else (splits.mean, splits.std)
-    prepare = Augment(mean, std).to(_device()).normalise
-    return _measure(Contender(loaded.name, loaded.model, prepare), splits, role="the model")
+    normalise, resize = Augment(mean, std).to(_device()).normalise, loaded.input(splits.shape, mean, std)
+    resize = resize.to(_device())
+    contender = Contender(loaded.name, loaded.model, lambda pixels: resize(normalise(pixels)))
+    return _measure(contender, splits, role="the model")
 
 
 def _measure(contender: Contender, splits: Splits, *, role: str) -> Measured:

@@ -25,7 +25,9 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "weights", metavar="RUN|WEIGHTS", help="A run folder, a weights file, or FILE:PREFIX."
     )
-    parser.add_argument("--data", help="Images with labels; those of the run if not given.")
+    parser.add_argument(
+        "--data", help="Images with labels, resized as the model knows them; those of the run if not given."
+    )
     parser.add_argument("--model", help="The model's name, for a weights file that does not say it.")
     parser.add_argument("--plot", help="Write the confusion matrix into this PNG.")
     parser.add_argument(
@@ -41,7 +43,8 @@ def run(arguments: list[str]) -> None:
     from attention_transfer.cli.comparing import by_name, compare_with_teacher, measure
     from attention_transfer.cli.loading import load
 
-    loaded = load(flags.weights, flags.model, splits.num_classes, splits.in_channels)
+    height, width = splits.shape[1:]
+    loaded = load(flags.weights, flags.model, splits.num_classes, splits.in_channels, (height, width))
     splits = by_name(splits, loaded.card)
     student = measure(loaded, splits)
     result = student.answers
@@ -92,6 +95,11 @@ def _evaluation_data(weights: str, data: str | None) -> Splits:
     if not run.exists and data is None:
         raise UsageError("evaluate: a weights file says nothing of the images. Pass --data.")
     from attention_transfer.training.build import load_splits
+    from attention_transfer.training.card import ModelCard
 
     recipe = run.recipe if run.exists else Recipe()
-    return load_splits(replace(recipe, data=data) if data else recipe)
+    if data is None:
+        return load_splits(recipe)
+    card = ModelCard.read(weights)
+    square = card.image_size[0] if card and len({*card.image_size}) == 1 else None
+    return load_splits(replace(recipe, data=data, image_size=recipe.image_size or square))

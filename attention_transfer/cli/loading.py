@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from attention_transfer.cli.parsing import UsageError
 from attention_transfer.data import Splits
-from attention_transfer.models import build_model, fingerprint, load_weights
-from attention_transfer.training.build import Teacher, build_teacher
+from attention_transfer.distiller import InputTransform
+from attention_transfer.models import build_model, fingerprint, native_size, why_not
+from attention_transfer.training.build import Teacher, build_teacher, either_size
 from attention_transfer.training.cached import name_teacher
 from attention_transfer.training.card import ModelCard
 from attention_transfer.training.run import Run
@@ -24,9 +27,32 @@ class Loaded:
     name: str
     card: ModelCard | None
 
+    def input(self, shape: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> nn.Module:
+        """From normalised images (c, h, w) to those of the model: resized to its own if it takes no others.
 
-def load(weights: str, name: str | None, classes: int, channels: int) -> Loaded:
-    """A model from a run folder, a weights file, or the word "pretrained"."""
+        Raises:
+            UsageError: if it takes neither.
+        """
+        reason, size = why_not(self.model, shape), native_size(self.model)
+        if reason is None:
+            return nn.Identity()
+        if self.card:
+            size = (self.card.image_size[0], self.card.image_size[1])
+        if why_not(self.model, (shape[0], *size)):
+            sizes = " x ".join(map(str, shape))
+            raise UsageError(
+                f"{self.name}: expected images that it takes, got {sizes}, on which it fails ({reason})."
+            )
+        return InputTransform((mean, std), (mean, std), size=size)
+
+
+def load(
+    weights: str, name: str | None, classes: int, channels: int, size: tuple[int, int] | None = None
+) -> Loaded:
+    """A model from a run folder, a weights file, or the word "pretrained".
+
+    `classes`, `channels` and `size` are those of the images, for weights that do not say theirs.
+    """
     if Run(Path(weights)).exists:
         _ = Run(Path(weights)).result
     card = None if weights == "pretrained" else ModelCard.read(weights)
@@ -35,10 +61,14 @@ def load(weights: str, name: str | None, classes: int, channels: int) -> Loaded:
     if name is None:
         raise UsageError(f"{weights} does not say which model it belongs to. Pass --model.")
     pretrained = weights == "pretrained"
-    model = build_model(name, num_classes=classes, in_channels=channels, pretrained=pretrained)
-    if not pretrained:
-        load_weights(model, weights)
-    return Loaded(model.eval(), name, None)
+
+    def build(size: tuple[int, int] | None) -> nn.Module:
+        options: dict[str, Any] = {"num_classes": classes, "in_channels": channels, "image_size": size}
+        if pretrained:
+            return build_model(name, pretrained=True, **options)
+        return build_model(name, weights=weights, **options)
+
+    return Loaded(either_size(build, size).eval(), name, None)
 
 
 def load_teacher(taught: Run, splits: Splits) -> Teacher | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +48,9 @@ def run(arguments: list[str]) -> None:
     main = models.get("student") or models["teacher"]
     channels, size = _expected_images(main, flags.image_size)
     images = torch.stack([_read_image(path, channels, size) for path in flags.images])
-    layers = _map_layers(models, flags.layers, (2, channels, size, size))
-    maps = {
-        role: attention_maps(loaded.model, layers[role], _normalise(loaded)(images))
-        for role, loaded in models.items()
-    }
+    inputs = {role: _input(loaded, images) for role, loaded in models.items()}
+    layers = _map_layers(models, flags.layers, inputs)
+    maps = {role: attention_maps(models[role].model, layers[role], seen) for role, seen in inputs.items()}
     for path in _save(flags, images, maps):
         print_safely(path)
 
@@ -71,9 +68,12 @@ def _load_sides(flags: Any) -> dict[str, Loaded]:
     """The models to show, by role, the teacher first."""
     from attention_transfer.cli.loading import load
 
+    size = (flags.image_size, flags.image_size) if flags.image_size else None
     sides = {"teacher": (flags.teacher_weights, flags.teacher), "student": (flags.weights, flags.model)}
     return {
-        role: load(weights, name, flags.num_classes, 3) for role, (weights, name) in sides.items() if weights
+        role: load(weights, name, flags.num_classes, 3, size)
+        for role, (weights, name) in sides.items()
+        if weights
     }
 
 
@@ -105,7 +105,9 @@ def _save(flags: Any, images: UInt8[Tensor, "b c h w"], maps: dict[str, dict[str
     ]
 
 
-def _map_layers(models: dict[str, Loaded], text: str | None, shape: tuple[int, ...]) -> dict[str, list[str]]:
+def _map_layers(
+    models: dict[str, Loaded], text: str | None, inputs: dict[str, Tensor]
+) -> dict[str, list[str]]:
     """The layers to show of each model: those named, or the stage ends."""
     import torch
 
@@ -113,23 +115,20 @@ def _map_layers(models: dict[str, Loaded], text: str | None, shape: tuple[int, .
 
     named = parse_pairs(text) if text else None
     if named is None:
-        student, teacher = (
-            models.get(role) or models[other]
-            for role, other in (("student", "teacher"), ("teacher", "student"))
-        )
-        pairs = suggest_pairs(student.model, teacher.model, torch.zeros(shape))
+        teacher, *_, student = models if len(models) > 1 else [*models, *models]
+        example, seen = (torch.zeros(2, *inputs[role].shape[1:]) for role in (student, teacher))
+        pairs = suggest_pairs(models[student].model, models[teacher].model, example, seen)
         named = [(pair.student, pair.teacher, pair.weight) for pair in pairs]
     return {"student": [pair[0] for pair in named], "teacher": [pair[1] for pair in named]}
 
 
-def _normalise(loaded: Loaded) -> Callable[[Tensor], Tensor]:
-    """From uint8 images to what a model expects, as far as its weights say it."""
+def _input(loaded: Loaded, images: UInt8[Tensor, "b c h w"]) -> Tensor:
+    """What a model expects of uint8 images, as far as its weights say it."""
     from attention_transfer.data import Augment
     from attention_transfer.models import pretrained_statistics
 
-    if loaded.card:
-        return loaded.card.augment().normalise
-    return Augment(*pretrained_statistics(loaded.model)).normalise
+    own = (loaded.card.mean, loaded.card.std) if loaded.card else pretrained_statistics(loaded.model)
+    return loaded.input(images.shape[1:], *own)(Augment(*own).normalise(images))
 
 
 def _read_image(path: str, channels: int, size: int) -> Tensor:

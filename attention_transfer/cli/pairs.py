@@ -20,11 +20,23 @@ def run(arguments: list[str]) -> None:
     import torch
 
     from attention_transfer import AttentionTransfer, Distiller, build_model
+    from attention_transfer.models import why_not
 
     student, teacher = (
-        build_model(name, num_classes=flags.num_classes, in_channels=flags.in_channels)
+        build_model(
+            name,
+            num_classes=flags.num_classes,
+            in_channels=flags.in_channels,
+            image_size=flags.input_size,
+        )
         for name in (flags.student, flags.teacher)
     )
     images = torch.zeros(2, flags.in_channels, flags.input_size, flags.input_size)
+    for name, model in ((flags.student, student), (flags.teacher, teacher)):
+        if reason := why_not(model, images.shape[1:]):
+            raise UsageError(
+                f"pairs: expected --input-size that {name} takes, got {flags.input_size}, at which it fails "
+                f"({reason})."
+            )
     plan = Distiller(student, teacher, terms=[AttentionTransfer(1.0)], example_input=images).plan()
     print_safely(in_flags(str(plan), {"--resize"}))  # of `train`, where it is to be passed

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from attention_transfer._extras import require
 from attention_transfer._files import write_atomically
-from attention_transfer.models import is_of_timm
+from attention_transfer.models import is_of_timm, size_options
 
 from .base import Format, Predict, normalise_lines, pixels_line
 from .student import Student
@@ -45,7 +45,8 @@ class TimmFolder(Format):
         model: Any = card.build(student.run.folder)  # one of its own: its description is changed
         known = model.pretrained_cfg
         model.pretrained_cfg = {name: known[name] for name in KEPT if name in known} | _input(student)
-        arguments = {"num_classes": len(card.classes), "in_chans": card.in_channels}
+        arguments: dict[str, Any] = {"num_classes": len(card.classes), "in_chans": card.in_channels}
+        arguments |= size_options(card.model, tuple(card.image_size))
         config = {"model_args": arguments, "label_names": card.classes}
         try:
             timm.models.save_for_hf(model, str(path), model_config=config, safe_serialization=True)

@@ -46,7 +46,12 @@ class StateDict(Format):
 
     def load(self, student: Student, path: Path) -> Predict:
         card = student.card
-        model = build_model(card.model, num_classes=len(card.classes), in_channels=card.in_channels)
+        model = build_model(
+            card.model,
+            num_classes=len(card.classes),
+            in_channels=card.in_channels,
+            image_size=tuple(card.image_size),
+        )
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return _normalised(student, model.eval())
 
@@ -64,7 +69,8 @@ def _normalised(student: Student, model: nn.Module) -> Predict:
 
 def _arguments(student: Student) -> str:
     card = student.card
-    return f'"{card.model}", num_classes={len(card.classes)}, in_channels={card.in_channels}'
+    shape = f"in_channels={card.in_channels}, image_size={tuple(card.image_size)}"
+    return f'"{card.model}", num_classes={len(card.classes)}, {shape}'
 
 
 def _snippet(student: Student, loading: str) -> str:

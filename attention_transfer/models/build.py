@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -19,6 +20,7 @@ from .._extras import require
 from .._reading import first_line
 from .._trust import FACTORY
 from .nin import THIN, WIDE, NetworkInNetwork
+from .sizes import options_for
 from .weights import load_weights
 from .wide_resnet import WideResNet
 
@@ -28,13 +30,19 @@ OWN_NAMES = ("wrn-16-1", "wrn-16-2", "wrn-28-10", "wrn-40-1", "wrn-40-2", *NINS)
 
 NAME_FORMS = "wrn-DEPTH-WIDTH, nin-thin, nin-wide, timm:NAME, torchvision:NAME or package.module:factory"
 
-FACTORY_ARGUMENTS = ("num_classes", "in_channels", "pretrained")
+FACTORY_ARGUMENTS = ("num_classes", "in_channels", "pretrained", "image_size")
 """What a factory of the user's own is called with, as far as its signature names it."""
 
-Builder = Callable[[str, int, int, bool], nn.Module]
-"""(name without its source, num_classes, in_channels, pretrained) -> the model."""
+Size = tuple[int, int] | None
+
+Builder = Callable[[str, int, int, bool, Size], nn.Module]
+"""(name without its source, num_classes, in_channels, pretrained, size of the images) -> the model."""
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+_SIZED = {"vit_": ("image_size", False), "maxvit": ("input_size", True)}
+"""Models of torchvision that are built for one size, by the beginning of the name: the argument, and whether
+it is a pair."""
 
 _WRN = re.compile(r"wrn-(\d+)-(\d+)")
 
@@ -46,6 +54,7 @@ def build_model(
     in_channels: int = 3,
     pretrained: bool = False,
     weights: str | os.PathLike[str] | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> nn.Module:
     """Build the model of that name: images (b, in_channels, h, w) -> logits (b, num_classes).
 
@@ -54,7 +63,8 @@ def build_model(
           and these without BatchNorm: ``nin-thin-plain``, ``nin-wide-plain``.
         - ``timm:NAME``, ``torchvision:NAME``: that library's model.
         - ``NAME``: the first that knows it of this package, timm, torchvision.
-        - ``package.module:factory``: called with ``num_classes``, ``in_channels`` and ``pretrained`` as far
+        - ``package.module:factory``: called with ``num_classes``, ``in_channels``, ``pretrained`` and
+          ``image_size`` as far
           as its signature names them. It must return a module.
 
     Where ``in_channels`` is not 3, the first convolution of 3 input channels of a torchvision model is
@@ -65,6 +75,9 @@ def build_model(
         pretrained: take the library's own weights, downloaded at need and never unpickled. The head starts
             afresh if ``num_classes`` differs from theirs.
         weights: a file or run folder for `load_weights`; every tensor must fit.
+        image_size: of the images, in pixels: one number, or height and width. A vision transformer of timm
+            or torchvision that takes only the size it is built for is built for that one; a factory gets it
+            if its signature names it. Other models are the same for every size.
 
     Raises:
         ValueError: unknown name (near matches are listed), impossible size, no pretrained weights, or
@@ -73,9 +86,11 @@ def build_model(
         TypeError: a factory that returns no module.
         ImportError: timm or torchvision is asked for and not installed.
     """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     _check_arguments(name, num_classes, in_channels, pretrained, weights)
+    _check_size(size)
     builder, plain_name = _find(name)
-    model = builder(plain_name, num_classes, in_channels, pretrained)
+    model = builder(plain_name, num_classes, in_channels, pretrained, size)
     if weights is not None:
         load_weights(model, weights)
     return model
@@ -113,6 +128,15 @@ def _check_arguments(
         raise ValueError(
             f"build_model: expected one source of weights, got pretrained=True and weights={str(weights)!r}. "
             "Drop one of them."
+        )
+
+
+def _check_size(size: object) -> None:
+    numbers = size if isinstance(size, tuple) else ()
+    if size is not None and (len(numbers) != 2 or not all(type(n) is int and n >= 1 for n in numbers)):
+        raise ValueError(
+            f"build_model: expected image_size as a number of pixels or (height, width), got {size!r}. "
+            "Pass image_size=224."
         )
 
 
@@ -176,7 +200,7 @@ def _known_names() -> tuple[dict[str, list[str]], list[str]]:
 # This package
 
 
-def _build_own(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
+def _build_own(name: str, num_classes: int, in_channels: int, pretrained: bool, size: Size) -> nn.Module:
     if pretrained:
         raise ValueError(_no_pretrained(name))
     numbers = _WRN.fullmatch(name)
@@ -210,9 +234,26 @@ def _timm_knows(name: str) -> bool:
     return name in _timm_names(tags="." in name)
 
 
-def _build_timm(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
+def size_options(name: str, size: tuple[int, int]) -> dict[str, Any]:
+    """What timm is given beside the name for images of a size, besides their number of classes and channels.
+
+    Raises:
+        ValueError, ImportError: as `build_model`, if nobody knows it or its library is missing.
+    """
+    return _timm_size(_find(name)[1], size) if is_of_timm(name) else {}
+
+
+def _timm_size(name: str, size: Size) -> dict[str, Any]:
     timm = _timm()
-    options = {"num_classes": num_classes, "in_chans": in_channels}
+    own = timm.get_pretrained_cfg(name)
+    if size is None or own is None or not own.fixed_input_size or size == tuple(own.input_size[1:]):
+        return {}
+    return options_for(functools.partial(timm.create_model, name), "img_size", size)
+
+
+def _build_timm(name: str, num_classes: int, in_channels: int, pretrained: bool, size: Size) -> nn.Module:
+    timm = _timm()
+    options = {"num_classes": num_classes, "in_chans": in_channels, **_timm_size(name, size)}
     if not pretrained:
         return timm.create_model(name, **options)
     if not timm.get_pretrained_cfg(name).has_weights:
@@ -255,7 +296,9 @@ def _torchvision_names() -> list[str]:
     return models.list_models(module=models)
 
 
-def _build_torchvision(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
+def _build_torchvision(
+    name: str, num_classes: int, in_channels: int, pretrained: bool, size: Size
+) -> nn.Module:
     models = _torchvision()
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
@@ -265,6 +308,10 @@ def _build_torchvision(name: str, num_classes: int, in_channels: int, pretrained
             "init_weights": True,
             "transform_input": pretrained and in_channels == 3,
         }
+    for start, (argument, as_pair) in _SIZED.items():
+        if size and not pretrained and name.startswith(start):  # their weights are of their own size
+            build = functools.partial(models.get_model, name, weights=None)
+            options |= options_for(build, argument, size, as_pair=as_pair)
     model = models.get_model(name, weights=None, num_classes=num_classes, **options)
     if pretrained:
         _load_torchvision_weights(model, name, models.get_model_weights(name))
@@ -316,12 +363,19 @@ def _adapt_channels(weight: Tensor, in_channels: int) -> Tensor:
 # A factory of the user's own
 
 
-def _build_by_factory(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
+def _build_by_factory(
+    name: str, num_classes: int, in_channels: int, pretrained: bool, size: Size
+) -> nn.Module:
     factory = _import_factory(name)
     parameters = _parameters(factory, name)
     if pretrained and "pretrained" not in parameters:
         raise ValueError(_no_pretrained(name))
-    offered = {"num_classes": num_classes, "in_channels": in_channels, "pretrained": pretrained}
+    offered: dict[str, Any] = {
+        "num_classes": num_classes,
+        "in_channels": in_channels,
+        "pretrained": pretrained,
+        **({} if size is None else {"image_size": size[0] if size[0] == size[1] else size}),
+    }
     model = factory(**{key: value for key, value in offered.items() if key in parameters})
     if not isinstance(model, nn.Module):
         raise TypeError(

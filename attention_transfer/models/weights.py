@@ -262,7 +262,8 @@ def _explain(report: LoadReport, model: str) -> str:
         )
     return (
         f"{opening}{'; '.join(report.differences)}. "
-        "Check the model's name, num_classes and in_channels, or pass strict=False to load what fits."
+        "Check the model's name, num_classes, in_channels and image_size, or pass strict=False to load what "
+        "fits."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,13 @@ from attention_transfer.losses import (
     KnowledgeDistillation,
     Term,
 )
-from attention_transfer.models import build_model, load_weights, pretrained_statistics
+from attention_transfer.models import (
+    build_model,
+    load_weights,
+    native_size,
+    pretrained_statistics,
+    why_not,
+)
 from attention_transfer.pairs import Pair
 from attention_transfer.schedules import Schedule, parse_schedules
 from attention_transfer.training.card import ModelCard
@@ -54,7 +61,12 @@ def load_splits(recipe: Recipe) -> Splits:
 def build_student(recipe: Recipe, splits: Splits) -> nn.Module:
     """The student with its initial weights, which depend on the seed alone."""
     torch.manual_seed(recipe.seed)
-    student = _build(recipe.student, recipe.student_weights, splits, splits.num_classes, "body")
+    height, width = splits.shape[1:]
+    student = _build(
+        recipe.student, recipe.student_weights, splits, splits.num_classes, "body", size=(height, width)
+    )
+    if reason := why_not(student, splits.shape):
+        raise ValueError(_too_other("student", recipe.student, splits, reason))
     if recipe.batchnorm_init == "uniform" and recipe.student_weights is None:
         draw_batchnorm_scales(student)
     return student
@@ -67,8 +79,22 @@ def draw_batchnorm_scales(model: nn.Module) -> None:
             nn.init.uniform_(module.weight)
 
 
+def _too_other(role: str, name: str, splits: Splits, reason: str) -> str:
+    channels, height, width = splits.shape
+    return (
+        f"train: expected a {role} that takes images of {channels} x {height} x {width}, got {name}, which "
+        f"fails on one ({reason}). Pass another --image-size, or another model."
+    )
+
+
 def _build(
-    name: str, weights: str | None, splits: Splits, classes: int, strict: bool | Literal["body"] = True
+    name: str,
+    weights: str | None,
+    splits: Splits,
+    classes: int,
+    strict: bool | Literal["body"] = True,
+    *,
+    size: tuple[int, int] | None,
 ) -> nn.Module:
     """The model; a student's head may start afresh, a teacher without its head has learnt nothing."""
     model = build_model(
@@ -76,6 +102,7 @@ def _build(
         num_classes=classes,
         in_channels=splits.in_channels,
         pretrained=weights == "pretrained",
+        image_size=size,
     )
     if weights is not None and weights != "pretrained":
         loaded = (
@@ -107,7 +134,13 @@ def _load_by_name(model: nn.Module, name: str, weights: str, splits: Splits) -> 
 def _find_head(model: nn.Module, name: str, splits: Splits) -> dict[str, int]:
     """The tensors of a model whose shapes follow the number of classes, each with the axis that does."""
     with torch.random.fork_rng(devices=[]):
-        other = build_model(name, num_classes=splits.num_classes + 1, in_channels=splits.in_channels)
+        height, width = splits.shape[1:]
+        other = build_model(
+            name,
+            num_classes=splits.num_classes + 1,
+            in_channels=splits.in_channels,
+            image_size=(height, width),
+        )
     larger = other.state_dict()
     head = {}
     for key, tensor in model.state_dict().items():
@@ -226,9 +259,22 @@ def _teacher_of_card(card: ModelCard, weights: str | Path, splits: Splits) -> Te
             f"train: expected a teacher of images with {splits.in_channels} channels, as the data, got one "
             f"of {card.in_channels} in {weights}. Pass a teacher that was trained on such images."
         )
-    transform = _input_transform(splits, card.mean, card.std)
+    model = card.build(weights)
+    height, width = card.image_size
+    size = _own_size(card.model, model, splits, (height, width))
+    transform = _input_transform(splits, card.mean, card.std, size)
     order = class_order(splits.classes, card.classes)
-    return Teacher(card.model, card.build(weights), len(card.classes), transform, card.classes, order)
+    return Teacher(card.model, model, len(card.classes), transform, card.classes, order)
+
+
+def _own_size(name: str, model: nn.Module, splits: Splits, size: tuple[int, int]) -> tuple[int, int] | None:
+    """The size that a teacher's images are resized to: its own, if it does not take those of the data."""
+    reason = why_not(model, splits.shape)
+    if reason is None:
+        return None
+    if why_not(model, (splits.in_channels, *size)):
+        raise ValueError(_too_other("teacher", name, splits, reason))
+    return size
 
 
 def _teacher_of_weights(recipe: Recipe, splits: Splits) -> Teacher:
@@ -239,19 +285,40 @@ def _teacher_of_weights(recipe: Recipe, splits: Splits) -> Teacher:
         if card is not None and card.model == name:
             return _teacher_of_card(card, weights, splits)
     classes = recipe.teacher_classes or splits.num_classes
-    model = _build(name, weights, splits, classes)
-    transform = _pretrained_transform(model, splits) if weights == "pretrained" else None
-    return Teacher(name, model, classes, transform)
+    model = _teacher_on(name, weights, splits, classes)
+    size = _own_size(name, model, splits, native_size(model))
+    if weights != "pretrained":
+        return Teacher(name, model, classes, _input_transform(splits, splits.mean, splits.std, size))
+    return Teacher(name, model, classes, _pretrained_transform(model, splits, size))
 
 
-def _pretrained_transform(model: nn.Module, splits: Splits) -> InputTransform | None:
+def _teacher_on(name: str, weights: str | None, splits: Splits, classes: int) -> nn.Module:
+    """A teacher on weights that say nothing of its images."""
+    height, width = splits.shape[1:]
+    return either_size(lambda size: _build(name, weights, splits, classes, size=size), (height, width))
+
+
+def either_size(
+    build: Callable[[tuple[int, int] | None], nn.Module], size: tuple[int, int] | None
+) -> nn.Module:
+    """A model built for images of its usual size, or, where its weights do not fit that, of `size`."""
+    try:
+        return build(None)
+    except ValueError as unfit:
+        with contextlib.suppress(ValueError):
+            return build(size)
+        raise unfit from None
+
+
+def _pretrained_transform(
+    model: nn.Module, splits: Splits, size: tuple[int, int] | None
+) -> InputTransform | None:
     """To the images that a library's own weights expect, where these have as many channels."""
     mean, std = pretrained_statistics(model)
     if len(mean) != splits.in_channels:
-        return None
+        mean, std = splits.mean, splits.std
     own = getattr(model, "pretrained_cfg", None) or {}
-    size = tuple(own["input_size"][1:]) if own.get("fixed_input_size") else None
-    return _input_transform(splits, mean, std, size)
+    return _input_transform(splits, mean, std, native_size(model) if own.get("fixed_input_size") else size)
 
 
 def _input_transform(

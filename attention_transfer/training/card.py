@@ -95,7 +95,13 @@ class ModelCard:
             ValueError: if the card names a factory that the user has not named himself; and as `build_model`.
         """
         check_trusted(self.model, weights)
-        model = build_model(self.model, num_classes=len(self.classes), in_channels=self.in_channels)
+        height, width = self.image_size
+        model = build_model(
+            self.model,
+            num_classes=len(self.classes),
+            in_channels=self.in_channels,
+            image_size=(height, width),
+        )
         load_weights(model, weights)
         return model.eval()
 
