@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import os
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import FunctionType
@@ -30,6 +31,7 @@ from numba.core import config, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from .._reading import one_line
 from . import reference
 from .reference import LARGEST_ENERGY, SMALLEST_ENERGY, accumulation_dtype
 
@@ -141,8 +143,8 @@ class _Kernel:
     """A function compiled for one thread and for all, each when it is first used."""
 
     def __init__(self, function: Callable) -> None:
-        self.serial = _compile(function, f"{function.__name__}_serial", parallel=False)
-        self.parallel = _compile(function, f"{function.__name__}_parallel", parallel=True)
+        self.serial = _Compiled(function, f"{function.__name__}_serial", parallel=False)
+        self.parallel = _Compiled(function, f"{function.__name__}_parallel", parallel=True)
 
     def __call__(self, elements: int, *arguments: Any) -> None:
         """Run over `elements` elements of a tensor."""
@@ -158,16 +160,45 @@ class _Kernel:
             torch.set_num_threads(wanted)
 
 
-def _compile(function: Callable, name: str, *, parallel: bool) -> Callable:
-    """Compile into the disk cache, where one can be written; it tells functions apart by their names."""
-    options: dict[str, Any] = {"parallel": parallel, "nogil": True, "fastmath": REORDERED}
-    plain = inspect.unwrap(function)
-    named = FunctionType(plain.__code__, plain.__globals__, name)
-    named.__qualname__ = name
-    try:
-        return numba.njit(cache=True, **options)(named)
-    except RuntimeError:  # numba found no folder it may write
-        return numba.njit(**options)(named)
+class _Compiled:
+    """A function compiled into numba's disk cache, or without it where that cannot be read or written."""
+
+    def __init__(self, function: Callable, name: str, *, parallel: bool) -> None:
+        self._options: dict[str, Any] = {"parallel": parallel, "nogil": True, "fastmath": REORDERED}
+        plain = inspect.unwrap(function)
+        self._function = FunctionType(plain.__code__, plain.__globals__, name)  # the cache goes by names
+        self._function.__qualname__ = name
+        try:
+            self._dispatcher = numba.njit(cache=True, **self._options)(self._function)
+        except RuntimeError:  # numba found no folder it may write
+            self._dispatcher = numba.njit(**self._options)(self._function)
+
+    def __call__(self, *arguments: Any) -> None:
+        try:
+            self._dispatcher(*arguments)
+        # a full disk is an OSError; what a damaged file of pickles ends in, nobody knows
+        except Exception as error:
+            place = self._dispatcher.stats.cache_path
+            if place is None:
+                raise
+            self._dispatcher = numba.njit(**self._options)(self._function)
+            self._dispatcher(*arguments)
+            _warn_of_cache(place, error)
+
+
+_warned = False
+
+
+def _warn_of_cache(place: str, error: Exception) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"energy: expected numba's cache of compiled code in {place}, got {one_line(error)}. "
+            "The loss is computed all the same, and compiled anew in every process, which takes seconds. "
+            "Make room, or delete the *.nbi and *.nbc files there.",
+            stacklevel=2,
+        )
 
 
 @_inner

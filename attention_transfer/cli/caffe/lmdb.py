@@ -128,8 +128,13 @@ def _write(path: Path, records: _Records) -> np.ndarray:
     Raises:
         OSError: if it cannot be written.
     """
+    import lmdb
+
     with new_folder(path) as folder:
-        total = _fill(folder, records)
+        try:
+            total = _fill(folder, records)
+        except lmdb.Error as error:
+            raise OSError(f"caffe lmdb: could not write {path}: {error}. Nothing is left of it.") from None
         remove_written(folder, ["lock.mdb"])
     return total
 
