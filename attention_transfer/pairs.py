@@ -184,13 +184,13 @@ def _survey(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Surve
     trace = _trace(model, images, user=user, role=role)
     ends = [trace.before_norm(end) for end in _ends(trace)]
     blocks = [trace.before_norm(block) for block in _repeated_blocks(trace)] if len(ends) == 1 else []
-    stages = [trace.stage(call) for call in blocks[-1:] or _outermost(ends, trace.root)]
+    stages = trace.stages(blocks[-1:] or _outermost(ends, trace.root))
     if not stages:
         raise ValueError(
             f"{user}: expected the {role} to have maps larger than 1x1, got none for a "
             f"{images.shape[-2]}x{images.shape[-1]} input. Pass a larger example input, or name the layers."
         )
-    return _Survey(stages, [trace.stage(block) for block in blocks])
+    return _Survey(stages, trace.stages(blocks))
 
 
 def _pairs_by_depth(ours: Sequence[Stage], theirs: Sequence[Stage]) -> list[Pair]:
@@ -332,6 +332,7 @@ class _Trace:
     root: _Call
     calls: Counter[str]
     classes: int | None  # of a model that gives a dict with logits for each pixel
+    has_layer_norm: bool
 
     def is_head(self, call: _Call) -> bool:
         """Rule 6 of `stage_ends`."""
@@ -355,10 +356,28 @@ class _Trace:
         given = {"tensor": norm.input, "version": norm.input_version, "children": []}
         return replace(norm, name=name, **given)
 
-    def stage(self, call: _Call) -> Stage:
-        assert call.shape is not None
-        name = call.name if self.calls[call.name] == 1 else f"{call.name}#{call.number}"
-        return Stage(name, call.shape, call.stride)
+    def stages(self, ends: Sequence[_Call]) -> list[Stage]:
+        """Under the names with which `Taps` can read them all."""
+        sure = {end.layout.kind for end in ends if end.layout is not None and not _is_cube(end)}
+        named = []
+        for end in ends:
+            assert end.shape is not None
+            name = end.name if self.calls[end.name] == 1 else f"{end.name}#{end.number}"
+            kinds = _kinds(end) if self.has_layer_norm and _is_cube(end) else set()
+            axes = "".join(f"@{kind}" for kind in kinds) if len(kinds) == 1 and kinds != sure else ""
+            named.append(Stage(name + axes, end.shape, end.stride))
+        return named
+
+
+def _is_cube(call: _Call) -> bool:
+    """Whether c = h = w, which leaves its axes in doubt."""
+    return call.tensor is not None and call.tensor.dim() == 4 and len(set(call.tensor.shape[1:])) == 1
+
+
+def _kinds(cube: _Call) -> set[str]:
+    """How the layers in it that return a cube too hold theirs."""
+    weights = [next(_weights(layer)) for layer in cube.weighted() if _is_cube(layer)]
+    return {"nhwc" if weight.dim() == 2 else "nchw" for weight in weights}
 
 
 def _trace(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Trace:
@@ -398,7 +417,7 @@ def _trace(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Trace:
             "calls none with weights, as an exported program does. Pass the model as it was before that."
         )
     recorder.look_again(recorder.root)
-    return _Trace(recorder.root, recorder.calls, recorder.classes)
+    return _Trace(recorder.root, recorder.calls, recorder.classes, taps.has_layer_norm(model))
 
 
 def _parts_of_weights(model: nn.Module) -> set[nn.Module]:
@@ -546,7 +565,16 @@ def _within_one_stage(call: _Call) -> bool:
     leaves = not call.adds_work and layers[call.input_level] > layers[call.level]
     if isinstance(call.module, nn.Sequential) or leaves:
         return levels <= {call.level}
-    return call.level is not None and (not levels or call.level in levels <= {call.level, call.input_level})
+    if call.level is None:
+        return False
+    if not levels or call.level in levels <= {call.level, call.input_level}:
+        return True
+    # one of several blocks, with some of its work on a pooled map, such as the keys of an attention
+    pools = call.level == call.input_level == min(level for level in levels if level is not None)
+    alike = (
+        sum(type(other.module) is type(call.module) for other in call.parent.children) if call.parent else 1
+    )
+    return pools and alike > 1 and layers[call.level] > sum(layers.values()) / 2
 
 
 def _candidates(level: int, here: list[_Call], units: list[_Call]) -> list[_Call]:
@@ -604,7 +632,9 @@ def _is_stem(level: int, here: list[_Call], units: list[_Call], *, first: bool) 
     layers = [layer for unit in here for layer in unit.weighted() if layer.works_at == level]
     if not first:
         return len(layers) == 1
-    after = next((unit for unit in units[units.index(here[-1]) + 1 :] if unit.level is not None), None)
+    last = max(units.index(unit) for unit in here if unit.weighted())
+    behind = (unit for unit in units[last + 1 :] if unit.level not in (None, level) or unit.weighted())
+    after = next(behind, None)
     pooled = after is not None and (not after.weighted() or after.input_level != level)
     return len(layers) == 1 or pooled
 

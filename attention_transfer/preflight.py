@@ -306,6 +306,12 @@ def _check_features(seen: Observation) -> None:
                 f"preflight: expected a map at the student's {pair.student}, got a single position, whose "
                 "map is 1 whatever the activation: the term is dead. Tap a layer before the pooling."
             )
+    for pair, teacher in zip(seen.pairs, _layers(seen.teacher) if seen.teacher else (), strict=False):
+        if not teacher.any():
+            raise ValueError(
+                f"preflight: expected an activation to learn from at the teacher's {pair.teacher}, got zero "
+                "everywhere on all images: the term is dead. Look at the teacher's weights and its input."
+            )
 
 
 def _why_no_gradient(pair: Pair) -> str:

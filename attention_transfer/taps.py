@@ -41,7 +41,7 @@ from .tokens import Tokens, rolled, tokens_around
 
 LAYOUTS = ("auto", "nchw", "nhwc", "tokens", "tokens+PREFIX+SUFFIX", "HxW", "HxW+PREFIX+SUFFIX")
 TOKEN_LAYOUT = re.compile(r"(?:tokens|(\d+)x(\d+))(?:\+(\d+))?(?:\+(\d+))?")
-MAX_PREFIX = 8  # class, distillation and register tokens: DINOv2 has the most in common use, five
+MAX_PREFIX = 9  # class and register tokens: Sapiens 2 has the most in common use
 
 
 # ---------------------------------------------------------------------------------------------- names
@@ -432,7 +432,7 @@ class Taps:
        A model of timm or Hugging Face says what grids it has, and timm's how many tokens are in front; any
        other number of tokens is refused, such as what dropping patches leaves. A Hiera's tokens are brought
        into the order of rows, as a copy. Of a model that says nothing: n = h * w + prefix with h = H / patch,
-       w = W / patch for one whole patch size, and a prefix of 0 to 8. If no patch size that divides the image
+       w = W / patch for one whole patch size, and a prefix of 0 to 9. If no patch size that divides the image
        fits, one that cuts it off may, with a prefix of 0 or 1. Two possible grids: the one with the prefix of
        the tapped maps of tokens that leave no doubt, if they agree; else an error that asks for `layout=`.
        Whether the tokens of such a model are in this order cannot be seen by their number:

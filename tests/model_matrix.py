@@ -393,9 +393,9 @@ def markdown(rows: Sequence[Row], results: Mapping[str, Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def fill(page: str, table: str) -> str:
+def fill(page: str, table: str, *, marker: str = "matrix") -> str:
     """The page with the table between its markers."""
-    begin, end = "<!-- matrix -->", "<!-- /matrix -->"
+    begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
     return re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{table}\n{end}", page, flags=re.DOTALL)
 
 

@@ -311,6 +311,80 @@ def _refuse(*_: object) -> None:
     raise AssertionError("compiled")
 
 
+class Pooling(nn.Module):
+    """A block that works on a pooled map as well, as attention does with pooled keys."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.last = conv(width, width), conv(width, width)
+        self.keys = nn.Sequential(conv(width, width, 2), nn.BatchNorm2d(width), conv(width, width))
+        self.query = conv(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = F.interpolate(self.keys(x), x.shape[2:])
+        return x + self.last(self.first(x) * self.query(x) * gate.sigmoid())
+
+
+def test_what_blocks_pool_is_no_stage() -> None:
+    model = nn.Sequential(
+        InPlaceBlock(3, 8), conv(8, 16, 2), Pooling(16), Pooling(16), nn.AdaptiveAvgPool2d(1)
+    )
+    assert names(model, 16) == "0 3"
+
+
+class NormedAfterwards(nn.Module):
+    """A backbone that gives its stages, and normalises each only when the last has run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([InPlaceBlock(3, 8, 2), InPlaceBlock(8, 8, 2), InPlaceBlock(8, 8, 2)])
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = []
+        for stage in self.stages:
+            x = stage(x.clone())
+            found.append(x)
+        return {str(i): norm(each) for i, (norm, each) in enumerate(zip(self.norms, found, strict=True))}
+
+
+def test_a_first_stage_that_is_normalised_at_the_end_is_no_stem() -> None:
+    assert names(NormedAfterwards(), 32) == "stages.0 stages.1 stages.2"
+
+
+class LinearBlock(nn.Module):
+    """Takes and returns (b, h, w, c)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.inner, self.outer = nn.LayerNorm(width), nn.Linear(width, 32), nn.Linear(32, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.outer(F.gelu(self.inner(self.norm(x))))
+
+
+class ChannelsLastAtTheEnd(nn.Module):
+    """Maps of 8x8x8, channels first, and then some that are surely channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.down = InPlaceBlock(3, 8, 2), conv(8, 16, 2)
+        self.last = nn.Sequential(LinearBlock(16), LinearBlock(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.down(self.first(x * 1)).movedim(1, -1)).mean((1, 2))
+
+
+def test_a_cube_is_read_as_its_layers_hold_it() -> None:
+    """By the rule of `Taps` it would be read as the other map is."""
+    model, batch = ChannelsLastAtTheEnd(), images(16)
+    chosen = [stage.name for stage in stage_ends(model, batch)]
+    assert chosen == ["first@nchw", "last"]
+    with Taps(model, chosen) as taps:
+        model(batch)
+        torch.testing.assert_close(taps.pop()["first@nchw"], model.first(batch * 1))
+
+
 # ------------------------------------------------------------------------------- layers that are no leaf
 
 

@@ -301,6 +301,17 @@ def test_dead_layer(batch) -> None:
         distiller(student).preflight(*batch)
 
 
+def test_dead_layer_of_the_teacher(batch) -> None:
+    teacher = Net(6)
+    with torch.no_grad():
+        teacher.second[0].weight.zero_()
+        teacher.second[0].bias.fill_(-1)
+    with pytest.raises(
+        ValueError, match=r"to learn from at the teacher's second, got zero everywhere on all"
+    ):
+        distiller(teacher=teacher).preflight(*batch)
+
+
 def test_blank_maps_of_some_images(batch) -> None:
     x, y = batch
     student = Net(4)
