@@ -607,7 +607,7 @@ def test_targets_that_cannot_be_written(tmp_path: Path) -> None:
 def test_a_device_is_never_replaced_by_a_file(tmp_path: Path) -> None:
     """Renaming over /dev/null would succeed for root; a named pipe stands for it here."""
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match=r"pipe: there is something there that is not a file\."):
+    with pytest.raises(OSError, match=r"pipe: Something is there that is not a file\."):
         save_weights(net(), tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo()
 
