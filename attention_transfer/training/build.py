@@ -58,15 +58,19 @@ def load_splits(recipe: Recipe) -> Splits:
     )
 
 
-def build_student(recipe: Recipe, splits: Splits) -> nn.Module:
-    """The student with its initial weights, which depend on the seed alone."""
+def build_student(recipe: Recipe, splits: Splits, *, role: str = "student") -> nn.Module:
+    """The student with its initial weights, which depend on the seed alone; `role` is what errors call it.
+
+    Raises:
+        ValueError: if it does not run on the images; and as `build_model` and `load_weights`.
+    """
     torch.manual_seed(recipe.seed)
     height, width = splits.shape[1:]
     student = _build(
         recipe.student, recipe.student_weights, splits, splits.num_classes, "body", size=(height, width)
     )
     if reason := why_not(student, splits.shape):
-        raise ValueError(_too_other("student", recipe.student, splits, reason))
+        raise ValueError(_does_not_run(role, recipe.student, splits, reason))
     if recipe.batchnorm_init == "uniform" and recipe.student_weights is None:
         draw_batchnorm_scales(student)
     return student
@@ -79,11 +83,10 @@ def draw_batchnorm_scales(model: nn.Module) -> None:
             nn.init.uniform_(module.weight)
 
 
-def _too_other(role: str, name: str, splits: Splits, reason: str) -> str:
-    channels, height, width = splits.shape
+def _does_not_run(role: str, name: str, splits: Splits, reason: str) -> str:
     return (
-        f"train: expected a {role} that takes images of {channels} x {height} x {width}, got {name}, which "
-        f"fails on one ({reason}). Pass another --image-size, or another model."
+        f"train: expected a {role} that runs on images of shape {splits.shape}, got {name}, which fails on "
+        f"one ({reason}). Pass another --image-size, or another model."
     )
 
 
@@ -273,7 +276,7 @@ def _own_size(name: str, model: nn.Module, splits: Splits, size: tuple[int, int]
     if reason is None:
         return None
     if why_not(model, (splits.in_channels, *size)):
-        raise ValueError(_too_other("teacher", name, splits, reason))
+        raise ValueError(_does_not_run("teacher", name, splits, reason))
     return size
 
 
@@ -311,7 +314,7 @@ def either_size(
 
 
 def _pretrained_transform(
-    model: nn.Module, splits: Splits, size: tuple[int, int] | None
+    model: nn.Module, splits: Splits, size: tuple[int, int] | None = None
 ) -> InputTransform | None:
     """To the images that a library's own weights expect, where these have as many channels."""
     mean, std = pretrained_statistics(model)

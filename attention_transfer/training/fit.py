@@ -244,7 +244,7 @@ def _train_teacher(run: Run, recipe: Recipe, splits: Splits, processes: Processe
     with _alone(run.teacher):
         if is_first_process() and not run.teacher.exists:
             run.teacher.create(teacher_recipe)
-        student = build_student(teacher_recipe, splits)
+        student = build_student(teacher_recipe, splits, role="teacher")
         _fit(run.teacher, teacher_recipe, splits, student, None, processes, tell)
     tell(f"Now the student: {recipe.student}, epochs: {recipe.epochs}")
     return run.teacher

@@ -32,7 +32,8 @@ def rehearse(recipe: Recipe, splits: Splits, student: nn.Module, teacher: Recipe
     plain = replace(recipe, teacher_precision="auto")  # that of the device, which need not be this one
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", PreflightWarning)
-        model = build_student(replace(teacher, seed=(teacher.seed + 1) % 2**32), splits)
+        other = replace(teacher, seed=(teacher.seed + 1) % 2**32)
+        model = build_student(other, splits, role="teacher")
         distiller = build_distiller(
             plain, student, Teacher(teacher.student, model, splits.num_classes, None), inputs[:2]
         )
