@@ -307,9 +307,11 @@ class _Call:
         After it, the energy is (nearly) the same everywhere.
         """
         given, layout = self.input, self.layout
-        if given is None or layout is None or self.tensor is None or self.children or list(_weights(self)):
+        if given is None or layout is None or self.tensor is None or self.children:
             return False
-        if given.shape != self.tensor.shape or taps.version(given) != self.input_version:
+        if any(True for _ in _weights(self)) or given.shape != self.tensor.shape:
+            return False
+        if taps.version(given) != self.input_version:
             return False
         scaled = given.clone()
         h, w = layout.hw
@@ -317,7 +319,7 @@ class _Call:
         layout._replace(order=None).view(scaled).mul_(factors)
         with untouched(self.module, training=False), torch.no_grad():
             again = taps.first_tensor(self.module(scaled))
-        return (again - self.tensor).norm().item() < 0.01 * self.tensor.norm().item()
+        return again is not None and (again - self.tensor).norm().item() < 0.01 * self.tensor.norm().item()
 
     def same_output(self, other: _Call) -> bool:
         return self.tensor is not None and self.tensor is other.tensor and self.version == other.version
@@ -353,8 +355,7 @@ class _Trace:
                 return call
         name = f"{norm.name}.input"
         self.calls[name] = self.calls[norm.name]
-        given = {"tensor": norm.input, "version": norm.input_version, "children": []}
-        return replace(norm, name=name, **given)
+        return replace(norm, name=name, tensor=norm.input, version=norm.input_version, children=[])
 
     def stages(self, ends: Sequence[_Call]) -> list[Stage]:
         """Under the names with which `Taps` can read them all."""

@@ -20,7 +20,7 @@ ALLOWED = {
     "tokens": set(),
     "taps": {"tokens"},
     "locality": {"taps"},
-    "pairs": {"taps"},
+    "pairs": {"functional", "taps"},
     "schedules": set(),
     "losses": {"functional", "pairs", "schedules"},
     "plan": {"pairs"},

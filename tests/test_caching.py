@@ -202,7 +202,7 @@ def contents(folder: str | Path) -> dict[str, bytes]:
 def test_build_info_and_verify(base: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, *flags(base), "--views", 2, "-o", "cache")
     assert f"cache: {Path('cache').absolute()}, 2 views of 38 images, 0.1 MB" in text
-    assert f"train from it: attention-transfer train --cache cache --data {base.data} --student NAME" in text
+    assert "train from it: attention-transfer train --cache cache --student NAME" in text
     text = output(capsys, "cache", "info", "cache")
     for words in (
         r"^state +2 views of 38 images, 0\.1 MB$",

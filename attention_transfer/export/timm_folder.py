@@ -46,7 +46,8 @@ class TimmFolder(Format):
         known = model.pretrained_cfg
         model.pretrained_cfg = {name: known[name] for name in KEPT if name in known} | _input(student)
         arguments: dict[str, Any] = {"num_classes": len(card.classes), "in_chans": card.in_channels}
-        arguments |= size_options(card.model, tuple(card.image_size))
+        height, width = card.image_size
+        arguments |= size_options(card.model, (height, width))
         config = {"model_args": arguments, "label_names": card.classes}
         try:
             timm.models.save_for_hf(model, str(path), model_config=config, safe_serialization=True)

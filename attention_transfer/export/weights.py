@@ -46,11 +46,12 @@ class StateDict(Format):
 
     def load(self, student: Student, path: Path) -> Predict:
         card = student.card
+        height, width = card.image_size
         model = build_model(
             card.model,
             num_classes=len(card.classes),
             in_channels=card.in_channels,
-            image_size=tuple(card.image_size),
+            image_size=(height, width),
         )
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return _normalised(student, model.eval())

@@ -261,7 +261,7 @@ class DistillationModule(LightningModule):
         """
         if self.classes != (known := checkpoint.get("classes") or self.classes):
             raise ValueError(
-                f"train: expected the classes that the run began with, {', '.join(known)[:200]}, got "
+                f"train: expected the classes that the run began with, {', '.join(known or ())[:200]}, got "
                 f"{', '.join(self.classes or ())[:200]}. Put the data back as it was, or start over with "
                 "--overwrite."
             )
