@@ -109,11 +109,16 @@ def test_each_verb_has_its_own_flags() -> None:
 def test_the_command_speaks_flags(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from PIL import Image
+
     monkeypatch.chdir(tmp_path)
-    assert main(["pairs", "--student", "wrn-10-1", "--teacher", "squeezenet1_1", "--input-size", "8"]) == 2
-    error = capsys.readouterr().err
-    assert error.endswith("Pass an --input-size of the size and channels it was built for.\n")
-    assert ".." not in error
+    for side, name in enumerate("abab", start=10):
+        Path("images", name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (side, side)).save(Path("images", name, f"{side}.png"))
+    assert main(["train", "--data", "images", "--method", "none"]) == 2
+    assert re.search(
+        r"got 10x10 in .* Pass --image-size, such as --image-size 10\.\n$", capsys.readouterr().err
+    )
     assert main(["train", "--data", "cifar10", "--data-root", "nowhere", "--epochs", "x"]) == 2
     assert capsys.readouterr().err == "attention-transfer: train: --epochs: Expected an int. Got value: x\n"
 
