@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from glob import glob, has_magic
 from pathlib import Path
@@ -16,10 +17,21 @@ def is_url(name: str) -> bool:
     return URL.match(name) is not None
 
 
+def at_home(name: str) -> Path:
+    """A path with its ~ filled in; one of a user whom the system does not know is taken by the letter."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 (Path.expanduser raises a RuntimeError)
+
+
+def cache_folder() -> Path | None:
+    """Where this package keeps what it can get again; None where this user has no home."""
+    folder = at_home("~/.cache/attention-transfer")
+    return folder if folder.is_absolute() else None
+
+
 def is_pattern(name: str) -> bool:
     """Whether a name stands for several files, and for none that is called so."""
     marked = has_magic(name) or BRACES.search(name)
-    return bool(marked) and not is_url(name) and not Path(name).expanduser().exists()
+    return bool(marked) and not is_url(name) and not at_home(name).exists()
 
 
 def expand(pattern: str) -> list[Path]:
@@ -30,7 +42,7 @@ def expand(pattern: str) -> list[Path]:
     """
     found: set[Path] = set()
     for alternative in _alternatives(pattern):
-        files = glob(str(Path(alternative).expanduser()), recursive=True)  # noqa: PTH207 (a whole path)
+        files = glob(str(at_home(alternative)), recursive=True)  # noqa: PTH207 (a whole path)
         if not files:
             raise FileNotFoundError(
                 f"load_data: expected files by the pattern {pattern}, got none called {alternative}. "

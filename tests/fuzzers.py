@@ -231,6 +231,14 @@ def read_result(path: Path) -> None:
     _ = Run(path.parent).result
 
 
+@reader("loggers", "loggers.json", lambda folder: [b'{"wandb": "0123456789abcdef"}'])
+def read_loggers(path: Path) -> None:
+    from attention_transfer.training.loggers import _identities
+    from attention_transfer.training.run import Run
+
+    _identities(Run(path.parent))
+
+
 METRICS = b"epoch,step,val/error,train/at/layer1\n1,10,50.5,0.1\n2,20,40.5,\n"
 
 

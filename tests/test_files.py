@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,8 +27,10 @@ from attention_transfer._files import (
     write_atomically,
 )
 from attention_transfer._locks import LOCK, InUseError, is_locked, locked
+from attention_transfer._patterns import cache_folder
 from attention_transfer.cli import main
 from attention_transfer.training import Recipe, Run, resume, train
+from attention_transfer.training.run import NUMBERS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::attention_transfer.preflight.PreflightWarning"),
@@ -45,7 +51,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     """The one line with which the command refuses."""
     capsys.readouterr()
     assert main([*map(str, words)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
     return line.removeprefix("attention-transfer: ")
 
 
@@ -400,3 +406,169 @@ def test_a_cache_is_built_by_one_process_at_a_time(tiny: Recipe, image_folder: P
         with pytest.raises(InUseError, match=rf"cache: cache is in use: process {os.getpid()} builds there"):
             build_cache(recipe, "cache", say=silent)
     build_cache(recipe, "cache", say=silent).require(1)
+
+
+# --- odd places and damaged numbers -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def done(tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with a teacher of its own, of three epochs."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    recipe = replace(tiny, max_train=20, epochs=3, method="at", teacher="wrn-10-1", teacher_epochs=1)
+    return train(replace(recipe, output=str(folder)), say=silent)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (os.fsdecode(b"run\xff"), r"expected an --output whose name is UTF-8, got .*run\\udcff"),
+        ("n" * 256, "File name too long: "),
+        ("/".join(["n" * 250] * 16), "File name too long: "),
+        ("file", "expected a folder, got .*file, which is a file"),
+        ("file/run", "Not a directory: "),
+        ("dangling", "File exists: .*dangling"),
+        ("fixed/run", "Read-only file system: "),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_anything_is_trained(
+    name: str, told: str, recipe: Recipe, capsys: pytest.CaptureFixture[str], small_disk: Path, tmp_path: Path
+) -> None:
+    Path("file").write_text("mine")
+    Path("dangling").symlink_to("nowhere")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    Path("fixed").symlink_to(small_disk)
+    Path("recipe.yaml").write_text(recipe.to_yaml())
+    capsys.readouterr()
+    assert main(["train", "--config", "recipe.yaml", "--output", name, "--progress", "lines"]) == 2
+    said = capsys.readouterr()
+    *_, line = said.err.splitlines()
+    assert re.search(told, line) and "epoch 1" not in said.out
+    assert Path("file").read_text() == "mine" and not Path("nowhere").exists()
+
+
+def test_a_name_of_any_characters_is_a_run_folders(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a\nb \t'\"é\u202e#[x]*?{1..2}"
+    run = train(replace(recipe, output=name), say=silent)
+    assert Run(Path(name)).recipe.folder == run.folder and resume(name, say=silent).finished
+    for words in (["evaluate", name], ["report", name], ["export", name, "--format", "torch,safetensors"]):
+        assert main(words) == 0
+    assert all(line.isprintable() for line in capsys.readouterr().out.split("\n"))
+
+
+def test_a_run_folder_that_goes_away_stops_the_training_and_is_not_made_anew(recipe: Recipe) -> None:
+    def say(line: str) -> None:
+        if line.startswith("epoch 1"):
+            Path("run").rename("elsewhere")
+
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: .*run/"):
+        train(replace(recipe, output="run", epochs=2), say=say)
+    assert not Path("run").exists() and Run(Path("elsewhere")).read_metrics()
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\ud800b"])
+def test_no_file_has_a_nul_in_its_name(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("output", "data", "teacher_weights", "student"):
+        with pytest.raises(ValueError, match=f"Recipe: expected {name} to be text"):
+            Recipe(**{name: text})
+    for words in (["report"], ["evaluate"], ["cache", "info"], ["export", "--format", "torch"], ["maps"]):
+        assert error_of(capsys, *words, text)
+
+
+def test_a_nul_in_a_prototxt_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    data = r'data_param { source: "a\000b" backend: LMDB batch_size: 1 }'
+    Path("net.prototxt").write_text(f'layer {{ name: "d" type: "Data" top: "d" {data} }}')
+    Path("solver.prototxt").write_text('net: "net.prototxt" base_lr: 1 lr_policy: "fixed" max_iter: 1')
+    assert "a\\x00b" in error_of(capsys, "caffe", "train", "--solver", "solver.prototxt")
+
+
+def test_a_user_without_a_home_is_told_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pwd
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    told = error_of(capsys, "train", "--method", "none", "--data", "~nobody-of-this-name/images")
+    assert "~nobody-of-this-name/images" in told
+    for name in ("HOME", "ATTENTION_TRANSFER_DATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)  # as in a container that runs under any number
+    assert cache_folder() is None
+    assert "a user without a home" in error_of(capsys, "train", "--method", "none", "--data", "cifar10")
+
+
+def without(name: str) -> Callable[[dict[str, Any]], None]:
+    return lambda result: result.pop(name)  # type: ignore[return-value]
+
+
+MAY_LACK = ("seed", "method", "validation_error", "test_top5_error", "weights", "machine", "best_epoch")
+OPTIONAL = {f"no {name}" for name in MAY_LACK}
+RESULTS = {
+    **{f"no {name}": without(name) for name in (*NUMBERS, "plan", "teacher_fingerprint", *MAY_LACK)},
+    "a pair without its teacher": lambda result: result["plan"][0].pop("teacher"),
+    "a pair that is a number": lambda result: result["plan"].append(3),
+    "a weight that is text": lambda result: result.update(weights={"at": "1"}),
+    "a machine that is text": lambda result: result.update(machine="here"),
+    "an infinite error": lambda result: result.update(test_error=float("inf")),
+    "an error without measure": lambda result: result.update(test_error=10**400),
+    "a seed that is a list": lambda result: result.update(seed=[1]),
+}
+
+
+@pytest.mark.parametrize("kind", RESULTS)
+def test_a_result_that_lacks_something_is_read_without_it_or_refused(
+    kind: str, done: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(done.folder, "run")
+    result = json.loads(done.result_file.read_text())
+    RESULTS[kind](result)
+    Path("run/result.json").write_text(json.dumps(result))
+    for words in ("report run --images 2", "evaluate run", "export run --format torch", "train --resume run"):
+        capsys.readouterr()
+        status = main(words.split())
+        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
+        assert (status, len(lines)) in ((0, 0), (2, 1)), lines
+        if kind in OPTIONAL:
+            assert status == 0
+
+
+@pytest.mark.parametrize("value", ["1e308", "-1e308", "1e-320", "nan", "inf", ""])
+def test_a_report_draws_whatever_numbers_there_are(value: str, done: Run, tmp_path: Path) -> None:
+    shutil.copytree(done.folder, "run")
+    columns, *rows = done.metrics_file.read_text().splitlines()
+    opposite = value and str(-float(value))
+    for cells in ([value, opposite, "1"], [value, value, value]):
+        wide = [f",{cell}" * columns.count(",") for cell in cells]
+        lines = [row.split(",")[0] + rest for row, rest in zip(rows, wide, strict=True)]
+        Path("run/metrics.csv").write_text("\n".join([columns, *lines]) + "\n")
+        assert main(["report", "run", "--images", "2"]) == 0
+        page = Path("run/report.html").read_text()
+        assert "</html>" in page and not re.search(r'(?:points|cx|cy|x1|y1|d)="[^"]*(?:nan|inf)', page)
+
+
+def test_maps_with_notes_nested_deeply_are_damaged(done: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    shutil.copytree(done.folder, "run")
+    with safe_open("run/maps.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        (key,) = file.metadata()
+    save_file(tensors, "run/maps.safetensors", {key: "[" * 200_000 + "]" * 200_000})
+    assert "nested too deeply" in error_of(capsys, "report", "run", "--images", 2)
+
+
+def test_damaged_names_of_loggers_are_refused(done: Run) -> None:
+    from attention_transfer.training.loggers import _identities
+
+    shutil.copytree(done.folder, "run")
+    for text in ("[" * 200_000, "[]", '{"wandb": 3}', "\xff"):
+        Path("run/loggers.json").write_text(text)
+        with pytest.raises(
+            ValueError, match=r"train: expected the run's names with its loggers .* Delete it: "
+        ):
+            _identities(Run(Path("run")))

@@ -105,7 +105,7 @@ def compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> cpu._Compiled:
     import numba
 
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(folder))
-    monkeypatch.setattr(cpu, "_warned", False)
+    monkeypatch.setattr(cpu._Compiled, "has_said", False)
     return cpu._Compiled(lambda out: out.fill(3), "fills_with_three", parallel=False)
 
 

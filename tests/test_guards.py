@@ -86,6 +86,21 @@ FILES = [
     Guard("training/fit.py", "run.check_links()", "pass", "files leads_out_of_it"),
     Guard("kernels/cpu.py", "            if place is None:\n", "            if True:\n", "full cache"),
     Guard("cli/caffe/lmdb.py", "except lmdb.Error as", "except KeyError as", "full each_verb"),
+    Guard("training/fit.py", "    run.check_name()\n", "", "files output_that_cannot"),
+    Guard(
+        "training/checkpoints.py",
+        ".mkdir(exist_ok=True)",
+        ".mkdir(parents=True, exist_ok=True)",
+        "files goes_away",
+    ),
+    Guard("training/run.py", "elif not holds(result[name]):", "elif False:", "files lacks_something"),
+    Guard(
+        "visualize/runs.py",
+        "return abs(value) <= LARGEST",
+        "return math.isfinite(value)",
+        "files draws_whatever",
+    ),
+    Guard("visualize/snapshots.py", "facts = parse_json(", "facts = json.loads(", "files nested_deeply"),
     Guard("training/run.py", "if path.name not in known", "if False", "files files_beside"),
     Guard("training/run.py", "text == recipe.to_yaml() and ", "", "files no_run_wrote"),
     Guard(

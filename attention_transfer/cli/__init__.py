@@ -124,7 +124,7 @@ def _overview() -> str:
 
 def _is_bad_input(error: Exception) -> bool:
     """Whether an error is this package's answer to its input, or the system's refusal; else it is a bug."""
-    if isinstance(error, UsageError | OSError):
+    if isinstance(error, UsageError | OSError) or _is_about_a_name(error):
         return True
     frames = traceback.extract_tb(error.__traceback__)
     raised_here = bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
@@ -132,7 +132,17 @@ def _is_bad_input(error: Exception) -> bool:
     return of_our_kind and raised_here and re.match(r"[\w. ()]+: ", str(error)) is not None
 
 
+def _is_about_a_name(error: Exception) -> bool:
+    """Whether the system was asked for a file that cannot be there, whatever file said so."""
+    unknown = isinstance(error, UnicodeEncodeError) and "surrogates not allowed" in str(error)
+    return unknown or (isinstance(error, ValueError) and str(error).startswith("embedded null"))
+
+
 def _describe(error: Exception) -> str:
+    if _is_about_a_name(error):
+        return (
+            "expected the name of a file, got one with a NUL or half a character in it. Give it another name."
+        )
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return in_flags(one_line(str(error)), spoken.get())

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float64, UInt8
 from torch import Tensor
 
-from .._patterns import expand, is_pattern, is_url
+from .._patterns import at_home, expand, is_pattern, is_url
 from .decode import NotGreyError, decode, read_image
 from .folder import IMAGE_SUFFIXES, read_folder
 from .images import Images, Splits, StreamedImages
@@ -135,7 +135,7 @@ def find_source(
         )
     if is_pattern(name):
         return _read_files(expand(name), None, columns, name)
-    path = Path(name).expanduser()
+    path = at_home(name)
     if path.is_dir():
         files, beside = _shards_in(path)
         if not files:

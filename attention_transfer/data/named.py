@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from .._extras import require
+from .._patterns import cache_folder
 from .._reading import check_regular, first_line, open_file
 from .parquet import read_parquet
 from .sources import RawSplit, Source
@@ -65,7 +66,13 @@ def read_named(
             f"load_data: no copy of {name} in {places}. "
             f"Pass download=True, root=FOLDER, or set ${DATA_VARIABLE}."
         )
-    target = root or Path(os.environ.get(DATA_VARIABLE) or _cache_folder())
+    chosen = os.environ.get(DATA_VARIABLE)
+    target = root or (Path(chosen) if chosen else cache_folder())
+    if target is None:
+        raise FileNotFoundError(
+            f"load_data: expected a place for {name}, got a user without a home. Pass root=FOLDER, or set "
+            f"${DATA_VARIABLE}."
+        )
     _download(name, target)
     source = _find(name, target, image_column, label_column)
     assert source is not None, "torchvision keeps its files elsewhere than TORCHVISION says"
@@ -74,11 +81,7 @@ def read_named(
 
 def _usual_folders() -> list[Path]:
     chosen = os.environ.get(DATA_VARIABLE)
-    return [*([Path(chosen)] if chosen else []), Path("data"), _cache_folder()]
-
-
-def _cache_folder() -> Path:
-    return Path.home() / ".cache" / "attention-transfer"
+    return [*([Path(chosen)] if chosen else []), Path("data"), *([own] if (own := cache_folder()) else [])]
 
 
 def _find(name: str, folder: Path, image_column: str | None, label_column: str | None) -> Source | None:

@@ -20,6 +20,7 @@ from safetensors.numpy import save
 
 from .._colours import print_safely
 from .._files import write_atomically
+from .._patterns import cache_folder
 from .._pictures import FORMATS, begins_as_picture
 from .._reading import check_regular, open_file, parse_json
 from .folder import IMAGE_SUFFIXES
@@ -121,7 +122,8 @@ class _Index:
     def _files(self) -> list[Path]:
         """Where it may be kept: the first one that can be written to is used."""
         name = hashlib.sha256(str(self.place.resolve()).encode()).hexdigest()[:16]
-        return [self.place / INDEX, Path.home() / ".cache" / "attention-transfer" / f"tar-{name}.safetensors"]
+        own = cache_folder()
+        return [self.place / INDEX, *([own / f"tar-{name}.safetensors"] if own else [])]
 
     def key(self, path: Path) -> str:
         return path.relative_to(self.place).as_posix()

@@ -163,6 +163,8 @@ class _Kernel:
 class _Compiled:
     """A function compiled into numba's disk cache, or without it where that cannot be read or written."""
 
+    has_said = False  # that the cache is lost: once a process
+
     def __init__(self, function: Callable, name: str, *, parallel: bool) -> None:
         self._options: dict[str, Any] = {"parallel": parallel, "nogil": True, "fastmath": REORDERED}
         plain = inspect.unwrap(function)
@@ -183,22 +185,21 @@ class _Compiled:
                 raise
             self._dispatcher = numba.njit(**self._options)(self._function)
             self._dispatcher(*arguments)
-            _warn_of_cache(place, error)
+            self._say_once(_lost_cache(place, error))
+
+    @classmethod
+    def _say_once(cls, message: str) -> None:
+        if not cls.has_said:
+            cls.has_said = True
+            warnings.warn(message, stacklevel=2)
 
 
-_warned = False
-
-
-def _warn_of_cache(place: str, error: Exception) -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(
-            f"energy: expected numba's cache of compiled code in {place}, got {one_line(error)}. "
-            "The loss is computed all the same, and compiled anew in every process, which takes seconds. "
-            "Make room, or delete the *.nbi and *.nbc files there.",
-            stacklevel=2,
-        )
+def _lost_cache(place: str, error: Exception) -> str:
+    return (
+        f"energy: expected numba's cache of compiled code in {place}, got {one_line(error)}. The loss is "
+        "computed all the same, and compiled anew in every process, which takes seconds. Make room, or "
+        "delete the *.nbi and *.nbc files there."
+    )
 
 
 @_inner

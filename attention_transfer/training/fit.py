@@ -105,6 +105,7 @@ def resume(folder: str | Path, *, say: Say | None = None, **places: Any) -> Run:
 
 def _start(run: Run, recipe: Recipe, say: Say | None, create: Callable[[Recipe], None] | None = None) -> Run:
     """Build and check what can be before any other process is started; `create` makes the run folder."""
+    run.check_name()
     splits = load_splits(recipe)
     student = build_student(recipe, splits)
     cached = CachedTeacher.of(recipe, splits, student) if recipe.cache else None

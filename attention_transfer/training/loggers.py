@@ -88,7 +88,7 @@ def log_pictures(
 
 def _identities(run: Run) -> dict[str, str]:
     path = _identity_file(run)
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
         known = parse_json(read_text(path))

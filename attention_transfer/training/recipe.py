@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import sys
 import types
 import typing
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from attention_transfer import _choices as choices
 from attention_transfer._hints import did_you_mean
-from attention_transfer._patterns import is_pattern
+from attention_transfer._patterns import at_home, is_pattern
 from attention_transfer._reading import LARGEST_YAML, parse_yaml, read_text, shown
 from attention_transfer._trust import check_trusted
 from attention_transfer._weights_path import split_prefix
@@ -528,7 +529,7 @@ def _absolute(name: str, value: str | None) -> str | None:
     """An existing path or a pattern made absolute; names of models and data sets stay as they are."""
     if value is None:
         return value
-    path, prefix = Path(value).expanduser(), None
+    path, prefix = at_home(value), None
     if name in _WEIGHTS:
         path, prefix = split_prefix(path)
     if not (is_pattern(value) or path.exists()):
@@ -552,8 +553,16 @@ def _accepts(option: Any, value: Any) -> bool:
     if option is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     if option is str:
-        return isinstance(value, str) and len(value) <= LONGEST_TEXT
+        return isinstance(value, str) and len(value) <= LONGEST_TEXT and _may_be_a_path(value)
     return isinstance(value, option)
+
+
+def _may_be_a_path(text: str) -> bool:
+    """Whether the system can be asked for a file of that name: not with a NUL, nor with half a character."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _check_type(name: str, value: Any) -> None:

@@ -44,6 +44,9 @@ NUMBERS = ("test_error", "parameters", "images_per_second", "data_share", "wall_
 """What every result.json tells, besides what depends on the method."""
 
 
+LONGEST = "not-finite/epoch-1000000-batch-1000000/images.png"
+"""No file of a run has a longer name; TensorBoard's are shorter on a host of 200 letters."""
+
 _OTHERS: dict[str, tuple[Callable[[Any], bool], Any]] = {
     **dict.fromkeys(("test_top5_error", "validation_error", "best_epoch"), (lambda v: _is_number(v), None)),
     **dict.fromkeys(("seed",), (lambda v: type(v) is int, None)),
@@ -251,6 +254,26 @@ class Run:
                 f"train: {self.folder} holds {others[0]}, which no run wrote, so it stays. "
                 f"Pass another --output, such as {self.folder / 'run'}."
             )
+
+    def check_name(self) -> None:
+        """Make sure that every file of a run can be called so.
+
+        Raises:
+            ValueError: if the name is not UTF-8: safetensors and TensorBoard take no other.
+            OSError: if it is too long.
+        """
+        try:
+            str(self.folder).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"train: expected an --output whose name is UTF-8, got {self.folder}, into which neither "
+                "safetensors nor TensorBoard can write. Pass another --output."
+            ) from None
+        try:
+            (self.teacher.folder / LONGEST).exists()
+        except OSError as error:
+            error.filename = str(self.folder)
+            raise
 
     def check_links(self) -> None:
         """Make sure that what is written into the folder stays in it.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attention_transfer.visualize.runs import Group, Run
+from attention_transfer.visualize.runs import Group, Run, is_measurable
 
 WIDTH, HEIGHT = 420, 260
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 36
@@ -154,12 +154,13 @@ def dot_plot(title: str, unit: str, name: str, groups: Sequence[Group]) -> DotPl
 
 
 def curve(run: Run, column: str) -> dict[int, float]:
-    """{epochs finished, counted from 1: value} of one column, NaN where the cell is empty."""
-    return dict(enumerate(run.metrics.get(column, []), start=1))
+    """{epochs finished, counted from 1: value} of one column, NaN where it is empty or beyond measure."""
+    values = (v if is_measurable(v) else math.nan for v in run.metrics.get(column, []))
+    return dict(enumerate(values, start=1))
 
 
 def _finite(points: dict[int, float]) -> dict[int, float]:
-    return {epoch: value for epoch, value in points.items() if math.isfinite(value)}
+    return {epoch: value for epoch, value in points.items() if is_measurable(value)}
 
 
 def _mean(curves: Sequence[dict[int, float]]) -> dict[int, float]:

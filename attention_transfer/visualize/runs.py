@@ -37,6 +37,14 @@ _NOT_THE_METHOD = {
 }
 
 
+LARGEST = 1e100  # whose square is a number too, for spreads
+
+
+def is_measurable(value: float) -> bool:
+    """Whether a number is finite, and not so large that sums and squares of it are none."""
+    return abs(value) <= LARGEST
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run folder says about its run; `result` is None while the run is in progress."""
@@ -61,11 +69,10 @@ class Run:
         return str(self.recipe.get("student", "student"))
 
     def number(self, name: str) -> float | None:
-        """A finite number of the result, or None."""
+        """A measurable number of the result, or None."""
         value = (self.result or {}).get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            return None
-        return float(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if is_number and is_measurable(value) else None
 
 
 def read_run(folder: Path | str) -> Run:
