@@ -142,7 +142,12 @@ HOSTILE = [
     Guard(
         "models/pickles.py", "self._odd_keys > MOST_ODD_KEYS", "False", "security a_small_checkpoint", True
     ),
-    Guard("models/pickles.py", "if depth > DEEPEST:", "if False:", "security a_small_checkpoint"),
+    Guard(
+        "models/pickles.py",
+        "default=0)\n        if depth > DEEPEST:",
+        "default=0)\n        if False:",
+        "security a_small_checkpoint",
+    ),
     Guard("models/pickles.py", "each in _CODECS", "True", "security a_small_checkpoint"),
     Guard("models/pickles.py", "and needed * item >", "and 0 >", "security a_small_checkpoint"),
     Guard(

@@ -315,6 +315,7 @@ def test_a_factory_that_the_user_names_too_is_built(image_folder: Path, capsys: 
         ModelCard.read(weights).build(weights)
     for trust in (["--trust", "hostile:build"], ["--trust=hostile:build"], ["--model", "hostile:build"]):
         assert main(["evaluate", str(weights), "--data", str(image_folder), *trust]) == 0
+    capsys.readouterr()  # notes on the data
     assert Path(MARKER).exists()
     Path(MARKER).unlink()
     assert "--trust: expected a factory, package.module:name" in fails(

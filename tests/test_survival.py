@@ -242,7 +242,7 @@ def test_a_log_that_cannot_be_written_loses_nothing(whole: Run, tmp_path: Path) 
     recipe = taught(whole, run.folder)
     run.create(recipe)
     run.metrics_file.mkdir()
-    with pytest.raises(OSError, match="not a file"):
+    with pytest.raises(OSError, match="expected a file, got a folder"):
         resume(run.folder, say=silent)
     run.metrics_file.rmdir()
     assert torch.load(run.last_checkpoint, weights_only=True)["global_step"] == 3
