@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
@@ -229,7 +229,8 @@ class _Call:
     number: int  # of this module's calls, from 0
     module: nn.Module
     parent: _Call | None
-    input: Tensor | None
+    given: list[Tensor]
+    input: Tensor | None  # the one of them that is read as a map
     input_version: int
     input_level: int | None
     children: list[_Call] = field(default_factory=list)
@@ -321,8 +322,23 @@ class _Call:
             again = taps.first_tensor(self.module(scaled))
         return again is not None and (again - self.tensor).norm().item() < 0.01 * self.tensor.norm().item()
 
+    def takes(self, other: _Call) -> bool:
+        """Whether this is given the output of the other, alone or among others."""
+        return any(tensor is other.tensor for tensor in self.given)
+
     def same_output(self, other: _Call) -> bool:
         return self.tensor is not None and self.tensor is other.tensor and self.version == other.version
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Those among the arguments of a call, in a list or tuple of them too, as a sum of branches takes."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
 
 
 def _weights(call: _Call) -> Iterator[nn.Parameter]:
@@ -341,7 +357,7 @@ class _Trace:
         if call.shape is None or call.shape[0] != self.classes:
             return False
         inside = set(call.walk())  # an in-place layer there was given the output too
-        return not any(other.input is call.tensor for other in self.root.walk() if other not in inside)
+        return not any(other.takes(call) for other in self.root.walk() if other not in inside)
 
     def before_norm(self, end: _Call) -> _Call:
         """Rule 7 of `stage_ends`: what the norm over channels at the end was given, or the end itself."""
@@ -442,10 +458,11 @@ class _Recorder:
     def enter(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             parent = self._open[-1] if self._open else None
-            given = taps.first_tensor((*args, *kwargs.values()), self._batch)
-            version = 0 if given is None else taps.version(given)
-            level = self._measure(given, module)[2]
-            call = _Call(name, self.calls[name], module, parent, given, version, level)
+            values = (*args, *kwargs.values())
+            first = taps.first_tensor(values, self._batch)
+            version = 0 if first is None else taps.version(first)
+            level = self._measure(first, module)[2]
+            call = _Call(name, self.calls[name], module, parent, _tensors(values), first, version, level)
             self.calls[name] += 1
             if parent is None:
                 self.root = call
@@ -589,7 +606,7 @@ def _candidates(level: int, here: list[_Call], units: list[_Call]) -> list[_Call
     for unit in units[units.index(tail[0]) + 1 :]:
         if unit.level != level:
             break
-        if unit.input is not tail[-1].tensor:  # it stands beside, such as a pool in another branch
+        if not unit.takes(tail[-1]):  # it stands beside, such as a pool in another branch
             continue
         if not unit.same_output(tail[-1]):  # dropout is the identity here, but not in training
             tail.append(unit)
