@@ -274,6 +274,7 @@ class Distiller(nn.Module):
             ValueError: naming the layer or term, for a fault that makes the training wrong or a term dead.
         """
         check_models(self.student, self.teacher)
+        self._check_teacher_is_asked(teacher)
         with torch.enable_grad(), untouched(self.student), statistics_kept(self.teacher):
             seen = self.observe(x, y, teacher=teacher, keep_features=True)
             open_weights = [term.name for term in self._terms() if not term.settled]
@@ -283,6 +284,16 @@ class Distiller(nn.Module):
             report = replace(report, warnings=[*unordered, *noticed, *report.warnings])
         self._plan = report.plan
         return report
+
+    def _check_teacher_is_asked(self, reading: Reading | None) -> None:
+        if self.teacher is None and reading is None:
+            return
+        if not any(term.needs_teacher for term in self._terms()):
+            names = ", ".join(term.name for term in self._terms()) or "no terms"
+            raise ValueError(
+                f"preflight: expected a term that learns from the teacher, got {names}: the teacher would "
+                "teach nothing. Add a term, such as AttentionTransfer(), or pass None as the teacher."
+            )
 
     def _check_order(self, x: Images, teacher: Reading | None) -> list[str]:
         names, others = [pair.student for pair in self.pairs], [pair.teacher for pair in self.pairs]

@@ -12,7 +12,15 @@ from small_net import Net
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention_transfer import AttentionTransfer, Distiller, KnowledgeDistillation, Pair
+from attention_transfer import (
+    AttentionTransfer,
+    Distiller,
+    FlipSymmetry,
+    InputGradientNorm,
+    KnowledgeDistillation,
+    Pair,
+)
+from attention_transfer.losses import Reading, Term
 from attention_transfer.preflight import PreflightWarning
 
 AT = AttentionTransfer(beta=1.0)
@@ -123,6 +131,21 @@ def test_preflight_leaves_ddp_ready_for_its_first_step(batch, tmp_path) -> None:
 
 
 # --- the teacher --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("terms", "got"), [([], "no terms"), ([FlipSymmetry(1.0), InputGradientNorm(1.0)], "symmetry, min-l2")]
+)
+def test_a_teacher_that_no_term_asks(batch, terms: list[Term], got: str) -> None:
+    x, y = batch
+    message = f"preflight: expected a term that learns from the teacher, got {got}: the teacher would teach"
+    with pytest.raises(ValueError, match=message):
+        distiller(terms=terms).preflight(x, y)
+    alone = Distiller(Net(4), None, terms=terms)
+    with pytest.raises(ValueError, match=message):
+        alone.preflight(x, y, teacher=Reading(torch.zeros(6, 5), {}))
+    assert alone.preflight(x, y).plan.shares["ce"] > 0
+    assert distiller(terms=[*terms, KnowledgeDistillation()]).preflight(x, y).plan.shares["kd"] > 0
 
 
 def test_trainable_teacher(batch) -> None:

@@ -47,6 +47,10 @@ def recipe(tiny: Recipe, tmp_path: Path) -> Recipe:
             {"student": "small_net:FeaturesFirst"},
             r"preflight: expected a student with an output for each of \d+ classes, got 64\. Let it return",
         ),
+        (
+            {"method": "kd", "teacher": "small_net:FeaturesFirst"},
+            r"expected logits of equal shape, .* got student \(8, 3\) and teacher \(8, 64\)",
+        ),
         ({"teacher": "wrn-10-one"}, r'build_model: .*got "wrn-10-one"'),
     ],
 )
@@ -143,11 +147,23 @@ def test_a_teacher_that_no_term_asks_is_refused(
     assert not Path("run").exists()
 
 
-def test_a_teacher_left_over_in_a_recipe_is_said_to_be_unused(recipe: Recipe) -> None:
-    said: list[str] = []
-    run = train(replace(recipe, method="none"), say=said.append)
-    assert said[0] == 'note: method "none" learns from no teacher: wrn-10-1 is not used'
-    assert run.recipe.teacher is None
+def test_a_recipe_with_a_teacher_that_no_term_asks_is_refused(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In Python and in a file; a flag beside the file says what is meant."""
+    unused = r'train: method "none" learns from no teacher, got wrn-10-1\. Leave it out \(teacher: null\), or'
+    with pytest.raises(ValueError, match=unused):
+        train(replace(recipe, method="none"))
+    assert not recipe.folder.exists()
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(replace(recipe, method="none").to_yaml())
+    assert main(["train", "--config", "recipe.yaml"]) == 2
+    assert re.search(unused, capsys.readouterr().err)
+    Path("recipe.yaml").write_text(recipe.to_yaml())
+    assert main(["train", "--config", "recipe.yaml", "--method", "none"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith('note: method "none" learns from no teacher: wrn-10-1 is left out\n')
+    assert Run(recipe.folder).recipe.teacher is None
     assert Recipe(method="none").unused_teacher is None
     assert Recipe(method="at").unused_teacher is None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -223,6 +224,28 @@ def test_a_model_that_cannot_be_built(tiny: Path, tmp_path: Path, capsys: pytest
     write_file(tiny, "none", "wrn-11-1")
     assert main(["reproduce", "tiny", "--recipes", str(tiny), "--output", str(tmp_path)]) == 2
     assert "Try wrn-10-1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("pairs: group0:group1", r"got student \(28, 28\) and teacher \(14, 14\)"),
+        ("pairs: group0:nowhere", "got 'nowhere'"),
+        ("beta: 0.0", "the term is dead"),
+    ],
+)
+@pytest.mark.parametrize("views", ["auto", "0"])  # from a cache, and from a live teacher
+def test_a_student_that_cannot_learn_is_said_before_its_teacher_is_trained(
+    tiny: Path, tmp_path: Path, field: str, message: str, views: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny / "tiny" / "at.yaml"
+    path.write_text(f"{path.read_text()}{field}\n")
+    words = ["tiny", "--recipes", str(tiny), "--output", str(tmp_path / "out"), "--epochs-scale", "0.05"]
+    assert main(["reproduce", *words, "--views", views, "--max-train", "64"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("attention-transfer: reproduce: at seed 0 cannot learn from teacher seed 0: ")
+    assert re.search(message, error) and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_recipes_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

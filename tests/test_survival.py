@@ -105,7 +105,7 @@ def test_a_run_that_was_killed_before_its_first_step_starts_over(base: Recipe, t
     run = Run(tmp_path / "run")
     run.folder.mkdir()
     (run.folder / ".attention-transfer-0123456789abcdef.tmp").write_text("student: wr")
-    recipe = replace(base, method="none", epochs=1, max_train=20, output=str(run.folder))
+    recipe = replace(base, method="none", teacher=None, epochs=1, max_train=20, output=str(run.folder))
     assert train(recipe, say=silent).finished
     assert not list(run.folder.glob(".*"))
 
@@ -121,7 +121,7 @@ def test_checkpoints_come_as_often_as_asked(
         original(self, trainer)
 
     monkeypatch.setattr(Checkpoints, "_save", save)
-    recipe = replace(base, method="none", epochs=1)
+    recipe = replace(base, method="none", teacher=None, epochs=1)
     train(replace(recipe, output=str(tmp_path / "often")), say=silent)
     train(replace(recipe, checkpoint_minutes=60.0, output=str(tmp_path / "seldom")), say=silent)
     assert saved == [1, 2, 3, 4, 4]
@@ -261,7 +261,13 @@ def test_an_image_that_vanishes_costs_no_step(
 ) -> None:
     images = shutil.copytree(image_folder, tmp_path / "images")
     recipe = replace(
-        base, method="none", data=str(images), image_size=16, num_workers=workers, checkpoint_minutes=60.0
+        base,
+        method="none",
+        teacher=None,
+        data=str(images),
+        image_size=16,
+        num_workers=workers,
+        checkpoint_minutes=60.0,
     )
     undisturbed = train(replace(recipe, output=str(tmp_path / "whole")), say=silent)
     run = Run(tmp_path / "run")
@@ -305,7 +311,14 @@ def test_a_worker_that_dies_costs_no_step(
     base: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = replace(
-        base, method="none", image_size=16, num_workers=1, batch_size=2, checkpoint_minutes=60.0, epochs=1
+        base,
+        method="none",
+        teacher=None,
+        image_size=16,
+        num_workers=1,
+        batch_size=2,
+        checkpoint_minutes=60.0,
+        epochs=1,
     )
     undisturbed = train(replace(recipe, output=str(tmp_path / "whole")), say=silent)
     with monkeypatch.context() as patch:
@@ -345,6 +358,7 @@ def uniform_image(base: Recipe, image_folder: Path, tmp_path: Path) -> Recipe:
         base,
         student="test_survival:Standardised",
         method="none",
+        teacher=None,
         data=str(images),
         pad=0,
         flip=False,
@@ -404,7 +418,9 @@ class FinerInTraining(Standardised):
 @pytest.fixture
 def speechless(base: Recipe, tmp_path: Path) -> Recipe:
     student = "test_survival:FinerInTraining"
-    return replace(base, student=student, method="none", validation=0.5, output=str(tmp_path / "run"))
+    return replace(
+        base, student=student, method="none", teacher=None, validation=0.5, output=str(tmp_path / "run")
+    )
 
 
 def test_validation_logits_that_are_not_finite_stop_the_run(speechless: Recipe) -> None:

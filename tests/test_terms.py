@@ -252,7 +252,7 @@ def test_an_operation_without_second_derivative_is_refused(batch) -> None:
     own = student()
     own.drop = OnceOnly()
     with pytest.raises(ValueError, match="once_differentiable"):
-        distiller(InputGradientNorm(1.0), own=own).preflight(*batch)
+        Distiller(own, None, terms=[InputGradientNorm(1.0)]).preflight(*batch)
 
 
 class Checkpointed(nn.Module):

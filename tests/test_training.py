@@ -176,7 +176,7 @@ def test_interrupted_run_resumes_after_it_was_moved(
 def test_ctrl_c_after_a_run_that_did_not_finish_is_an_ordinary_one(
     base: Recipe, ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = replace(base, method="none", output=str(tmp_path / "run"))
+    recipe = replace(base, method="none", teacher=None, output=str(tmp_path / "run"))
     if ending == "interrupted":
         interrupted(recipe, 2, monkeypatch)
     else:
@@ -197,7 +197,10 @@ def test_interrupt_while_the_teacher_is_trained_resumes_there(
 def test_other_teacher_on_resume_is_refused(
     finished: Run, base: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = train(replace(base, method="none", epochs=1, seed=1, output=str(tmp_path / "other")), say=silent)
+    other = train(
+        replace(base, method="none", teacher=None, epochs=1, seed=1, output=str(tmp_path / "other")),
+        say=silent,
+    )
     recipe = replace(finished.recipe, teacher=str(finished.teacher.folder), output=str(tmp_path / "run"))
     interrupted(recipe, 2, monkeypatch)
     run = Run(tmp_path / "run")
@@ -223,7 +226,7 @@ def test_fixed_views_are_shown_in_turn_to_students_of_any_seed(
         return seen[-1][2]
 
     monkeypatch.setattr(DistillationModule, "_augmented", recorded)
-    recipe = replace(base, method="none", epochs=3, views=2, view_seed=5, split_seed=1)
+    recipe = replace(base, method="none", teacher=None, epochs=3, views=2, view_seed=5, split_seed=1)
     for seed in (0, 1):
         train(replace(recipe, seed=seed, output=str(tmp_path / str(seed))), say=silent)
     splits = load_splits(recipe)
@@ -239,7 +242,7 @@ def test_fixed_views_are_shown_in_turn_to_students_of_any_seed(
 def test_resumed_run_of_fixed_views_equals_the_uninterrupted(
     base: Recipe, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = replace(base, method="none", views=2, output=str(tmp_path / "whole"))
+    recipe = replace(base, method="none", teacher=None, views=2, output=str(tmp_path / "whole"))
     whole = train(recipe, say=silent)
     interrupted(replace(recipe, output=str(tmp_path / "run")), step, monkeypatch)
     assert equal(whole, resume(tmp_path / "run", say=silent))
@@ -277,7 +280,7 @@ def test_finished_run_is_not_trained_again(finished: Run) -> None:
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(base: Recipe, tmp_path: Path) -> None:
-    recipe = replace(base, method="none", lr=1e30, epochs=3, output=str(tmp_path / "run"))
+    recipe = replace(base, method="none", teacher=None, lr=1e30, epochs=3, output=str(tmp_path / "run"))
     with pytest.raises(
         FloatingPointError,
         match=r"train: expected a finite loss, got none in epoch 1, batch \d, .*Lower",
@@ -348,7 +351,9 @@ def test_teacher_with_its_own_normalisation(base: Recipe, finished: Run, tmp_pat
 
 
 def test_best_weights_are_kept_on_request(base: Recipe, tmp_path: Path) -> None:
-    run = train(replace(base, method="none", keep="best", output=str(tmp_path / "run")), say=silent)
+    run = train(
+        replace(base, method="none", teacher=None, keep="best", output=str(tmp_path / "run")), say=silent
+    )
     best = torch.load(run.best_checkpoint, weights_only=True)["state_dict"]
     assert all(torch.equal(best[name], tensor) for name, tensor in weights(run).items())
     errors = [float(row["val/error"]) for row in run.read_metrics()]
@@ -357,7 +362,8 @@ def test_best_weights_are_kept_on_request(base: Recipe, tmp_path: Path) -> None:
 
 def test_no_validation(base: Recipe, tmp_path: Path) -> None:
     run = train(
-        replace(base, method="none", validation=0.0, epochs=1, output=str(tmp_path / "run")), say=silent
+        replace(base, method="none", teacher=None, validation=0.0, epochs=1, output=str(tmp_path / "run")),
+        say=silent,
     )
     assert run.result["validation_error"] is None
     assert "val/error" not in run.read_metrics()[0]
@@ -366,7 +372,13 @@ def test_no_validation(base: Recipe, tmp_path: Path) -> None:
 def test_last_batch_of_one_is_left_out(base: Recipe, tmp_path: Path) -> None:
     lines: list[str] = []
     recipe = replace(
-        base, method="none", validation=0.0, max_train=21, epochs=1, output=str(tmp_path / "run")
+        base,
+        method="none",
+        teacher=None,
+        validation=0.0,
+        max_train=21,
+        epochs=1,
+        output=str(tmp_path / "run"),
     )
     run = train(recipe, say=lines.append)
     assert run.read_metrics()[0]["step"] == "2"
@@ -386,7 +398,7 @@ def test_existing_run_folder(finished: Run, base: Recipe, tmp_path: Path) -> Non
 
 
 def test_overwrite_and_a_folder_without_work(base: Recipe, tmp_path: Path) -> None:
-    recipe = replace(base, method="none", epochs=1, max_train=20, output=str(tmp_path / "run"))
+    recipe = replace(base, method="none", teacher=None, epochs=1, max_train=20, output=str(tmp_path / "run"))
     Run(tmp_path / "run").create(recipe)
     train(recipe, say=silent)
     assert train(recipe, overwrite=True, say=silent).finished
@@ -394,7 +406,7 @@ def test_overwrite_and_a_folder_without_work(base: Recipe, tmp_path: Path) -> No
 
 def test_disk_that_is_too_small_ends_in_one_line(base: Recipe, tmp_path: Path) -> None:
     """A process that may not write files as large as a checkpoint."""
-    recipe = replace(base, method="none", epochs=1, output=str(tmp_path / "run"))
+    recipe = replace(base, method="none", teacher=None, epochs=1, output=str(tmp_path / "run"))
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"

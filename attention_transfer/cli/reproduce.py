@@ -221,10 +221,12 @@ def _room(builds: list[Any]) -> str:
 
 def _run(plan: Plan, slots: int, arguments: list[str]) -> list[Failure]:
     """Run what is missing, and on Ctrl-C say how to go on."""
+    from attention_transfer.reproduction.rehearsals import rehearse_students
     from attention_transfer.reproduction.runner import Runner
 
     if not plan.jobs:
         return []
+    rehearse_students(plan.trainings)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     line = StatusLine()
     runner = Runner(plan.jobs, plan.trainings, slots, max(1, cores // slots), line.print, _shortened(line))

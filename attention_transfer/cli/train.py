@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> None:
         places = {name: flags[name] for name in PLACES if _is_named(name, arguments)}
         _start(folder, lambda: _resume(folder, options["keep_memory"], places, say), say or say_text)
         return
-    _check_teacher_is_used(recipe, arguments)
+    recipe = _without_unused_teacher(recipe, arguments, say or say_text)
     if recipe.cache:
         from attention_transfer.training.cached import take_over
 
@@ -51,8 +51,8 @@ def run(arguments: list[str]) -> None:
     _start(recipe.folder, lambda: _train_new(recipe, *new), say or say_text)
 
 
-def _check_teacher_is_used(recipe: Recipe, arguments: list[str]) -> None:
-    """A teacher on the command line is meant; one that a --config has left over is only said to be unused."""
+def _without_unused_teacher(recipe: Recipe, arguments: list[str], say: Say) -> Recipe:
+    """A teacher on the command line is meant; --method there may leave out the one of a --config."""
     named = [name for name in ("teacher", "teacher-weights") if _is_named(name, arguments)]
     given = [
         (name, value) for name in named if (value := getattr(recipe, name.replace("-", "_"))) is not None
@@ -63,6 +63,11 @@ def _check_teacher_is_used(recipe: Recipe, arguments: list[str]) -> None:
             f'train: method "{recipe.method}" learns from no teacher, got --{flag} {value}. Leave it out, or '
             "name a method that learns from one, such as --method at."
         )
+    if recipe.unused_teacher and _is_named("method", arguments):
+        if is_first_process():
+            say(f'note: method "{recipe.method}" learns from no teacher: {recipe.unused_teacher} is left out')
+        return replace(recipe, teacher=None, teacher_weights=None)
+    return recipe
 
 
 def _check_alone(arguments: list[str], folder: Path) -> None:

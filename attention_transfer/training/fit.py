@@ -75,10 +75,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, say: Say | None = None) ->
     """
     require("lightning", extra="train", user="train")
     named = [name for name in (recipe.student, recipe.teacher) if name and is_factory(name)]
-    if unused := recipe.unused_teacher:
-        only_first(say or say_above_the_bar)(
-            f'note: method "{recipe.method}" learns from no teacher: {unused} is not used'
-        )
+    recipe.check_teacher_is_used()
     recipe = take_over(recipe).resolved()
     run = Run(recipe.folder)
     if is_first_process():

@@ -273,6 +273,14 @@ class Recipe:
             return None
         return self.teacher_weights or (None if self.teacher == Recipe.teacher else self.teacher)
 
+    def check_teacher_is_used(self) -> None:
+        """Raise ValueError if a teacher is named and no term asks one."""
+        if unused := self.unused_teacher:
+            raise ValueError(
+                f'train: method "{self.method}" learns from no teacher, got {unused}. Leave it out '
+                "(teacher: null), or name a method that learns from one, such as at."
+            )
+
     @property
     def images(self) -> str:
         """The data, cifar10 if `data` is not given."""
