@@ -143,9 +143,13 @@ def stage_ends(model: nn.Module, example_input: Float[Tensor, "b c h w"]) -> lis
        in-place module itself is, or else the end before it.
     6. The head of a model that answers with a dict of logits for each pixel makes none: what has a channel a
        class, and goes into no further module.
+    7. Before a norm over the channels, which leaves the map flat: the end is what that is given.
+    8. What is only added to one of several maps, inside of a module that takes and gives maps of several
+       resolutions, makes none where another block ends at the resolution.
 
     Raises:
-        ValueError: if the model cannot run on the input, or returns no maps at all.
+        ValueError: if the model cannot run on the input, or returns no maps at all; if most of its layers
+            work on what cannot be read as maps, such as windows, and no block returns one.
     """
     return _survey(model, example_input, user="stage_ends", role="model").stages
 
@@ -190,7 +194,29 @@ def _survey(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Surve
             f"{user}: expected the {role} to have maps larger than 1x1, got none for a "
             f"{images.shape[-2]}x{images.shape[-1]} input. Pass a larger example input, or name the layers."
         )
+    unread = [call for call in trace.root.walk() if call.is_unread]
+    if len(unread) > len(trace.root.weighted()) and not any(end.is_block for end in ends):
+        raise ValueError(
+            f"{user}: expected the {role} to have blocks that return maps, got {len(unread)} layers whose "
+            f"output cannot be read as one for a {images.shape[-2]}x{images.shape[-1]} input, such as "
+            f"{_way_to_read(unread[-1])}"
+        )
     return _Survey(stages, trace.stages(blocks))
+
+
+def _way_to_read(layer: _Call) -> str:
+    """A layer that is no map, and how the user gets one."""
+    assert layer.tensor is not None
+    which = f"{layer.name} with {tuple(layer.tensor.shape)} for two images"
+    if layer.in_windows:
+        return (
+            f"{which}, in windows. Name layers that return all windows of an image put together, or what "
+            'such a layer is given, as "neck.input".'
+        )
+    return (
+        f"{which}. Name layers, with the grid of their tokens and how many stand in front of it: "
+        f'"{layer.name}@14x14+1".'
+    )
 
 
 def _pairs_by_depth(ours: Sequence[Stage], theirs: Sequence[Stage]) -> list[Pair]:
@@ -240,6 +266,9 @@ class _Call:
     stride: float = math.nan
     level: int | None = None
     works_at: int | None = None  # the level at which a weight in it works: its own, or that of the map around
+    spans: bool = False  # whether it is given maps of several levels, and returns such
+    in_windows: bool = False  # whether it is, or is in, what is given and returns several entries an image
+    is_unread: bool = False  # whether it is a layer that works on many positions, which are no map
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
@@ -477,6 +506,9 @@ class _Recorder:
         call.tensor = taps.first_tensor(output, self._batch)
         call.version = 0 if call.tensor is None else taps.version(call.tensor)
         call.layout, call.stride, call.level = self._measure(call.tensor, module)
+        call.spans = all(
+            self._are_of_several_levels(maps, module) for maps in (call.given, _tensors([output]))
+        )
         if call is self.root and isinstance(output, Mapping):
             logits = find_logits(output, dense=True)
             self.classes = None if logits is None or logits.dim() == 2 else logits.shape[1]
@@ -487,19 +519,30 @@ class _Recorder:
         """Take back what is no map after all, and find the level of the work that is done in another shape.
 
         A map inside a module is no finer than both what that is given and what it returns: what looks so is
-        windows of tokens, or states. `around` is the level of the map that the call works for.
+        windows of tokens, or states. What is put together of windows inside a module that is given and
+        returns windows is in their order. `around` is the level of the map that the call works for.
         """
-        if inside and call.level is not None and call.level < finest:
+        call.in_windows = self._is_in_windows(call)
+        if inside and call.level is not None and (call.in_windows or call.level < finest):
             call.layout, call.stride, call.level = None, math.nan, None
         call.works_at = call.level
-        if call.level is None and around is not None and self._level_of_work(call) == around:
-            call.works_at = around
+        if call.level is None and (level := self._level_of_work(call)) is not None:
+            call.works_at = around if level == around else None
+            call.is_unread = call.works_at is None and not call.children
         if call.level is not None:
             around = call.level
             if call.input_level is not None:
                 finest = max(finest, min(call.level, call.input_level))
         for child in call.children:
             self.look_again(child, finest, around, inside=True)
+
+    def _is_in_windows(self, call: _Call) -> bool:
+        """Whether a call, or one around it, is given and returns several entries for each image."""
+        if call.parent is not None and call.parent.in_windows:
+            return True
+        tensors = [tensor for tensor in (call.input, call.tensor) if tensor is not None and tensor.dim() >= 3]
+        windows = [len(tensor) > self._batch and len(tensor) % self._batch == 0 for tensor in tensors]
+        return len(windows) == 2 and all(windows)
 
     def _level_of_work(self, call: _Call) -> int | None:
         """By the number of positions of a layer's output, of whatever shape: (b * windows, tokens, c)."""
@@ -529,6 +572,9 @@ class _Recorder:
             return None, math.nan, None
         stride = math.sqrt(math.prod(self._hw) / math.prod(layouts[0].hw))
         return layouts[0], stride, _level(stride)
+
+    def _are_of_several_levels(self, tensors: Sequence[Tensor], module: nn.Module) -> bool:
+        return len({self._measure(each, module)[2] for each in tensors} - {None}) > 1
 
     def _tokens(self) -> set[int]:
         """How many tokens the open calls were given: a side of the attention matrices in them."""
@@ -600,8 +646,8 @@ def _candidates(level: int, here: list[_Call], units: list[_Call]) -> list[_Call
     working = [unit for unit in here if any(layer.works_at == level for layer in unit.weighted())]
     blocks = [unit for unit in working if unit.is_block]
     if blocks or not working:
-        ways_down = {block for block in blocks if _is_way_down(block, level, blocks)}
-        return [*(block for block in blocks[::-1] if block not in ways_down), *ways_down]
+        later = {block for block in blocks if _is_way_down(block, level, blocks) or _is_addend(block)}
+        return [*(block for block in blocks[::-1] if block not in later), *later]
     tail = [working[-1]]  # a single layer, then its norm and activation
     for unit in units[units.index(tail[0]) + 1 :]:
         if unit.level != level:
@@ -632,6 +678,16 @@ def _is_way_down(block: _Call, level: int, blocks: list[_Call]) -> bool:
     return False
 
 
+def _is_addend(block: _Call) -> bool:
+    """Whether a module of several levels only adds the output to one of its maps, and works no more on it."""
+    module, inside = block.parent, set(block.walk())
+    while module is not None and not module.spans:
+        module = module.parent
+    return module is not None and not any(
+        other.takes(block) and other.weighted() for other in module.walk() if other not in inside
+    )
+
+
 def _layers_at(level: int, call: _Call) -> int:
     return sum(layer.works_at == level for layer in call.weighted())
 
@@ -650,7 +706,7 @@ def _is_stem(level: int, here: list[_Call], units: list[_Call], *, first: bool) 
     layers = [layer for unit in here for layer in unit.weighted() if layer.works_at == level]
     if not first:
         return len(layers) == 1
-    last = max(units.index(unit) for unit in here if unit.weighted())
+    last = max(units.index(unit) for unit in here if _layers_at(level, unit))
     behind = (unit for unit in units[last + 1 :] if unit.level not in (None, level) or unit.weighted())
     after = next(behind, None)
     pooled = after is not None and (not after.weighted() or after.input_level != level)

@@ -352,6 +352,107 @@ def test_a_first_stage_that_is_normalised_at_the_end_is_no_stem() -> None:
     assert names(NormedAfterwards(), 32) == "stages.0 stages.1 stages.2"
 
 
+class Crossing(nn.Module):
+    """Takes and gives maps of two sizes, and adds to each what a branch makes of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse = InPlaceBlock(8, 8), InPlaceBlock(8, 8)
+        self.drop = nn.Identity()
+
+    def forward(
+        self, same: torch.Tensor, fine: torch.Tensor, coarse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        branch = self.drop(self.fine(fine + F.interpolate(coarse, fine.shape[2:])))
+        return same, fine + branch, coarse + self.drop(self.coarse(coarse * 1))
+
+
+class Crossed(nn.Module):
+    """Three stages, and then blocks of all three that leave the first as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([InPlaceBlock(3, 8, 2), InPlaceBlock(8, 8, 2), InPlaceBlock(8, 8, 2)])
+        self.crossing = nn.ModuleList([Crossing(), Crossing()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = []
+        for stage in self.stages:
+            x = stage(x.clone())
+            found.append(x)
+        for crossing in self.crossing:
+            found = crossing(*found)
+        return sum(each.mean((2, 3)) for each in found)
+
+
+def test_what_is_only_added_to_one_of_several_maps_ends_no_stage() -> None:
+    assert names(Crossed(), 32) == "stages.0 stages.1 stages.2"
+
+
+class WindowBlock(nn.Module):
+    """Takes and returns windows, (4 b, n, c), and works on all of an image inside, (b, 4 n, c)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.all, self.mlp = LinearBlock(width), LinearBlock(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _, n, c = x.shape
+        return self.mlp(self.all(x.reshape(-1, 4 * n, c)).reshape(-1, n, c))
+
+
+class InWindows(nn.Module):
+    """Patches of 4 pixels in four windows, put together at the end for a neck, if there is one."""
+
+    def __init__(self, neck: nn.Module | None = None, prefix: int = 0) -> None:
+        super().__init__()
+        self.patch, self.prefix = nn.Conv2d(3, 8, 4, 4), prefix
+        self.blocks, self.neck = nn.Sequential(WindowBlock(8), WindowBlock(8)), neck
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch(x)
+        b, c, h, w = x.shape
+        x = x.view(b, c, 2, h // 2, 2, w // 2).permute(0, 2, 4, 3, 5, 1).reshape(4 * b, h * w // 4, c)
+        x = self.blocks(F.pad(x, (0, 0, self.prefix, 0)))[:, self.prefix :]
+        x = x.view(b, 2, 2, h // 2, w // 2, c).permute(0, 5, 1, 3, 2, 4).reshape(b, c, h, w)
+        return (x if self.neck is None else self.neck(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_what_is_put_together_inside_of_windows_is_no_map(prefix: int) -> None:
+    assert names(InWindows(InPlaceBlock(8, 8), prefix), 16) == "neck"
+    with pytest.raises(
+        ValueError, match=r"8 layers .*, such as blocks.1.mlp.outer with \(8, ., 8\) .*neck\.input"
+    ):
+        stage_ends(InWindows(prefix=prefix), images(16))
+    model, x = InWindows(conv(8, 8), prefix), images(16)
+    with Taps(model, ["neck.input"]) as taps:
+        expected = model(x)
+        features = taps.pop()["neck.input"]
+    torch.testing.assert_close(model.neck(features).mean((2, 3)), expected)
+
+
+class Registers(nn.Module):
+    """Four blocks of tokens behind a patch embedding, with as many in front that no grid is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.blocks = nn.Conv2d(3, 8, 4, 4), nn.Sequential(*(LinearBlock(8) for _ in range(4)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(F.pad(self.patch(x).flatten(2).mT, (0, 0, 13, 0))).mean(1)
+
+
+def test_blocks_that_cannot_be_read_as_maps_are_refused() -> None:
+    with pytest.raises(ValueError, match=r'8 layers .* with \(2, 29, 8\) .*"blocks\.3\.outer@14x14\+1"'):
+        stage_ends(Registers(), images(16))
+    model = Registers()
+    with Taps(model, ["blocks.3@4x4+13"]) as taps:
+        model(images(16))
+        features = taps.pop()["blocks.3@4x4+13"]
+    assert features.shape == (1, 8, 4, 4)
+
+
 class LinearBlock(nn.Module):
     """Takes and returns (b, h, w, c)."""
 
