@@ -42,7 +42,7 @@ def locked(folder: Path, message: str, name: str = LOCK) -> Iterator[None]:
     try:
         lock.acquire(timeout=PATIENCE)
     except Timeout:
-        raise InUseError(message.format(holder=_holder(file))) from None
+        raise InUseError(message.replace("{holder}", _holder(file))) from None
     try:
         _sign(file)
         yield

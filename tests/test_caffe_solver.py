@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from attention_transfer.caffe.files.caffemodel import (
 )
 from attention_transfer.caffe.files.prototxt import parse_net, read_solver
 from attention_transfer.cli import main
+from attention_transfer.cli.caffe import train as caffe_train
 
 REFERENCE = SHARED / "reference" / "caffe"
 CASES = [folder.name for folder in sorted((REFERENCE / "solvers").glob("*"))]
@@ -659,6 +661,35 @@ def test_command_resumes_the_log(whole: Path, capsys: pytest.CaptureFixture[str]
     assert command("--solver", path, "--snapshot", whole / "run_iter_12.solverstate") == 0
     assert "of iteration 12; nothing is left to do" in capsys.readouterr().out
     assert log.read_text() == straight
+
+
+def test_two_trainings_of_one_prefix_or_log(
+    whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the midst of the first one others are begun; they touch nothing of it."""
+    path, other, log = whole / "solver.prototxt", whole / "other.prototxt", whole / "run_log.csv"
+    other.write_text(path.read_text().replace("run", "another"))
+    refused: list[str] = []
+    flush = caffe_train._Log.flush
+
+    def look(self: caffe_train._Log) -> None:
+        if not refused:
+            before = log.read_text()
+            for words in (path,), (path, "--log", whole / "else.csv"), (other, "--log", log):
+                assert command("--solver", *words) == 2
+                refused.append(capsys.readouterr().err)
+            assert log.read_text() == before
+        flush(self)
+
+    monkeypatch.setattr(caffe_train._Log, "flush", look)
+    assert command("--solver", path) == 0
+    process = f"attention-transfer: caffe train: process {os.getpid()} is writing"
+    end = "Wait until it has ended, or give another"
+    prefix = f"{process} the snapshots {whole / 'run'}. {end} snapshot_prefix.\n"
+    assert refused == [prefix, prefix, f"{process} the log {log}. {end} --log.\n"]
+    assert [int(row["iteration"]) for row in rows(log)] == list(range(13))
+    assert not [each for each in whole.iterdir() if each.name.endswith(".lock") or each.name == "else.csv"]
+    assert command("--solver", other) == 0
 
 
 def test_command_stops_where_the_loss_is_no_number(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

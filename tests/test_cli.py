@@ -359,6 +359,42 @@ def test_maps_of_all_images_in_one_picture(
     assert "tile of 1 pixel or more, got 0" in refused(capsys, "maps", *images, *weights, "--tile", 0)
 
 
+def test_maps_of_images_that_are_called_alike(
+    taught: Run, image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A picture each, which are those of the images alone."""
+    places = ["a/x.png", "b/x.png", "b/X.jpg", "x-1.png", "y.png"]
+    for place, colour in zip(places, ("red", "green", "blue", "red", "green"), strict=True):
+        Path(place).parent.mkdir(exist_ok=True)
+        Image.open(image_folder / colour / "1.png").save(place)
+    weights = ["--weights", taught.folder, "--layers", "group1"]
+    assert main(["maps", *places, *map(str, weights), "-o", "each"]) == 0
+    said = capsys.readouterr()
+    names = ["x-2", "x-3", "X-4", "x-1", "y"]
+    assert said.out.splitlines() == [f"each/{name}-maps.png" for name in names]
+    notes = [f"each/{name}-maps.png is of {place}" for name, place in zip(names[:3], places[:3], strict=True)]
+    assert said.err.splitlines() == [f"note: {note}, as several are called alike" for note in notes]
+    for name, place in zip(names, places, strict=True):
+        path = output(capsys, "maps", place, *weights, "-o", f"alone-{name}").strip()
+        assert Path(f"each/{name}-maps.png").read_bytes() == Path(path).read_bytes()
+
+
+def test_maps_take_no_images_place(
+    taught: Run, image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = Path(shutil.copy(image_folder / "red" / "0.png", "0-maps.png"))
+    before = image.read_bytes()
+    weights = ["--weights", str(taught.folder), "--layers", "group1"]
+    for words in (
+        ["0-maps.png", "-o", "0-maps.png"],
+        ["0-maps.png", image_folder / "red" / "0.png", "-o", "."],
+    ):
+        assert "expected an --output beside the images, got 0-maps.png, which is one" in refused(
+            capsys, "maps", *words, *weights
+        )
+    assert image.read_bytes() == before
+
+
 def test_maps_take_the_size_that_pretrained_weights_say(
     image_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

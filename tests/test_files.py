@@ -396,6 +396,12 @@ def test_a_second_training_is_refused_while_the_first_goes_on(
     assert resume("run", say=silent).finished
 
 
+def test_a_place_with_braces_in_its_name_is_in_use_too() -> None:
+    run = Run(Path("run{0}"))
+    with run.alone(), pytest.raises(InUseError, match=r"run\{0\} is in use: process \d+ trains"), run.alone():
+        pass
+
+
 def test_a_cache_is_built_by_one_process_at_a_time(tiny: Recipe, image_folder: Path) -> None:
     from attention_transfer.models import build_model, save_weights
     from attention_transfer.training import build_cache

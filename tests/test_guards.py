@@ -109,6 +109,13 @@ FILES = [
         "    with nullcontext():\n",
         "files cache_is_built",
     ),
+    Guard(
+        "cli/caffe/train.py",
+        'with _alone(prefix, "the snapshots", "snapshot_prefix"), ',
+        "with ",
+        "caffe_solver one_prefix",
+    ),
+    Guard("cli/caffe/train.py", ', _alone(path, "the log", "--log"):', ":", "caffe_solver one_prefix"),
     Guard("training/demo.py", "run.recipe.differences(recipe.resolved())", "False", "files the_demo"),
 ]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +43,7 @@ def run(arguments: list[str]) -> None:
     )
     flags = parse(parser, arguments)
     _check_sides(flags)
+    _check_pictures(flags)
     import torch
 
     from attention_transfer.visualize import attention_maps
@@ -92,17 +96,49 @@ def _save(flags: Any, images: UInt8[Tensor, "b c h w"], maps: dict[str, dict[str
     output = Path(flags.output)
     if output.suffix.lower() == ".png":
         names = [Path(path).name for path in flags.images]
+        names = names if len(set(names)) == len(names) else flags.images
         return [save_maps(output, images, maps, captions=names, tile=flags.tile)]
     return [
         save_maps(
-            output / f"{Path(path).stem}-maps.png",
+            picture,
             images[i : i + 1],
             {role: {name: m[i : i + 1] for name, m in layers.items()} for role, layers in maps.items()},
             captions=[path],
             tile=flags.tile,
         )
-        for i, path in enumerate(flags.images)
+        for i, (path, picture) in enumerate(zip(flags.images, _pictures(flags), strict=True))
     ]
+
+
+def _pictures(flags: Any) -> list[Path]:
+    """Where the picture of each image goes: named as the image, numbered where several are called alike."""
+    output, images = Path(flags.output), [Path(path) for path in flags.images]
+    if output.suffix.lower() == ".png":
+        return [output]
+    times = Counter(image.stem.casefold() for image in images)  # disks may not tell letters' case apart
+    taken = {stem for stem, count in times.items() if count == 1}
+    pictures = []
+    for image in images:
+        name = image.stem
+        if times[name.casefold()] > 1:
+            numbered = (f"{name}-{number}" for number in itertools.count(1))
+            name = next(each for each in numbered if each.casefold() not in taken)
+            taken.add(name.casefold())
+        pictures.append(output / f"{name}-maps.png")
+    return pictures
+
+
+def _check_pictures(flags: Any) -> None:
+    """No picture takes an image's place, and what shows which of several images of a name is said."""
+    images = [Path(path) for path in flags.images]
+    for picture in (pictures := _pictures(flags)):
+        if picture.exists() and any(image.exists() and picture.samefile(image) for image in images):
+            raise UsageError(
+                f"maps: expected an --output beside the images, got {picture}, which is one. Pass another."
+            )
+    for image, picture in zip(images, pictures, strict=False):
+        if len(pictures) > 1 and picture.name.casefold() != f"{image.stem}-maps.png".casefold():
+            print_safely(f"note: {picture} is of {image}, as several are called alike", stream=sys.stderr)
 
 
 def _map_layers(

@@ -10,12 +10,14 @@ import signal
 import sys
 import threading
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from attention_transfer._colours import print_safely
 from attention_transfer._files import open_to_append, write_atomically
+from attention_transfer._locks import locked
 from attention_transfer._reading import parse_csv, read_text
 from attention_transfer._tables import duration
 from attention_transfer.cli.caffe import VERBS
@@ -52,8 +54,9 @@ def run(arguments: list[str]) -> None:
         print_safely(f"{flags.snapshot} is of iteration {solver.iteration:,}; nothing is left to do.")
         return
     prefix = solver.snapshot_prefix
-    log = _Log(flags.log or prefix.with_name(f"{prefix.name}_log.csv"), solver)
-    _Training(solver, log, _resuming(flags)).run()
+    path = flags.log or prefix.with_name(f"{prefix.name}_log.csv")
+    with _alone(prefix, "the snapshots", "snapshot_prefix"), _alone(path, "the log", "--log"):
+        _Training(solver, _Log(path, solver), _resuming(flags)).run()
 
 
 def _parser() -> Any:
@@ -69,6 +72,15 @@ def _parser() -> Any:
     )
     parser.add_argument("--max-iter", type=int, help="In place of the prototxt's max_iter, for poly too.")
     return parser
+
+
+def _alone(path: Path, what: str, remedy: str) -> AbstractContextManager[None]:
+    """Keep other trainings off files whose names begin with `path`."""
+    message = (
+        f"caffe train: {{holder}} is writing {what} {path}. "
+        f"Wait until it has ended, or give another {remedy}."
+    )
+    return locked(path.parent, message, f".{path.name}.lock")
 
 
 def _say_device(solver: Solver) -> None:
