@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import kernels
+from ._channels import wrong_channels
 from ._outputs import Place, logits_of, rivals
 from ._untouched import untouched
 from .functional import (
+    check_both_distributed,
     check_double_backward,
     check_labels_are_a_tensor,
     class_targets,
@@ -147,7 +149,7 @@ class Distiller(nn.Module):
             teacher: what a teacher made of these very images, in place of running it now.
 
         Raises:
-            TypeError: if images or labels are no tensor.
+            TypeError: if images or labels are no tensor, or of them and a model some alone are DTensors.
             ValueError: if the batch is empty, not of images where layers are paired, of a type that a model
                 fails on, or its labels are not those of the logits.
         """
@@ -292,7 +294,7 @@ class Distiller(nn.Module):
             names = ", ".join(term.name for term in self._terms()) or "no terms"
             raise ValueError(
                 f"preflight: expected a term that learns from the teacher, got {names}: the teacher would "
-                "teach nothing. Add a term, such as AttentionTransfer(), or pass None as the teacher."
+                "teach nothing. Add one, such as AttentionTransfer(beta=1.0), or pass None as the teacher."
             )
 
     def _check_order(self, x: Images, teacher: Reading | None) -> list[str]:
@@ -612,10 +614,14 @@ def _answer(model: nn.Module, x: Tensor, role: str) -> Any:
     """What the model returns; where it fails on images unlike its own parameters, that is said."""
     try:
         return model(x)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
+        if x.dim() == 4 and (message := wrong_channels(model, x.shape[1:], user="Distiller", role=role)):
+            alone = " Or let teacher_transform= convert them." if role == "teacher" else ""
+            raise ValueError(message + alone) from error
         own = _first_floating(model)
-        if own is None or isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, ValueError) or own is None or isinstance(error, torch.OutOfMemoryError):
             raise
+        check_both_distributed("Distiller", f"both images and the {role}", x, own)
         if x.device != own.device:
             expected, got, remedy = f"on {own.device}", f"{x.device}", f'Pass x.to("{own.device}")'
         elif not x.is_floating_point():

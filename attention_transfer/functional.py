@@ -143,12 +143,7 @@ def loss_of_energies(
         TypeError: if one side alone is a DTensor.
         ValueError: on unequal batch sizes or, without resize, (h, w).
     """
-    kinds = [type(side).__name__ for side in (student, teacher)]
-    if kinds.count("DTensor") == 1:
-        raise TypeError(
-            f"attention_transfer_loss: expected both sides as DTensor or neither, got {' and '.join(kinds)}. "
-            "Call full_tensor() of the one, or distribute the other over the same mesh."
-        )
+    check_both_distributed("attention_transfer_loss", "both sides", student, teacher)
     _check_sizes("attention_transfer_loss", student.shape, teacher.shape, resize)
     if resize == "student":
         student = resize_maps(student, teacher.shape[1:])
@@ -262,7 +257,7 @@ def class_targets(
             floating probabilities of the logits' shape, as mixup and label smoothing make them.
 
     Raises:
-        TypeError: in the name of `user`, if the labels are no tensor.
+        TypeError: in the name of `user`, if the labels are no tensor, or a DTensor and the logits none.
         ValueError: in the name of `user`, if they are neither of both, or on another device.
     """
     check_labels_are_a_tensor(labels, user)
@@ -272,6 +267,7 @@ def class_targets(
             f"{user}: expected labels on {logits.device}, where the logits are, got {labels.device}. "
             f'Pass labels.to("{logits.device}").'
         )
+    check_both_distributed(user, "both labels and logits", labels, logits)
     if labels.is_floating_point() and labels.shape == logits.shape:
         return labels.to(accumulation_dtype(logits.dtype))
     whole = not labels.is_floating_point() and not labels.is_complex() and labels.dtype != torch.bool
@@ -287,6 +283,21 @@ def class_targets(
         f"{user}: expected an integer label for each of {batch} rows of logits, got {labels.dtype} of shape "
         f"{shape}. Give the class numbers of the batch, or probabilities of shape {tuple(logits.shape)}."
     )
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, which nobody needs to import for this question."""
+    return hasattr(tensor, "full_tensor")
+
+
+def check_both_distributed(user: str, what: str, first: Tensor, second: Tensor) -> None:
+    """Raise TypeError, in the name of `user`, if one of two tensors alone is a DTensor."""
+    if is_distributed(first) != is_distributed(second):
+        kinds = " and ".join(type(each).__name__ for each in (first, second))
+        raise TypeError(
+            f"{user}: expected {what} as DTensor or neither, got {kinds}. "
+            "Call full_tensor() of the one, or distribute the other over the same mesh."
+        )
 
 
 def check_labels_are_a_tensor(labels: object, user: str) -> None:

@@ -78,7 +78,7 @@ def find_order(
         layout: as for `Taps`.
         transform: from these images to what the model is given.
     """
-    if not names or x.dim() != 4 or not len(x) or hasattr(x, "placements"):  # nor a DTensor
+    if not names or x.dim() != 4 or not len(x) or hasattr(x, "full_tensor"):  # nor a DTensor
         return {}
     see = transform or (lambda images: images)
     x = x.detach().repeat(-(-REGIONS // len(x)), 1, 1, 1)[:REGIONS]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from . import taps
+from ._channels import wrong_channels
 from ._outputs import find_logits
 from ._reading import first_line
 from ._untouched import untouched
@@ -451,6 +452,8 @@ def _trace(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Trace:
         try:
             model(images)
         except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+            if images.dim() == 4 and (said := wrong_channels(model, images.shape[1:], user=user, role=role)):
+                raise ValueError(said) from error
             raise ValueError(
                 f"{user}: expected a {role} that runs on images of shape {tuple(images.shape)}, got "
                 f"{type(error).__name__}: {first_line(error)}. "

@@ -7,14 +7,15 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ._reading import first_line
 from ._untouched import untouched
-from .functional import cross_entropy, map_spread
+from .functional import cross_entropy, is_distributed, map_spread
 from .kernels import distance
 from .kernels.reference import accumulation_dtype
 from .locality import Finding
@@ -164,8 +165,20 @@ class _Maps:
         return not same_size or distance(self.student, self.teacher, squared=False).mean().item() > rounding
 
 
+def _gathered(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor, which no mask can choose from; any other tensor as it is."""
+    return cast("Any", tensor).full_tensor() if is_distributed(tensor) else tensor
+
+
+def _counted(labels: Int[Tensor, " b ..."]) -> Int[Tensor, " n"]:
+    """The class numbers that count."""
+    labels = _gathered(labels)
+    return labels[labels != IGNORED]
+
+
 def _mean_spread(energy: Float[Tensor, "b h w"]) -> float:
-    return map_spread(energy)[energy.detach().flatten(1).any(1)].mean().item()
+    energy = _gathered(energy.detach())
+    return map_spread(energy)[energy.flatten(1).any(1)].mean().item()
 
 
 def _maps(seen: Observation) -> Iterator[_Maps]:
@@ -230,7 +243,7 @@ def _check_labels(seen: Observation) -> None:
     if labels.is_floating_point():
         _check_probabilities(labels)
         return
-    labels = labels[labels != IGNORED]
+    labels = _counted(labels)
     if not labels.numel():
         raise ValueError("preflight: expected labels that count, got none. Pass another batch.")
     lowest, highest = int(labels.min()), int(labels.max())
@@ -410,7 +423,7 @@ def _warn_of_outputs(seen: Observation) -> Iterator[str]:
     """Of features that were taken for logits."""
     if seen.labels.is_floating_point():
         return
-    drawn = seen.labels[seen.labels != IGNORED].unique()
+    drawn = _counted(seen.labels).unique()
     needed = int(drawn.max()) + 1
     for side, reading in _sides(seen).items():
         width = reading.logits.shape[1]

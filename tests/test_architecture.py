@@ -52,6 +52,7 @@ ALLOWED = {
     },
 }
 HELPERS = {
+    "_channels",
     "_choices",
     "_colours",
     "_extras",

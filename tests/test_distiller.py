@@ -25,7 +25,9 @@ from attention_transfer import (
     Pair,
     Taps,
     attention_transfer_loss,
+    build_model,
     distillation_loss,
+    suggest_pairs,
 )
 from attention_transfer.losses import Energy, Observation, Term
 
@@ -254,7 +256,7 @@ def test_teacher_and_its_transform_follow_to(batch) -> None:
 
 def test_hooks_are_gone_after_a_step_and_after_an_error(distiller, batch) -> None:
     distiller(*batch)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="expected images of 3 channels"):
         distiller(batch[0][:, :2], batch[1])
     for model in (distiller.student, distiller.teacher):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -668,6 +670,38 @@ def test_refuses_what_is_no_batch(x: object, y: object, message: str) -> None:
     for call in (built, built.preflight, built.balance):
         with pytest.raises((TypeError, ValueError), match=rf"^Distiller: .*{re.escape(message)}"):
             call(x, y)
+
+
+@pytest.mark.parametrize(
+    ("channels", "how"),
+    [(1, r"x\.expand\(-1, 3, -1, -1\)"), (2, "others"), (4, r"x\[:, :3\]")],
+)
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_images_of_other_channels(role: str, channels: int, how: str) -> None:
+    """Whatever is asked; what is advised is right."""
+    x, y = torch.randn(2, channels, 16, 16), torch.tensor([0, 1])
+    sides = {name: build_model("wrn-10-1", in_channels=channels) for name in ("student", "teacher")}
+    sides[role] = build_model("wrn-10-1")
+    message = (
+        f": expected images of 3 channels, as the {role} takes, got {channels}. Pass {how}, or build the "
+        f"{role} with in_channels={channels}."
+    )
+    term = AttentionTransfer(1.0)
+    built = Distiller(**sides, pairs=[("group1", "group1")], terms=term)
+    for call in (
+        lambda: built(x, y),
+        lambda: built.preflight(x, y),
+        lambda: Distiller(**sides, pairs=[("group1", "group1")], terms=term, example_input=x),
+        lambda: Distiller(**sides, terms=term, example_input=x),
+        lambda: suggest_pairs(**sides, example_input=x),
+    ):
+        with pytest.raises(ValueError, match=f"^(Distiller|suggest_pairs){message}"):
+            call()
+    if channels != 2:
+        shown = x.expand(-1, 3, -1, -1) if channels == 1 else x[:, :3]
+        assert Distiller(sides[role], None)(shown, y).loss.isfinite()
+    sides[role] = build_model("wrn-10-1", in_channels=channels)
+    assert Distiller(**sides, terms=term, example_input=x)(x, y).loss.isfinite()
 
 
 def test_two_attention_terms_under_two_names(batch) -> None:

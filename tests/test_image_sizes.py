@@ -14,6 +14,7 @@ from attention_transfer.models import build_model, fingerprint, native_size, sav
 from attention_transfer.training import Recipe, Run, train
 from attention_transfer.training.build import build_teacher, load_splits
 from attention_transfer.training.card import ModelCard
+from attention_transfer.training.evaluation import evaluate_model
 
 timm = pytest.importorskip("timm")
 
@@ -40,6 +41,9 @@ class Fixed(nn.Module):
 def fixed(num_classes=10, image_size=24):
     return Fixed(num_classes, image_size)
 
+
+def grey(num_classes=10):
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
 
 def rigid(num_classes=10):
     return Fixed(num_classes, 24)
@@ -164,6 +168,43 @@ def test_what_takes_no_such_images_is_refused_in_one_line(
     assert "expected images that it takes, got 3 x 16 x 16" in capsys.readouterr().err
     assert main(["pairs", "--student", VIT, "--teacher", VIT, "--input-size", "48"]) == 0
     assert "96 x 3 x 3" in capsys.readouterr().out
+
+
+def test_images_of_other_channels_are_refused_in_one_line(
+    tiny: Recipe, factories: None, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, weights = "sized_models:grey", str(tmp_path / "w.safetensors")
+    save_weights(build_model(name, num_classes=3), weights)
+    flags = ["--data", tiny.data, "--output", str(tmp_path / "run"), "--trust", name]
+    wanted = (
+        "of images with 3 channels, as the data, got sized_models:grey, which takes 1. Pass another model"
+    )
+    takes = "sized_models:grey: expected images of 1 channels, got 3. Pass such images, or another model."
+    classes = ["--num-classes", "3", "-o", str(tmp_path / "maps")]
+    for words, message in (
+        (["train", *flags, "--student", name, "--method", "none"], f"expected a student {wanted}"),
+        (["train", *flags, "--student", "wrn-10-1", "--teacher", name], f"expected a teacher {wanted}"),
+        (
+            ["train", *flags, "--student", "wrn-10-1", "--teacher", name, "--teacher-weights", weights],
+            f"expected a teacher {wanted}",
+        ),
+        (["evaluate", weights, "--model", name, "--data", tiny.data], takes),
+        (
+            ["maps", str(image_folder / "red" / "0.png"), "--weights", weights, "--model", name, *classes],
+            takes,
+        ),
+        (
+            ["pairs", "--student", "wrn-10-1", "--teacher", name, "--input-size", "16"],
+            "pairs: expected a model of images with 3 channels, got sized_models:grey, which takes 1",
+        ),
+    ):
+        assert main(words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    with pytest.raises(
+        ValueError, match="evaluate_model: expected images of 1 channels, as the model takes, g"
+    ):
+        evaluate_model(build_model(name), [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))], lambda x: x)
 
 
 def test_an_export_is_of_the_same_size(vit: Run, tmp_path: Path) -> None:

@@ -708,7 +708,7 @@ def test_models_are_left_as_found() -> None:
 
 def test_models_are_left_as_found_after_a_failure() -> None:
     model = Nosy().train()
-    with pytest.raises(ValueError, match="runs on images of shape"):
+    with pytest.raises(ValueError, match="expected images of 3 channels, as the model takes, got 5"):
         stage_ends(model, torch.randn(1, 5, 16, 16))
     assert model.calls == 0
     assert model.body[0].training

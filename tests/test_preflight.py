@@ -19,6 +19,7 @@ from attention_transfer import (
     InputGradientNorm,
     KnowledgeDistillation,
     Pair,
+    Taps,
 )
 from attention_transfer.losses import Reading, Term
 from attention_transfer.preflight import PreflightWarning
@@ -92,8 +93,6 @@ def test_preflight_of_a_channels_last_student_measures_all_terms(batch) -> None:
         def features(self, x: Tensor) -> Tensor:
             return self.second(self.swap(self.first(x).permute(0, 2, 3, 1).clone()).permute(0, 3, 1, 2))
 
-    from attention_transfer import Taps
-
     student = ChannelsLast()
     with Taps(student, ["swap"]) as taps:
         student(torch.randn(2, 3, 8, 6))
@@ -126,6 +125,45 @@ def test_preflight_leaves_ddp_ready_for_its_first_step(batch, tmp_path) -> None:
         for _ in range(2):
             built(*batch).loss.backward()
         assert all(parameter.grad is not None for parameter in built.student.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_distributed_tensors(batch, tmp_path) -> None:
+    """The same values and shares as of plain tensors; a mixture is refused."""
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor, init_device_mesh
+
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        x, y = (distribute_tensor(each, mesh, [Shard(0)]) for each in batch)
+        models = Net(4).eval(), Net(6)  # without dropout
+        plain = distiller(*models, terms=[AT, KnowledgeDistillation()])
+        spread = distiller(
+            *(distribute_module(copy.deepcopy(each), mesh) for each in models),
+            terms=[AT, KnowledgeDistillation()],
+        )
+        with Taps(spread.student, ["second"]) as taps, Taps(plain.student, ["second"]) as wanted:
+            spread.student(x), plain.student(batch[0])
+            torch.testing.assert_close(taps.pop()["second"].full_tensor(), wanted.pop()["second"])
+        torch.testing.assert_close(spread(x, y).loss.full_tensor(), plain(*batch).loss)
+        known, found = plain.preflight(*batch).plan, spread.preflight(x, y).plan
+        assert found.shares == pytest.approx(known.shares, rel=1e-4)
+        assert found.rows[1].shares == pytest.approx(known.rows[1].shares, rel=1e-4)
+        with pytest.raises(ValueError, match=r"expected labels from 0 to 4, .* got 0 to 7"):
+            spread.preflight(
+                x, distribute_tensor(batch[1] + torch.tensor([0, 0, 0, 0, 3, 0]), mesh, [Shard(0)])
+            )
+        for built, images, labels, message in (
+            (plain, x, y, "images and the teacher as DTensor or neither, got DTensor and Parameter"),
+            (spread, *batch, "images and the teacher as DTensor or neither, got Tensor and "),
+            (plain, batch[0], y, "labels and logits as DTensor or neither, got DTensor and Tensor"),
+            (spread, x, batch[1], "labels and logits as DTensor or neither, got Tensor and DTensor"),
+        ):
+            for call in (built, built.preflight):
+                with pytest.raises(TypeError, match=f"^Distiller: expected both {message}"):
+                    call(images, labels)
     finally:
         torch.distributed.destroy_process_group()
 

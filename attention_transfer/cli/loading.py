@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from attention_transfer._channels import channels_instead
 from attention_transfer.cli.parsing import UsageError
 from attention_transfer.data import Splits
 from attention_transfer.distiller import InputTransform
@@ -38,6 +39,11 @@ class Loaded:
             return nn.Identity()
         if self.card:
             size = (self.card.image_size[0], self.card.image_size[1])
+        if channels := channels_instead(self.model, shape) or channels_instead(self.model, (shape[0], *size)):
+            raise UsageError(
+                f"{self.name}: expected images of {channels} channels, got {shape[0]}. Pass such images, or "
+                "another model."
+            )
         if why_not(self.model, (shape[0], *size)):
             sizes = " x ".join(map(str, shape))
             raise UsageError(

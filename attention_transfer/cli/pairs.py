@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attention_transfer._channels import channels_instead
 from attention_transfer._colours import print_safely
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
 from attention_transfer.cli.wording import in_flags
@@ -34,6 +35,11 @@ def run(arguments: list[str]) -> None:
     images = torch.zeros(2, flags.in_channels, flags.input_size, flags.input_size)
     for name, model in ((flags.student, student), (flags.teacher, teacher)):
         if reason := why_not(model, images.shape[1:]):
+            if channels := channels_instead(model, images.shape[1:]):
+                raise UsageError(
+                    f"pairs: expected a model of images with {flags.in_channels} channels, got {name}, which "
+                    f"takes {channels}. Pass another --in-channels, or another model."
+                )
             raise UsageError(
                 f"pairs: expected --input-size that {name} takes, got {flags.input_size}, at which it fails "
                 f"({reason})."

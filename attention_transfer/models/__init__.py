@@ -1,5 +1,6 @@
 """Models by name, the paper's networks, and weights on disk."""
 
+from .._channels import why_not as why_not
 from .._trust import trusting as trusting
 from .build import build_model as build_model
 from .build import is_of_timm as is_of_timm
@@ -7,7 +8,6 @@ from .build import pretrained_statistics as pretrained_statistics
 from .build import size_options as size_options
 from .nin import NetworkInNetwork as NetworkInNetwork
 from .sizes import native_size as native_size
-from .sizes import why_not as why_not
 from .weights import LoadReport as LoadReport
 from .weights import Mismatch as Mismatch
 from .weights import fingerprint as fingerprint

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-
-from .._reading import one_line
-from .._untouched import untouched
 
 USUAL = (224, 224)  # of weights that say nothing: ImageNet's
 
@@ -23,18 +20,6 @@ def native_size(model: nn.Module) -> tuple[int, int]:
         return height, width
     size = getattr(model, "image_size", None)  # torchvision's vision transformers
     return (size, size) if isinstance(size, int) else USUAL
-
-
-def why_not(model: nn.Module, shape: Sequence[int]) -> str | None:
-    """What a model says of an image (c, h, w) that it cannot take; None if it can. It stays as it is."""
-    like = next(model.parameters(), torch.empty(0))
-    try:
-        with torch.no_grad(), untouched(model, training=False), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model(torch.zeros(1, *shape).to(like))
-    except Exception as error:  # of the model's own code, which may say it in any way
-        return one_line(error)[:160].rstrip(". ")
-    return None
 
 
 def options_for(

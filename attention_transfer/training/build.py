@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attention_transfer._channels import channels_instead
 from attention_transfer._colours import print_safely
 from attention_transfer._outputs import logits_of
 from attention_transfer._ranks import is_first_process
@@ -70,7 +71,7 @@ def build_student(recipe: Recipe, splits: Splits, *, role: str = "student") -> n
         recipe.student, recipe.student_weights, splits, splits.num_classes, "body", size=(height, width)
     )
     if reason := why_not(student, splits.shape):
-        raise ValueError(_does_not_run(role, recipe.student, splits, reason))
+        raise ValueError(_does_not_run(role, recipe.student, student, splits, reason))
     if recipe.batchnorm_init == "uniform" and recipe.student_weights is None:
         draw_batchnorm_scales(student)
     return student
@@ -83,7 +84,12 @@ def draw_batchnorm_scales(model: nn.Module) -> None:
             nn.init.uniform_(module.weight)
 
 
-def _does_not_run(role: str, name: str, splits: Splits, reason: str) -> str:
+def _does_not_run(role: str, name: str, model: nn.Module, splits: Splits, reason: str) -> str:
+    if channels := channels_instead(model, splits.shape):
+        return (
+            f"train: expected a {role} of images with {splits.in_channels} channels, as the data, got "
+            f"{name}, which takes {channels}. Pass another model, or such images as --data."
+        )
     return (
         f"train: expected a {role} that runs on images of shape {splits.shape}, got {name}, which fails on "
         f"one ({reason}). Pass another --image-size, or another model."
@@ -276,7 +282,7 @@ def _own_size(name: str, model: nn.Module, splits: Splits, size: tuple[int, int]
     if reason is None:
         return None
     if why_not(model, (splits.in_channels, *size)):
-        raise ValueError(_does_not_run("teacher", name, splits, reason))
+        raise ValueError(_does_not_run("teacher", name, model, splits, reason))
     return size
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from attention_transfer._channels import wrong_channels
 from attention_transfer._outputs import check_finite, logits_of
 
 TOP = 5  # the number of answers of which one is to be right, in a top-5 error
@@ -44,7 +46,7 @@ def evaluate_model(
     model.eval().to(device, torch.float32).to(memory_format=torch.channels_last)
     predictions, labels, hits, finite = [], [], [], []
     for images, targets in batches:
-        logits = logits_of(model(normalise(images.to(device))), user="evaluate_model").float().cpu()
+        logits = logits_of(_answer(model, normalise(images.to(device))), user="evaluate_model").float().cpu()
         _check_classes(logits, targets)
         predictions.append(logits.argmax(1))
         labels.append(targets.cpu())
@@ -56,6 +58,16 @@ def evaluate_model(
     predicted, truth = torch.cat(predictions), torch.cat(labels)
     top5_error = None if logits.shape[1] <= TOP else _percent(~torch.cat(hits))
     return Evaluation(predicted, truth, _percent(predicted != truth), top5_error)
+
+
+def _answer(model: nn.Module, images: Float[Tensor, "b c h w"]) -> Any:
+    try:
+        return model(images)
+    except (RuntimeError, ValueError) as error:
+        message = wrong_channels(model, images.shape[1:], user="evaluate_model", role="model")
+        if message is None:
+            raise
+        raise ValueError(message) from error
 
 
 def _check_classes(logits: Float[Tensor, "b k"], labels: Int[Tensor, " b"]) -> None:
