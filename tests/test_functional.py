@@ -227,6 +227,12 @@ def test_forward_mode_and_the_transforms_of_torch_func(name) -> None:
     torch.testing.assert_close(torch.func.jvp(function, (x,), (direction,))[1], want, **tolerance)
     torch.testing.assert_close(along(torch.func.jacfwd(function)(x)), want, **tolerance)
     torch.testing.assert_close(along(torch.func.jacrev(function)(x)), want, **tolerance)
+
+    def slope(x: Tensor) -> Tensor:
+        return torch.func.jvp(function, (x,), (direction,))[1]
+
+    twice = (slope(x + step) - slope(x - step)) / 2e-6
+    torch.testing.assert_close(torch.func.jvp(slope, (x,), (direction,))[1], twice, rtol=1e-5, atol=1e-7)
     several = torch.stack([x, direction])
     torch.testing.assert_close(
         torch.func.vmap(function)(several), torch.stack([function(each) for each in several])

@@ -7,6 +7,7 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # What a sample's largest energy is kept within: squares of energies neither overflow nor vanish in float32.
 SMALLEST_ENERGY, LARGEST_ENERGY = 2.0**-40, 2.0**60
@@ -82,7 +83,7 @@ def unit(energy: Float[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
 
 def l2_norm(x: Float[Tensor, "b n"]) -> Float[Tensor, "b 1"]:
     """||x||_2 of each row; d||x||/dx = x/||x||, and 0 where x = 0."""
-    return (_L2Norm if _traced() else _ForwardL2Norm).apply(x)
+    return _plain_l2(x)[1] if _in_forward_mode() else _L2Norm.apply(x)
 
 
 def l2_normalise(x: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
@@ -90,12 +91,26 @@ def l2_normalise(x: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
 
     The Jacobian (I - y y^T)/||x|| is symmetric and never built.
     """
-    return (_L2Normalise if _traced() else _ForwardL2Normalise).apply(x)
+    return _plain_l2(x)[0] if _in_forward_mode() else _L2Normalise.apply(x)
 
 
-def _traced() -> bool:
-    """Whether torch.compile looks on, which traces no function that has a rule for forward mode."""
-    return torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+def _in_forward_mode() -> bool:
+    """Whether tangents may be about: `torch.func.jvp`, `jacfwd`, `make_dual`, and these within each other."""
+    return forward_ad._current_level >= 0
+
+
+def _plain_l2(x: Float[Tensor, "b n"]) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b 1"]]:
+    """x/||x|| and ||x|| of each row, in ops of PyTorch.
+
+    A rule for tangents in an autograd function would do for one of them alone: PyTorch drops the tangents of
+    what such a rule computes.
+    """
+    largest = x.detach().abs().amax(1, keepdim=True)
+    nonzero = largest != 0
+    scale = largest.where(nonzero, 1)
+    relative = x * nonzero / scale
+    norm = relative.square().sum(1, keepdim=True).where(nonzero, 1).sqrt()
+    return relative / norm, norm * scale * nonzero
 
 
 class _L2Norm(torch.autograd.Function):
@@ -116,18 +131,6 @@ class _L2Norm(torch.autograd.Function):
         return grad * l2_normalise(x)
 
 
-class _ForwardL2Norm(_L2Norm):
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        _L2Norm.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx, tangent: Float[Tensor, "b n"]) -> Float[Tensor, "b 1"]:
-        (x,) = ctx.saved_tensors
-        return (tangent * l2_normalise(x)).sum(1, keepdim=True)
-
-
 class _L2Normalise(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -145,15 +148,6 @@ class _L2Normalise(torch.autograd.Function):
     def backward(ctx, grad: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         (x,) = ctx.saved_tensors
         return l2_normalise_gradient(x, grad)
-
-
-class _ForwardL2Normalise(_L2Normalise):
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        _L2Normalise.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs)
-
-    jvp = _L2Normalise.backward
 
 
 def l2_normalise_gradient(x: Float[Tensor, "b n"], grad: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
