@@ -18,7 +18,8 @@ def find_logits(
     """The logits (b, k), or None if there are none.
 
     Without a `place` they are the output itself or its `.logits`, of a tuple or list the first such entry,
-    and in a dict under "logits" or, as torchvision's segmentation models have it, under "out".
+    and in a dict under "logits" or, as torchvision's segmentation models have it, under "out"; and a dict's
+    "last_hidden_state" of two axes.
 
     Args:
         dense: True: those of each pixel (b, k, h, w), or else (b, k); None: the other way round.
@@ -27,12 +28,18 @@ def find_logits(
     kinds = {False: [2], True: [4, 2], None: [2, 4]}[dense]
     entries = [output] if place is None else [_at(output, place)]
     if place is None and isinstance(output, Mapping):
-        entries = [output.get("logits", output.get("out"))]
+        entries = [output.get("logits", output.get("out", _answers_of_state(output)))]
     elif place is None and isinstance(output, tuple | list) and not hasattr(output, "logits"):
         entries = list(output)
     tensors = [getattr(entry, "logits", entry) for entry in entries]
     found = [each for each in tensors if isinstance(each, Tensor) and each.is_floating_point()]
     return next((each for kind in kinds for each in found if each.ndim == kind), None)
+
+
+def _answers_of_state(output: Mapping[str, Any]) -> Any:
+    """What Hugging Face's PP-LCNet calls its last state is, as no state is, (b, k)."""
+    state = output.get("last_hidden_state")
+    return state if isinstance(state, Tensor) and state.ndim == 2 else None
 
 
 def _at(output: Any, place: Place) -> Any:

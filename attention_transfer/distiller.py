@@ -87,7 +87,7 @@ class Distiller(nn.Module):
         logits, teacher_logits: where the logits are in what the student and the teacher return, if it is
             not as above: an index, a key, the name of an attribute, or a function of the output.
         teacher_classes: for each class of the student's logits and of the labels its number in the
-            teacher's, where these are in another order.
+            teacher's, where these are in another order or more.
 
     Raises:
         TypeError: if a model, a term, the transform or the example is not what it should be.
@@ -488,7 +488,10 @@ class Distiller(nn.Module):
             rows.append(row)
         lines = [f"{type(term).__name__}({term.extra_repr()})" for term in self.terms]
         if self._teacher_classes is not None:
-            lines.append("the teacher's classes are in another order: matched by name")
+            order = self._teacher_classes.tolist()
+            is_order = sorted(order) == list(range(len(order))) != order
+            what = "'s classes are in another order" if is_order else " has more classes"
+            lines.append(f"the teacher{what}: matched by name")
         return Plan(rows, lines)
 
 

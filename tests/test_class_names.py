@@ -164,6 +164,73 @@ def test_a_teachers_answers_are_those_of_the_datas_classes(
     assert "the teacher's classes are in another order: matched by name" in str(distiller.plan())
 
 
+MORE = ("violet", "green", "black", "Blue", "red")
+
+
+@pytest.mark.parametrize("method", ["kd", "gradient"])
+def test_a_teacher_of_more_classes_answers_for_those_of_the_data(
+    method: str, tiny: Recipe, otherwise: Path, tmp_path: Path
+) -> None:
+    """Live, and from a cache; what it thinks of the other classes is left out."""
+    model = weights(tmp_path / "w.safetensors", MORE)
+    recipe = recipe_of(tiny, otherwise, method, teacher=str(tmp_path / "w.safetensors"))
+    splits = load_splits(recipe)
+    teacher = build_teacher(recipe, splits, lambda: pytest.fail("it is there"))
+    places = [3, 4, 1]
+    assert list(OTHERWISE) == ["Blue", "Red", "green"] and teacher.order == places
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 2])
+    distiller = build_distiller(recipe, build_student(recipe, splits), teacher, images)
+    seen = distiller.observe(images, labels)
+    torch.testing.assert_close(seen.teacher.logits, model(teacher.transform(images))[:, places])
+    assert "the teacher has more classes: matched by name" in str(distiller.plan())
+    if method == "kd":
+        run = train(replace(recipe, output=str(tmp_path / "run")), say=lambda line: None)
+        assert load_teacher(run, splits).order == places
+        cache = build_cache(recipe, tmp_path / "cache", say=lambda line: None)
+        assert cache.manifest.class_names == MORE
+        recipe = take_over(replace(recipe, cache=str(tmp_path / "cache"), teacher=None))
+        assert CachedTeacher.of(recipe, splits, build_student(recipe, splits)).order == places
+
+
+def test_a_teacher_of_more_classes_without_names_is_refused(
+    tiny: Recipe, otherwise: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for names in (["0", "1", "2", "3"], ["Blue", "green", "black", "white"]):
+        weights(tmp_path / "w.safetensors", names)
+        words = ["--data", otherwise, "--student", "wrn-10-1", "--teacher", tmp_path / "w.safetensors"]
+        line = said(capsys, "train", *words, "--method", "kd", "--output", tmp_path / "run", status=2)
+        assert "expected a teacher of 3 classes, as the data, got 4. It may have more where its file" in line
+
+
+@pytest.mark.filterwarnings("ignore::attention_transfer.preflight.PreflightWarning")
+def test_a_run_on_other_images_is_not_the_student_alone(
+    tiny: Recipe, image_folder: Path, otherwise: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights(tmp_path / "teacher.safetensors", COLOURS, "green")
+
+    def run_on(data: Path, name: str, **settings: object) -> Path:
+        recipe = replace(tiny, data=str(data), output=str(tmp_path / name), **settings)
+        return train(recipe, say=lambda line: None).folder
+
+    taught = run_on(image_folder, "at", method="at", teacher=str(tmp_path / "teacher.safetensors"))
+    moved, two = tmp_path / "moved" / image_folder.name, tmp_path / "two" / image_folder.name
+    shutil.copytree(image_folder, moved)
+    for name in COLOURS[:2]:
+        shutil.copytree(image_folder / name, two / name)
+    others = {
+        "other classes": run_on(two, "a"),
+        "other sizes of images": run_on(image_folder, "b", image_size=8),
+        "other images": run_on(moved, "c"),
+    }
+    for what, other in others.items():
+        capsys.readouterr()
+        examples = collect([other, taught], 12)
+        assert "student alone" not in examples.seen.predictions
+        assert f"note: {other} is not shown as the student alone: it has {what}" in capsys.readouterr().out
+    shutil.rmtree(moved)  # where it was is no longer known: it may be where the other is
+    assert "student alone" in collect([others["other images"], taught], 12).seen.predictions
+
+
 def test_a_teacher_of_other_classes_is_refused_where_answers_are_compared(
     tiny: Recipe, otherwise: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,6 +29,7 @@ from attention_transfer import (
     distillation_loss,
     suggest_pairs,
 )
+from attention_transfer._outputs import find_logits
 from attention_transfer.losses import Energy, Observation, Term
 
 PAIRS = [Pair("first", "first"), Pair("second", "second", weight=0.5)]
@@ -670,6 +671,21 @@ def test_refuses_what_is_no_batch(x: object, y: object, message: str) -> None:
     for call in (built, built.preflight, built.balance):
         with pytest.raises((TypeError, ValueError), match=rf"^Distiller: .*{re.escape(message)}"):
             call(x, y)
+
+
+def test_logits_that_are_called_a_state() -> None:
+    """PP-LCNet of Hugging Face; what else is called so has more axes, and is no logits."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.PPLCNetForImageClassification(transformers.PPLCNetConfig(scale=0.25, num_labels=7))
+    model, x = model.eval(), torch.randn(2, 3, 64, 64)
+    expected = model(x).last_hidden_state
+    assert expected.shape == (2, 7)
+    assert torch.equal(Distiller(model, None).eval()(x, torch.tensor([0, 6])).logits, expected)
+    for state in (torch.zeros(2, 9, 7), torch.zeros(2, 7, 4, 4)):
+        for dense in (False, True, None):
+            assert find_logits({"last_hidden_state": state}, dense=dense) is None
+    both = {"last_hidden_state": torch.zeros(2, 9), "logits": torch.ones(2, 7)}
+    assert find_logits(both) is both["logits"]
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,7 @@ FILES = [
         "caffe_solver one_prefix",
     ),
     Guard("cli/caffe/train.py", ', _alone(path, "the log", "--log"):', ":", "caffe_solver one_prefix"),
+    Guard("training/loggers.py", "        _check_links()\n", "        pass\n", "loggers through_no_link"),
     Guard("training/demo.py", "run.recipe.differences(recipe.resolved())", "False", "files the_demo"),
 ]
 

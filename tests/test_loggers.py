@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from attention_transfer.training import Recipe, Run, resume, train
+from attention_transfer.training.loggers import build_loggers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,6 +71,22 @@ def mlflow(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///own.db")
     yield mlflow
+
+
+@pytest.mark.parametrize("name", ["mlflow.db", "mlflow.db-journal", "mlruns", "mlruns/1", "mlruns/1/images"])
+def test_mlflow_writes_through_no_link(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
+) -> None:
+    """Its own files are made in the current folder; a place that the user names may be a link."""
+    pytest.importorskip("mlflow")
+    target = tmp_path / "elsewhere"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).symlink_to(target)
+    with pytest.raises(OSError, match=f"got a link at {name}, which may lead anywhere. Remove it, or name"):
+        build_loggers(Run(tmp_path / "run"), replace(recipe, loggers="mlflow"))
+    assert not target.exists()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -23,8 +24,11 @@ from torch import Tensor, nn
 from attention_transfer._files import write_atomically
 from attention_transfer.cli import main
 from attention_transfer.data import Batches
+from attention_transfer.models import trusting
 from attention_transfer.training import Recipe, Run, resume, train
+from attention_transfer.training.build import load_splits
 from attention_transfer.training.callbacks import Checkpoints
+from attention_transfer.training.card import ModelCard
 from attention_transfer.training.finite import FirstBad
 
 pytestmark = [
@@ -364,8 +368,6 @@ def uniform_image(base: Recipe, image_folder: Path, tmp_path: Path) -> Recipe:
         flip=False,
         output=str(tmp_path / "run"),
     )
-    from attention_transfer.training.build import load_splits
-
     for path in sorted(images.rglob("*.png")):
         kept = path.read_bytes()
         Image.new("RGB", (16, 16), (0, 0, 0)).save(path)
@@ -433,12 +435,46 @@ def test_validation_logits_that_are_not_finite_stop_the_run(speechless: Recipe) 
 
 
 def test_validation_images_without_finite_logits_are_skipped_on_request(speechless: Recipe) -> None:
+    """And test images are wrong answers: the run has a result, which says so."""
     said: list[str] = []
-    with pytest.raises(ValueError, match="evaluate_model: expected finite logits"):  # of the test images
-        train(replace(speechless, not_finite="skip"), say=said.append)
+    run = train(replace(speechless, not_finite="skip"), say=said.append)
     assert sum("of 24 validation images in epoch" in line for line in said) == 2
-    rows = Run(speechless.folder).read_metrics()
+    assert said[-1].startswith("warning: 4 of 12 test images have logits that are not finite, which count as")
+    with trusting(speechless.student):
+        model, splits = ModelCard.read(run.folder).build(run.folder), load_splits(run.recipe)
+    answers = model(splits.augment().normalise(splits.test.images)).argmax(1)
+    right = int((answers == splits.test.labels)[splits.test.labels != 2].sum())
+    assert run.result["test_unanswered"] == 4
+    assert run.result["test_error"] == pytest.approx(100 - 100 * right / 12)
+    rows = run.read_metrics()
     assert all(0 < float(row["val/loss"]) < 10 and 0 <= float(row["val/error"]) <= 100 for row in rows)
+
+
+class SpeechlessAtFirst(Standardised):
+    """In evaluation mode it has no answer until it is mended."""
+
+    mended = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return logits if self.training or self.mended else logits * float("nan")
+
+
+def test_a_run_that_stops_at_its_test_images_goes_on_once_it_is_mended(
+    speechless: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is trained is not lost: the student is there, and is then measured."""
+    recipe = replace(speechless, student="test_survival:SpeechlessAtFirst", validation=0.0)
+    with pytest.raises(
+        ValueError, match=r"evaluate_model: expected finite logits from .* for 12 of 12 images"
+    ):
+        train(recipe, say=silent)
+    run = Run(recipe.folder)
+    kept = run.student_weights.read_bytes()
+    monkeypatch.setattr(importlib.import_module("test_survival").SpeechlessAtFirst, "mended", True)
+    with trusting(recipe.student):
+        assert resume(run.folder, say=silent).result["test_unanswered"] == 0
+    assert run.student_weights.read_bytes() == kept
 
 
 def test_the_first_bad_step_is_kept() -> None:

@@ -106,6 +106,17 @@ def test_each_verb_has_its_own_flags() -> None:
     assert in_flags("a: pass root=FOLDER.", set()) == "a: pass root=FOLDER."
 
 
+def test_a_students_classes_are_not_called_a_teachers() -> None:
+    train = {"--student", "--teacher", "--teacher-classes", "--teacher-weights", "--data"}
+    for text in ("Build the student with num_classes=2.", "expected num_classes of 2 or more, got 1."):
+        assert "--teacher-classes" not in in_flags(f"a: {text}", train)
+    assert (
+        in_flags("a: Build the student with num_classes=2.", train) == "a: Pass data of two classes or more."
+    )
+    assert in_flags("a: pass teacher_classes=5.", train) == "a: pass --teacher-classes 5."
+    assert in_flags("a: pass num_classes=5.", {"--num-classes"}) == "a: pass --num-classes 5."
+
+
 def test_the_command_speaks_flags(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

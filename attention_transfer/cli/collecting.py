@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attention_transfer.cli.loading import load, load_teacher
 from attention_transfer.data import Splits, match_classes
 from attention_transfer.training.build import Teacher, load_splits
+from attention_transfer.training.card import ModelCard
 from attention_transfer.training.run import Run
 from attention_transfer.training.telling import say_text
 from attention_transfer.visualize import Examples, collect_examples
@@ -84,10 +85,25 @@ def _sides(taught: Run, teacher: Teacher, runs: Sequence[Run], splits: Splits) -
 
 
 def _alone(taught: Run, runs: Sequence[Run]) -> Run | None:
-    """The run of the same student without a teacher, of the same seed if there is one."""
-    alone = [
-        r
-        for r in runs
-        if r.finished and r.recipe.method == "none" and r.recipe.student == taught.recipe.student
-    ]
+    """The run of the same student without a teacher, on the same images, of the same seed if there is one."""
+    alone = []
+    for run in runs:
+        if run.finished and run.recipe.method == "none" and run.recipe.student == taught.recipe.student:
+            if differing := _other_images(run, taught):
+                say_text(f"note: {run.folder} is not shown as the student alone: it has other {differing}")
+            else:
+                alone.append(run)
     return min(alone, key=lambda run: run.recipe.seed != taught.recipe.seed, default=None)
+
+
+def _other_images(one: Run, other: Run) -> str | None:
+    """In what the images differ that two runs were trained on; a folder may have moved, but not both."""
+    cards = [ModelCard.read(run.folder) for run in (one, other)]
+    facts = [(set(card.classes), card.in_channels, tuple(card.image_size)) for card in cards if card]
+    for name, *values in zip(("classes", "channels", "sizes of images"), *facts, strict=False):
+        if len(values) == 2 and values[0] != values[1]:
+            return name
+    data = [Path(run.recipe.images) for run in (one, other)]
+    if data[0].name != data[1].name or (all(map(Path.exists, data)) and not data[0].samefile(data[1])):
+        return "images"
+    return None

@@ -11,7 +11,6 @@ spoken: ContextVar[frozenset[str]] = ContextVar("spoken", default=frozenset())
 
 _OTHER_FLAGS = {
     "root": ("--data-root", "--root", "--data"),
-    "num_classes": ("--num-classes", "--teacher-classes"),
     "input_size": ("--input-size", "--image-size"),
     "weights": ("--weights", "--teacher-weights"),
 }
@@ -25,6 +24,7 @@ _PHRASES = (
     (r", or pass strict=False to load [^.;]*", ""),
     (r" See Distiller\(teacher_transform=\.\.\.\)\.", ""),
     (r"Build the student with num_classes=\d+ or mend", "Mend"),
+    (r"Build the student with num_classes=2\.", "Pass data of two classes or more."),
     (r"Build the model with num_classes=\d+", "Give that number of classes"),
     (r"to adapt to in_channels=(\d+)", r"to adapt to \1 channels"),
     (r"Pass in_channels=(\d+),", r"Pass images of \1 channels,"),

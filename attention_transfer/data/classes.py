@@ -36,10 +36,16 @@ def unknown_classes(ours: Sequence[str], theirs: Sequence[str] | None) -> str:
 
 
 def class_order(ours: Sequence[str], theirs: Sequence[str] | None) -> list[int] | None:
-    """The place of each of our classes among theirs, where these are the same in another order; else None."""
+    """The place of each of our classes among theirs, where these are in another order or more; else None.
+
+    That there are more of them takes names: numbers would say nothing of which are the same.
+    """
     places = [place for place in match_classes(ours, theirs) or () if place is not None]
-    is_other = len(places) == len(ours) == len(theirs or ()) and places != list(range(len(ours)))
-    return places if is_other else None
+    if theirs is None or len(places) < len(ours):
+        return None
+    if len(theirs) > len(ours):
+        return None if _are_numbers(ours) or _are_numbers(theirs) else places
+    return places if places != list(range(len(ours))) else None
 
 
 def _plain(name: str) -> str:

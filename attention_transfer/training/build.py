@@ -229,10 +229,11 @@ def check_classes(recipe: Recipe, classes: int, names: Sequence[str] | None, spl
     """Raise ValueError if the method compares answers and the teacher has other classes than the data."""
     if not {"kd", "gradient"} & set(recipe.terms):
         return
-    if classes != splits.num_classes:
+    if classes != splits.num_classes and not class_order(splits.classes, names):
         raise ValueError(
             f'train: method "{recipe.method}" compares answers: expected a teacher of {splits.num_classes} '
-            f"classes, as the data, got {classes}. Attention maps need no equal classes: --method at."
+            f"classes, as the data, got {classes}. It may have more where its file names them and the data's "
+            "are among them; attention maps need no equal classes: --method at."
         )
     if strangers := unknown_classes(splits.classes, names):
         raise ValueError(

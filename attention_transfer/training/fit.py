@@ -365,11 +365,23 @@ def _finish(
     save_weights(student, run.student_weights, card.as_metadata())
     normalise = card.augment().to(module.device).normalise
     with uncompiled(recipe.compile):  # as `evaluate` will measure it
-        test = evaluate_model(student, evaluation_batches(splits), normalise, device=module.device)
+        test = evaluate_model(
+            student,
+            evaluation_batches(splits),
+            normalise,
+            device=module.device,
+            not_finite=recipe.not_finite,
+        )
+    if test.unanswered:
+        module.say(
+            f"warning: {test.unanswered:,} of {len(test.labels):,} test images have logits that are not "
+            "finite, which count as wrong answers"
+        )
     run.write_result(
         {
             "test_error": test.error,
             "test_top5_error": test.top5_error,
+            "test_unanswered": test.unanswered,
             "validation_error": float(kept["val/error"]) if "val/error" in kept else None,
             "best_epoch": checkpoints.best_epoch,
             "parameters": sum(p.numel() for p in student.parameters()),

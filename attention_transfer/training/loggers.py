@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from attention_transfer._extras import require
-from attention_transfer._files import write_atomically
+from attention_transfer._files import links_in, write_atomically
 from attention_transfer._reading import parse_json, read_text
 from attention_transfer._tables import printable
 from attention_transfer.training.recipe import Recipe, loggers_of
@@ -59,12 +59,25 @@ def _mlflow(run: Run, recipe: Recipe) -> Logger:
     from lightning.pytorch.loggers import MLFlowLogger
 
     address = os.environ.get("MLFLOW_TRACKING_URI", LOCAL_MLFLOW)
+    if address == LOCAL_MLFLOW:
+        _check_links()
     known = _identities(run).get("mlflow")
     logger = MLFlowLogger(PROJECT, run_name=printable(run.folder.name), tracking_uri=address, run_id=known)
     if known is None:
         _remembered(run, "mlflow", str(logger.run_id))
         logger.log_hyperparams(asdict(recipe))
     return logger
+
+
+def _check_links() -> None:
+    """Raise OSError if what MLflow writes into the current folder would go through a link."""
+    here = Path()
+    places = [here / "mlruns", *here.glob("mlflow.db*")]  # a journal beside the database
+    for link in [*(each for each in places if each.is_symlink()), *links_in(here / "mlruns")]:
+        raise OSError(
+            f"train: expected MLflow's own files in the current folder, got a link at {link}, which may lead "
+            "anywhere. Remove it, or name the place by MLFLOW_TRACKING_URI."
+        )
 
 
 _BUILDERS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}

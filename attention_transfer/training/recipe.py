@@ -160,7 +160,8 @@ class Recipe:
     """Clip the gradient to this norm."""
     not_finite: Literal["stop", "skip"] = "stop"
     """A loss that is infinite or not a number stops the run, or skips the batch without a trace, which looks
-    at every loss. Either way the batch is written to not-finite/ in the run folder."""
+    at every loss. Either way the batch is written to not-finite/ in the run folder. Test images whose logits
+    are not finite leave the run without a result, or count as wrong answers."""
     checkpoint_minutes: float = 15.0
     """Minutes after which an epoch that goes on is saved too; every epoch's end is."""
     keep: Literal["last", "best"] = "last"
