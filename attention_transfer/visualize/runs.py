@@ -71,8 +71,9 @@ class Run:
     def number(self, name: str) -> float | None:
         """A measurable number of the result, or None."""
         value = (self.result or {}).get(name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if is_number and is_measurable(value) else None
+        if isinstance(value, int | float) and not isinstance(value, bool) and is_measurable(value):
+            return float(value)
+        return None
 
 
 def read_run(folder: Path | str) -> Run:
