@@ -511,7 +511,16 @@ def without(name: str) -> Callable[[dict[str, Any]], None]:
     return lambda result: result.pop(name)  # type: ignore[return-value]
 
 
-MAY_LACK = ("seed", "method", "validation_error", "test_top5_error", "weights", "machine", "best_epoch")
+MAY_LACK = (
+    "seed",
+    "method",
+    "validation_error",
+    "test_top5_error",
+    "weights",
+    "machine",
+    "best_epoch",
+    "test_unanswered",
+)
 OPTIONAL = {f"no {name}" for name in MAY_LACK}
 RESULTS = {
     **{f"no {name}": without(name) for name in (*NUMBERS, "plan", "teacher_fingerprint", *MAY_LACK)},

@@ -96,8 +96,9 @@ def test_result(finished: Run) -> None:
     assert set(result) == {
         *("test_error", "test_top5_error", "validation_error", "best_epoch", "parameters", "seed"),
         *("images_per_second", "data_share", "wall_seconds", "method", "teacher_fingerprint", "plan"),
-        *("weights", "machine"),
+        *("weights", "machine", "test_unanswered"),
     }
+    assert result["test_unanswered"] == 0
     assert [row["student"] for row in result["plan"]] == ["group0", "group1", "group2"]
     assert result["method"] == "at"
     assert result["teacher_fingerprint"]

@@ -50,6 +50,7 @@ LONGEST = "not-finite/epoch-1000000-batch-1000000/images.png"
 _OTHERS: dict[str, tuple[Callable[[Any], bool], Any]] = {
     **dict.fromkeys(("test_top5_error", "validation_error", "best_epoch"), (lambda v: _is_number(v), None)),
     **dict.fromkeys(("seed",), (lambda v: type(v) is int, None)),
+    "test_unanswered": (lambda v: type(v) is int and v >= 0, 0),
     **dict.fromkeys(("method", "teacher_fingerprint"), (lambda v: isinstance(v, str), None)),
     "weights": (lambda v: isinstance(v, dict) and all(map(_is_number, v.values())), {}),
     "machine": (lambda v: isinstance(v, dict) and all(isinstance(e, str | int) for e in v.values()), {}),
