@@ -188,8 +188,8 @@ def convert_beta(
         source, target: names of the forms.
         hw: (h, w) of the maps.
         batch: (student, teacher) activations of the pair: ||D|| is their mean distance. Without them ||D||
-            is taken as 0.4; it was 0.29 to 0.38 over the first epoch of the CIFAR-10 run in the README. The
-            size of a batch may be given, but makes no difference: every form averages over the batch.
+            is taken as 0.4; it was 0.29 to 0.38 over the first epoch of the CIFAR-10 run in docs/measured.md.
+            The size of a batch may be given, but makes no difference: every form averages over the batch.
 
     Raises:
         ValueError: on an unknown form, a negative beta, an empty hw, or a batch whose maps are all equal.

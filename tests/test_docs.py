@@ -73,6 +73,25 @@ def test_fences_have_known_languages() -> None:
         assert page.read_text(encoding="utf-8").count("\n```") == 2 * len(list(fences(page))), page
 
 
+# --- the README ---------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short_and_shows_python_early() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 110
+    start = lines.index("```python")
+    assert lines.index("```", start) <= 45
+
+
+def test_the_readme_names_every_room() -> None:
+    """A reader finds each part of the package in its table, and no part that is gone."""
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    package = ROOT / "attention_transfer"
+    rooms = {path.name + "/" for path in package.iterdir() if (path / "__init__.py").is_file()}
+    rooms |= {path.name for path in package.glob("*.py")}
+    assert set(re.findall(r"`([^`]+)`", "".join(rows))) == {room for room in rooms if room[0] != "_"}
+
+
 # --- Python -------------------------------------------------------------------------------------------------
 
 CAFFE_NET = """
