@@ -1,7 +1,9 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
+DEMO := .venv/.demo
 READY := .venv/.ready
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 SHAPED := functional transfer_functions kernels losses terms taps pairs distiller preflight augment visualize
 
@@ -12,7 +14,7 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(READY) ## Train a teacher and a student on digits, with and without attention transfer (minutes)
+demo: $(DEMO) ## Train a teacher and a student on digits, with and without attention transfer (minutes)
 	$(BIN)/attention-transfer demo
 
 test: $(READY) ## Run the tests, and the core ones again with every array shape checked
@@ -42,8 +44,13 @@ schema: $(READY) ## Compile the schema of Caffe's files again, after a change of
 clean: ## Remove the virtual environment and caches
 	rm -rf site .venv .pytest_cache .ruff_cache .mypy_cache
 
-$(READY): pyproject.toml constraints.txt
-	@echo "Setting up .venv: PyTorch and the rest, several GB, a few minutes the first time"
+$(DEMO): pyproject.toml constraints.txt
+	@echo "Setting up .venv: PyTorch and what the demo needs, several GB, a few minutes the first time"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(INSTALL) ".[demo]"
+	@touch $@
+
+$(READY): $(DEMO)
+	@echo "Adding to .venv what the tests, the checks and the documentation need"
+	$(INSTALL) ".[dev]"
 	@touch $@

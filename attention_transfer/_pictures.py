@@ -82,7 +82,7 @@ def convert(image: Image, channels: int) -> Image:
 
 def begins_as_picture(file: IO[bytes]) -> bool:
     """Whether it begins as an image that `open_picture` reads."""
-    pillow = require("PIL.Image", extra="data", user="load_data")
+    pillow = require("PIL.Image", extra="train", user="load_data")
     try:
         return _without_bomb_warning(pillow, file) is not None
     except Exception:  # a header that is damaged: Pillow's readers raise almost anything

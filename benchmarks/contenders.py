@@ -103,7 +103,7 @@ def torchdistill(form: str) -> Term:
     Raises:
         ImportError: if torchdistill is not installed.
     """
-    losses = require("torchdistill.losses.mid_level", extra="bench", user="bench")
+    losses = require("torchdistill.losses.mid_level", extra="dev", user="bench")
     weight = {"code": BETA["code"], "paper": BETA["paper"] / 2}[form]
 
     def term(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> tuple[Passed, Tensor]:

@@ -46,7 +46,7 @@ def draw(rows: Sequence[Row], docs: Path, stem: str) -> list[str]:
 
 
 def _figure(columns: int, width: float, height: float) -> tuple[Any, Any]:
-    require("matplotlib", extra="plots", user="bench")
+    require("matplotlib", extra="train", user="bench")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -312,7 +312,7 @@ def torchdistill_step(
     Raises:
         ImportError: if torchdistill is not installed.
     """
-    distillation = require("torchdistill.core.distillation", extra="bench", user="bench")
+    distillation = require("torchdistill.core.distillation", extra="dev", user="bench")
     config = {
         "num_epochs": 1,
         "teacher": {**_torchdistill_model([pair.teacher for pair in pairs]), "requires_grad": False},

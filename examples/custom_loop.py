@@ -1,6 +1,6 @@
 """Attention transfer in a training loop of your own: real digits, under a minute on two CPU cores.
 
-pip install "attention-transfer[demo]"
+pip install "attention-transfer[train]"
 python examples/custom_loop.py
 """
 

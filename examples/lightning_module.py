@@ -1,6 +1,6 @@
 """Attention transfer in a LightningModule of your own: the lines that change are marked.
 
-pip install "attention-transfer[demo]"
+pip install "attention-transfer[train]"
 python examples/lightning_module.py
 """
 

@@ -1,6 +1,6 @@
 """Attention transfer in a training script in timm's style: the lines that are added are marked.
 
-pip install "attention-transfer[demo]"
+pip install "attention-transfer[train]"
 python examples/timm_script.py
 """
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from attention_transfer.cli import bench as verb
 from attention_transfer.cli import main
 
-pytest.importorskip("torchdistill", reason='needs pip install -e ".[bench]"')
+pytest.importorskip("torchdistill", reason='needs pip install -e ".[dev]"')
 bench = verb._benchmarks(Path(verb.__file__).parents[2])
 
 from benchmarks import contenders, kernels, measuring, rows, step, tables, targets, terms  # noqa: E402

@@ -201,14 +201,14 @@ REFUSED = {
 @pytest.mark.parametrize("name", READ)
 def test_pixels_are_what_the_file_stands_for(name: str) -> None:
     data, wanted = READ[name]
-    image = convert(open_picture(data, extra="data", user="it"), 3)
+    image = convert(open_picture(data, extra="train", user="it"), 3)
     assert np.abs(np.asarray(image).astype(int) - wanted).max() <= (1 if "jpeg" in name else 0)
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_more_than_8_bits_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(DeepError):
-        open_picture(REFUSED[name], extra="data", user="it")
+        open_picture(REFUSED[name], extra="train", user="it")
     (tmp_path / "x.png").write_bytes(REFUSED[name])
     with pytest.raises(
         ValueError, match=r"^load_data: expected 8-bit images, got mode .* in .*x\.png\. Conv"
@@ -221,7 +221,7 @@ def test_more_than_8_bits_are_refused(name: str, tmp_path: Path) -> None:
 def test_a_colour_space_that_is_not_read_is_said() -> None:
     data = saved(Image.new("LAB", (4, 2)), "TIFF")
     with pytest.raises(ValueError, match=r"^the colour space LAB$"):
-        open_picture(data, extra="data", user="it")
+        open_picture(data, extra="train", user="it")
 
 
 def test_a_file_that_is_larger_than_any_image_is_not_read(tmp_path: Path) -> None:

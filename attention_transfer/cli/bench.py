@@ -37,7 +37,7 @@ def _benchmarks(root: Path) -> ModuleType:
     if not (root / "benchmarks" / "bench.py").is_file():
         raise UsageError(
             "bench: the benchmarks are not installed with the package. Run it in a checkout of the "
-            'repository, after pip install -e ".[bench]".'
+            'repository, after pip install -e ".[dev]".'
         )
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))

@@ -73,7 +73,7 @@ def _show_classes(result: Evaluation, splits: Splits) -> None:
 
 def _check_plot(path: Path) -> None:
     """What would stop the picture after all images have been looked at."""
-    check_installed("matplotlib", extra="plots", user="evaluate")
+    check_installed("matplotlib", extra="train", user="evaluate")
     if path.is_dir():
         raise UsageError(f"evaluate: expected a file for --plot, got {path}, which is a folder.")
 

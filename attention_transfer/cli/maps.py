@@ -174,7 +174,7 @@ def _read_image(path: str, channels: int, size: int) -> Tensor:
     if not Path(path).exists():
         raise FileNotFoundError(f"maps: expected an image file, got {path}, which is not there.")
     try:
-        image = open_picture(read_bytes(path, LARGEST), extra="plots", user="maps")
+        image = open_picture(read_bytes(path, LARGEST), extra="train", user="maps")
     except DeepError as error:
         raise ValueError(
             f"maps: expected 8 bits a channel in {path}, got mode {error}. Convert it."

@@ -87,7 +87,7 @@ def _is_named(name: str, arguments: list[str]) -> bool:
 
 def _check_report() -> None:
     """What the report at the end needs is looked for at the start."""
-    check_installed("jinja2", "matplotlib", "PIL", "scipy", extra="plots", user="train")
+    check_installed("jinja2", "matplotlib", "PIL", "scipy", extra="train", user="train")
 
 
 def _train_new(recipe: Recipe, overwrite: bool, keep_memory: bool, say: Say | None) -> Run:

@@ -110,7 +110,7 @@ def read_image(encoded: Encoded, row: int, channels: int) -> Image:
 
 def _open(encoded: Encoded, row: int) -> Image:
     try:
-        return open_picture(_read_bytes(encoded, row), extra="data", user="load_data")
+        return open_picture(_read_bytes(encoded, row), extra="train", user="load_data")
     except DeepError as error:
         raise ValueError(
             f"load_data: expected 8-bit images, got mode {error} in {encoded.name(row)}. "
@@ -155,8 +155,8 @@ def resize_and_crop(image: Image, size: int, *, share: float = 1.0) -> Image:
     """The central square, `share` of the shorter side, as `size` x `size` pixels (bilinear, antialiased)."""
     if image.size == (size, size) and share == 1.0:
         return image
-    ops = require("PIL.ImageOps", extra="data", user="load_data")
-    pillow = require("PIL.Image", extra="data", user="load_data")
+    ops = require("PIL.ImageOps", extra="train", user="load_data")
+    pillow = require("PIL.Image", extra="train", user="load_data")
     return ops.fit(image, (size, size), method=pillow.Resampling.BILINEAR, bleed=(1 - share) / 2)
 
 

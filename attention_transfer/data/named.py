@@ -98,7 +98,7 @@ def _find(name: str, folder: Path, image_column: str | None, label_column: str |
 
 
 def _download(name: str, target: Path) -> None:
-    datasets = require("torchvision.datasets", extra="data", user="load_data")
+    datasets = require("torchvision.datasets", extra="train", user="load_data")
     try:
         getattr(datasets, TORCHVISION[name][0])(root=str(target), download=True)
     except (OSError, RuntimeError) as error:
@@ -110,7 +110,7 @@ def _download(name: str, target: Path) -> None:
 
 def _read_cifar(name: str, folder: Path) -> Source:
     """CIFAR as torchvision keeps it: pickles, which it opens only after their MD5 sums have been checked."""
-    datasets = require("torchvision.datasets", extra="data", user="load_data")
+    datasets = require("torchvision.datasets", extra="train", user="load_data")
     read = getattr(datasets, TORCHVISION[name][0])
     for file in (folder / TORCHVISION[name][1]).iterdir():
         if not file.is_dir():

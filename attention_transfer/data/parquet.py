@@ -139,7 +139,7 @@ class _RowGroup:
         """
         check_unchanged(self.column.path, self.column.stamp)
         with _readable(self.column.path):
-            pq = require("pyarrow.parquet", extra="data", user="load_data")
+            pq = require("pyarrow.parquet", extra="train", user="load_data")
             with pq.ParquetFile(self.column.path, metadata=self.column.metadata) as file:
                 table = _read_columns(file, self.column.path, [self.column.name], [self.number])
         images = table.column(0)
@@ -184,7 +184,7 @@ def _agreed(names: dict[Path, list[str]]) -> list[str]:
 def _read_file(
     path: Path, image_column: str | None, label_column: str | None
 ) -> tuple[ImageColumn, Int64[Tensor, " n"], list[str] | None]:
-    pq = require("pyarrow.parquet", extra="data", user="load_data")
+    pq = require("pyarrow.parquet", extra="train", user="load_data")
     stamp = Stamp.of(path)
     with _readable(path), pq.ParquetFile(path) as file:
         schema = file.schema_arrow
@@ -206,7 +206,7 @@ def _read_file(
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     """One line for all that Arrow has to say about a damaged file."""
-    pa = require("pyarrow", extra="data", user="load_data")
+    pa = require("pyarrow", extra="train", user="load_data")
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
@@ -224,7 +224,7 @@ def _read_columns(
 
     A few bytes of parquet can stand for any number of equal rows.
     """
-    pa = require("pyarrow", extra="data", user="load_data")
+    pa = require("pyarrow", extra="train", user="load_data")
     limit = UNFOLDED * path.stat().st_size + SMALL
     batches, held = [], 0
     # threads of Arrow's own do not go well with forked workers
@@ -311,7 +311,7 @@ def _leaf(field: pa.Field, path: Path) -> str:
 
 
 def _bytes_field(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return require("pyarrow.compute", extra="data", user="load_data").struct_field(column, "bytes")
+    return require("pyarrow.compute", extra="train", user="load_data").struct_field(column, "bytes")
 
 
 def _integers(column: pa.ChunkedArray, path: Path, name: str) -> Int64[Tensor, " n"]:

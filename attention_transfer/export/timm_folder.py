@@ -32,7 +32,7 @@ class TimmFolder(Format):
         return (f"{self.path}/config.json", f"{self.path}/model.safetensors")
 
     def check(self, student: Student) -> None:
-        require("timm", extra="models", user="export: timm")
+        require("timm", extra="train", user="export: timm")
         if not is_of_timm(student.card.model):
             raise ValueError(
                 f"export: timm: expected a model of timm, got {student.card.model}, which timm does not "
@@ -40,7 +40,7 @@ class TimmFolder(Format):
             )
 
     def write(self, student: Student, path: Path) -> None:
-        timm: Any = require("timm", extra="models", user="export: timm")
+        timm: Any = require("timm", extra="train", user="export: timm")
         card = student.card
         model: Any = card.build(student.run.folder)  # one of its own: its description is changed
         known = model.pretrained_cfg
@@ -57,7 +57,7 @@ class TimmFolder(Format):
             write_atomically(file, file.read_bytes())
 
     def load(self, student: Student, path: Path) -> Predict:
-        timm: Any = require("timm", extra="models", user="export: timm")
+        timm: Any = require("timm", extra="train", user="export: timm")
         model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
         return lambda pixels: model(student.augment.normalise(pixels))
 

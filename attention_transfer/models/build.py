@@ -180,7 +180,7 @@ def _unknown(name: str) -> str:
     else:
         remedy = f"Use {NAME_FORMS}."
     if not_installed:
-        remedy += f' Not installed: {", ".join(not_installed)}. Run: pip install "attention-transfer[models]"'
+        remedy += f' Not installed: {", ".join(not_installed)}. Run: pip install "attention-transfer[train]"'
     return f'build_model: expected the name of a model, got "{name}". {remedy}'
 
 
@@ -222,7 +222,7 @@ def _no_pretrained(name: str) -> str:
 
 
 def _timm() -> ModuleType:
-    return require("timm", extra="models", user="build_model")
+    return require("timm", extra="train", user="build_model")
 
 
 def _timm_names(*, tags: bool = False) -> list[str]:
@@ -286,7 +286,7 @@ def _safe_download(name: str) -> Iterator[None]:
 
 
 def _torchvision() -> ModuleType:
-    require("torchvision", extra="models", user="build_model")
+    require("torchvision", extra="train", user="build_model")
     return importlib.import_module("torchvision.models")
 
 

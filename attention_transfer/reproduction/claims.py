@@ -46,7 +46,7 @@ def _interval(differences: list[float]) -> tuple[float, float] | None:
     count, mean = len(differences), fmean(differences)
     if count < 2:
         return None
-    stats = require("scipy.stats", extra="plots", user="reproduce", name="scipy")
+    stats = require("scipy.stats", extra="train", user="reproduce", name="scipy")
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * stdev(differences) / math.sqrt(count)
     return mean - half, mean + half
 

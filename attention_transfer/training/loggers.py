@@ -43,7 +43,7 @@ def _tensorboard(run: Run, recipe: Recipe) -> Logger:
 
 
 def _wandb(run: Run, recipe: Recipe) -> Logger:
-    require("wandb", extra="wandb", user="train")
+    require("wandb", extra="loggers", user="train")
     from lightning.pytorch.loggers import WandbLogger
 
     identity = _remembered(run, "wandb", uuid.uuid4().hex[:16])
@@ -55,7 +55,7 @@ def _wandb(run: Run, recipe: Recipe) -> Logger:
 
 
 def _mlflow(run: Run, recipe: Recipe) -> Logger:
-    require("mlflow", extra="mlflow", user="train")
+    require("mlflow", extra="loggers", user="train")
     from lightning.pytorch.loggers import MLFlowLogger
 
     address = os.environ.get("MLFLOW_TRACKING_URI", LOCAL_MLFLOW)

@@ -88,8 +88,8 @@ def _row_percent(counts: Int[np.ndarray, "k k"]) -> Float[np.ndarray, "k k"]:
 def _draw(percent: Float[np.ndarray, "k k"], classes: list[str]) -> Any:
     k = len(classes)
     side = min(max(5.0, 0.55 * k + 2), 16.0)
-    matplotlib = require("matplotlib.figure", extra="plots", user="confusion_matrix")
-    colours = require("matplotlib.colors", extra="plots", user="confusion_matrix")
+    matplotlib = require("matplotlib.figure", extra="train", user="confusion_matrix")
+    colours = require("matplotlib.colors", extra="train", user="confusion_matrix")
     figure = matplotlib.Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.add_subplot()
     # A norm that stretches the low end: confusions are rare, and are what one looks for.

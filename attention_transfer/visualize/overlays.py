@@ -73,7 +73,7 @@ def map_levels(attention_map: Array, size: Size) -> UInt8[np.ndarray, "h w"]:
 
 def colour_table() -> UInt8[np.ndarray, "256 3"]:
     """The colour of each of the 256 levels of a map."""
-    colormap = require("matplotlib", extra="plots", user="overlay").colormaps[COLORMAP]
+    colormap = require("matplotlib", extra="train", user="overlay").colormaps[COLORMAP]
     return colormap(np.arange(256), bytes=True)[:, :3]
 
 
@@ -90,7 +90,7 @@ def shrink(pixels: UInt8[np.ndarray, "h w 3"], at_most: int) -> UInt8[np.ndarray
         return pixels
     height, width, _ = pixels.shape
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    image = require("PIL.Image", extra="plots", user="overlay")
+    image = require("PIL.Image", extra="train", user="overlay")
     return np.asarray(image.fromarray(pixels).resize(size, image.Resampling.LANCZOS))
 
 
@@ -168,7 +168,7 @@ class _Grid:
     def __init__(self, lefts: list[int], tops: list[int], cell: Size, size: Size) -> None:
         self.lefts, self.tops, self.cell = lefts, tops, cell
         self.canvas = np.full((*size, 3), 255, np.uint8)
-        self.figure = require("matplotlib.figure", extra="plots", user="save_maps").Figure(
+        self.figure = require("matplotlib.figure", extra="train", user="save_maps").Figure(
             figsize=(size[1] / DPI, size[0] / DPI), dpi=DPI
         )
 

@@ -20,7 +20,7 @@ BORDER = 2  # pixels around each frame of a strip, for browsers that look beyond
 
 def picture(pixels: UInt8[np.ndarray, "h w 3"]) -> dict[str, Any]:
     """An image for the background of tiles."""
-    image = require("PIL.Image", extra="plots", user="write_report")
+    image = require("PIL.Image", extra="train", user="write_report")
     kind = "png" if max(pixels.shape) <= PIXELATED else "jpeg"
     return {
         "source": _data_uri(image.fromarray(overlays.shrink(pixels, THUMBNAIL)), kind),
@@ -48,7 +48,7 @@ def strip(maps: Float[Tensor, "e h w"]) -> dict[str, Any]:
 
 
 def _coloured(levels: UInt8[np.ndarray, "h w"]) -> str:
-    image = require("PIL.Image", extra="plots", user="write_report").fromarray(levels)
+    image = require("PIL.Image", extra="train", user="write_report").fromarray(levels)
     image.putpalette(overlays.colour_table().tobytes())
     return _data_uri(image, "png")
 

@@ -62,7 +62,7 @@ def write_report(
 
 
 def _render(page: dict[str, Any]) -> str:
-    jinja2 = require("jinja2", extra="plots", user="write_report")
+    jinja2 = require("jinja2", extra="train", user="write_report")
     here = Path(__file__).parent
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(here),

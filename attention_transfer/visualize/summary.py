@@ -140,7 +140,7 @@ def _welch_change(after: Spread, before: Spread) -> Change:
 
 def _quantile(freedom: float) -> float:
     """Half the width of a 95 % interval, in standard errors."""
-    stats = require("scipy.stats", extra="plots", user="write_report", name="scipy")
+    stats = require("scipy.stats", extra="train", user="write_report", name="scipy")
     return float(stats.t.ppf(0.975, freedom))
 
 
