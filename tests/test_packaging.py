@@ -75,6 +75,16 @@ def test_every_extra_of_the_documentation_is_there() -> None:
     assert {"train", "onnx", "caffe", "loggers", "examples"} <= named <= set(EXTRAS)
 
 
+def test_the_workflow_runs_the_tests_and_the_checks() -> None:
+    """Those that people run, and no others."""
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8"))
+    (job,) = workflow["jobs"].values()
+    assert job["strategy"]["matrix"]["command"] == [".ci/run", "make check"]
+    assert job["steps"][-1] == {"run": "${{ matrix.command }}"}
+    assert re.search(r"^make test$", (ROOT / ".ci/run").read_text(encoding="utf-8"), re.M)
+
+
 def link_what_is_needed(extra: str, site: Path) -> None:
     """Put the distributions of an extra, taken from this environment, into another one."""
     for name in brought_by(extra):
@@ -99,7 +109,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     files = (path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     there = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith(f"{PACKAGE.name}/")}
