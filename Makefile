@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 SHAPED := functional transfer_functions kernels losses terms taps pairs distiller preflight augment visualize
 
-MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+BUILD_DOCS := rm -rf site && $(BIN)/python docs/site/build.py site
 
 .PHONY: help demo test test-slow check docs bench schema clean
 
@@ -28,10 +28,10 @@ check: $(READY) ## Lint, check the format, the types, and that the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(MKDOCS)
+	$(BUILD_DOCS)
 
 docs: $(READY) ## Build the documentation site into site/
-	$(MKDOCS)
+	$(BUILD_DOCS)
 	@echo "Open site/index.html; for the search: $(BIN)/python -m http.server --directory site"
 
 bench: $(READY) ## Measure the speed against the floor and others, and write docs/speed.md (14 minutes)
