@@ -92,6 +92,19 @@ def test_the_readme_names_every_room() -> None:
     assert set(re.findall(r"`([^`]+)`", "".join(rows))) == {room for room in rooms if room[0] != "_"}
 
 
+def test_contributing_names_what_is_there() -> None:
+    """Paths by their place, other names by standing in one of these files."""
+    quoted = re.findall(r"`([^`\s]+)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    paths = [name for name in quoted if "/" in name and (ROOT / name.split("/")[0]).exists()]
+    assert len(paths) > 12
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    files = (ROOT / "attention_transfer").rglob("*.py")
+    sources = "".join(path.read_text(encoding="utf-8") for path in files)
+    for name in ("stage_ends", "Source", "Encoded", "find_source", "VERBS", "print_safely"):
+        assert name in quoted
+        assert re.search(rf"\b(?:class|def) {name}\b|^{name}\b.* = ", sources, re.M), name
+
+
 # --- Python -------------------------------------------------------------------------------------------------
 
 CAFFE_NET = """
