@@ -6,10 +6,14 @@ cache may come from anyone, and the module may be any that can be imported: a na
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from attention_transfer._hints import did_you_mean
 
 VARIABLE = "ATTENTION_TRANSFER_TRUST"
 """Factories that every file may name, with commas between them."""
@@ -69,3 +73,31 @@ def check_trusted(name: object, place: object) -> None:
             f"{module}. If that is yours, pass --trust {name} or set ${VARIABLE}; "
             "in Python, `with trusting(...)`."
         )
+
+
+def load_factory(name: str, user: str) -> Callable[..., Any]:
+    """The function or class "package.module:name", imported on behalf of `user`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # a package that the user's module needs is another matter, and keeps its own message
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(
+            f"{user}: expected an importable module before the colon of {name}, found no {error.name}. "
+            "Install it, or put its folder on PYTHONPATH."
+        ) from None
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        near = did_you_mean(attribute, [key for key, value in vars(module).items() if callable(value)])
+        found = "nothing of that name" if factory is None else f"a {type(factory).__name__}"
+        raise ValueError(
+            f"{user}: expected a function or class {attribute} in {module_name}, found {found}. "
+            f"{near or 'Check the name after the colon.'}"
+        )
+    return factory

@@ -30,7 +30,6 @@ from .functional import (
     leaf,
 )
 from .locality import find_order
-from .losses import Energy, Observation, Reading, Shapes, Term, names_at_pairs
 from .pairs import Pair, suggest_pairs
 from .plan import Plan, PlanRow
 from .preflight import (
@@ -43,6 +42,8 @@ from .preflight import (
     statistics_kept,
 )
 from .taps import Taps
+from .terms.declaration import Energy
+from .terms.term import Observation, Reading, Shapes, Term, names_at_pairs
 
 AUTO_SHARE = 1.0
 """What `balance` makes of a term's gradient at the layer pairs, over the cross-entropy's there."""

@@ -19,10 +19,10 @@ from .functional import cross_entropy, is_distributed, map_spread
 from .kernels import distance
 from .kernels.reference import accumulation_dtype
 from .locality import Finding
-from .losses import Observation, Reading
 from .pairs import Pair
 from .plan import Plan
 from .taps import Layout, source
+from .terms.term import Observation, Reading
 
 DOMINANT_SHARE = 0.95  # of the gradient at a pair: beyond it the terms leave the labels no say there
 IDLE_SHARE = 0.005  # of the parameters' gradient: below it a term costs its time and does nothing

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from attention_transfer.cache import Cache, Manifest
-from attention_transfer.losses import Energy, Reading
 from attention_transfer.pairs import Stage
+from attention_transfer.terms import Energy, Reading
 
 BATCHES, SHARD = 32, 1024
 

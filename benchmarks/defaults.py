@@ -91,7 +91,7 @@ def worker(side: str, setting: str, quick: bool, device: str) -> dict[str, Any]:
 def _project(setting: Any, device: torch.device) -> tuple[Callable[[], object], dict[str, str]]:
     """As `attention-transfer train` sets itself up when it is told nothing."""
     from attention_transfer._memory import keep_freed_memory
-    from attention_transfer.training.recipe import Recipe
+    from attention_transfer.runs.recipe import Recipe
     from attention_transfer.training.speed import choose_speed
     from benchmarks.step import LAYOUT, LIVE, Bench
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import attention_transfer as at
-from attention_transfer.losses import Term
+from attention_transfer.terms import Term
 from benchmarks.measuring import Run, allocated_by, allocator, interleave
 from benchmarks.names import STUDENT
 from benchmarks.rows import Results, Row

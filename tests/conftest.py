@@ -14,7 +14,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from attention_transfer.training import Recipe
+    from attention_transfer.runs import Recipe
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -90,7 +90,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(image_folder: Path) -> Recipe:
     """A student alone, in seconds, the same on every machine; tests change what they are about."""
-    from attention_transfer.training import Recipe
+    from attention_transfer.runs import Recipe
 
     return Recipe(
         student="wrn-10-1",

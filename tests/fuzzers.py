@@ -152,8 +152,8 @@ def _checkpoint(folder: Path) -> list[bytes]:
 
 @reader("checkpoint", "last.ckpt", _checkpoint)
 def read_checkpoint(path: Path) -> None:
+    from attention_transfer.runs.run import Run
     from attention_transfer.training.checkpoints import checkpoint_to_resume
-    from attention_transfer.training.run import Run
 
     (path.parent / "checkpoints").mkdir(exist_ok=True)
     path.replace(path.parent / "checkpoints" / path.name)
@@ -180,7 +180,7 @@ def read_checkpoint_pickle(path: Path) -> None:
 
 
 def _recipes(folder: Path) -> list[bytes]:
-    from attention_transfer.training.recipe import Recipe
+    from attention_transfer.runs.recipe import Recipe
 
     files = sorted((ROOT / "reproductions").glob("*/*.yaml"))[:3]
     return [Recipe().to_yaml().encode(), *(file.read_bytes() for file in files)]
@@ -188,7 +188,7 @@ def _recipes(folder: Path) -> list[bytes]:
 
 @reader("recipe", "recipe.yaml", _recipes)
 def read_recipe(path: Path) -> None:
-    from attention_transfer.training.recipe import Recipe
+    from attention_transfer.runs.recipe import Recipe
 
     Recipe.load(path).to_yaml()
 
@@ -212,7 +212,7 @@ def read_reproduction(path: Path) -> None:
 
 
 def _results(folder: Path) -> list[bytes]:
-    from attention_transfer.training.run import NUMBERS
+    from attention_transfer.runs.run import NUMBERS
 
     row = {
         "student": "layer1",
@@ -226,15 +226,15 @@ def _results(folder: Path) -> list[bytes]:
 
 @reader("result", "result.json", _results)
 def read_result(path: Path) -> None:
-    from attention_transfer.training.run import Run
+    from attention_transfer.runs.run import Run
 
     _ = Run(path.parent).result
 
 
 @reader("loggers", "loggers.json", lambda folder: [b'{"wandb": "0123456789abcdef"}'])
 def read_loggers(path: Path) -> None:
+    from attention_transfer.runs.run import Run
     from attention_transfer.training.loggers import _identities
-    from attention_transfer.training.run import Run
 
     _identities(Run(path.parent))
 
@@ -244,7 +244,7 @@ METRICS = b"epoch,step,val/error,train/at/layer1\n1,10,50.5,0.1\n2,20,40.5,\n"
 
 @reader("metrics", "metrics.csv", lambda folder: [METRICS])
 def read_metrics(path: Path) -> None:
-    from attention_transfer.training.run import Run
+    from attention_transfer.runs.run import Run
 
     Run(path.parent).read_metrics()
 

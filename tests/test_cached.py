@@ -20,9 +20,10 @@ from attention_transfer.cache import Cache
 from attention_transfer.cli import main
 from attention_transfer.data import Batches, Views
 from attention_transfer.distiller import Distiller
-from attention_transfer.losses import Term
 from attention_transfer.models import WideResNet, build_model, save_weights
-from attention_transfer.training import Interrupted, Recipe, Run, build_cache, caching, resume, train
+from attention_transfer.runs import Interrupted, Recipe, Run
+from attention_transfer.terms import Term
+from attention_transfer.training import build_cache, caching, resume, train
 from attention_transfer.training.build import (
     build_augment,
     build_student,
@@ -284,7 +285,8 @@ def test_a_cache_of_the_same_pixels_serves_whatever_the_rule(recipe: Recipe, tmp
 
 TWO_PROCESSES = """
 import sys
-from attention_transfer.training import Recipe, train
+from attention_transfer.runs import Recipe
+from attention_transfer.training import train
 
 if __name__ == "__main__":
     train(Recipe.load(sys.argv[1]), say=lambda line: None)

@@ -21,8 +21,9 @@ from attention_transfer.cli import main
 from attention_transfer.data import Views
 from attention_transfer.functional import attention_map
 from attention_transfer.models import build_model, load_weights, save_weights
+from attention_transfer.runs import Recipe, Run
 from attention_transfer.taps import Taps
-from attention_transfer.training import Recipe, Run, build_cache, caching, train
+from attention_transfer.training import build_cache, caching, train
 from attention_transfer.training.build import build_augment, build_teacher, load_splits
 from attention_transfer.training.onlooker import Onlooker
 

@@ -19,7 +19,8 @@ from attention_transfer.cli.comparing import _beside
 from attention_transfer.cli.loading import load_teacher
 from attention_transfer.data import match_classes
 from attention_transfer.models import build_model, save_weights
-from attention_transfer.training import Recipe, Run, train
+from attention_transfer.runs import Recipe, Run
+from attention_transfer.training import train
 from attention_transfer.training.build import build_distiller, build_student, build_teacher, load_splits
 from attention_transfer.training.cached import CachedTeacher, take_over
 from attention_transfer.training.caching import build_cache

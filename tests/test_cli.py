@@ -21,7 +21,8 @@ from PIL import Image
 from test_latency import spoil
 
 from attention_transfer.cli import VERBS, main
-from attention_transfer.training import Recipe, Run, train
+from attention_transfer.runs import Recipe, Run
+from attention_transfer.training import train
 from attention_transfer.training.telling import say_text
 
 pytestmark = [

@@ -30,7 +30,7 @@ from attention_transfer import (
     suggest_pairs,
 )
 from attention_transfer._outputs import find_logits
-from attention_transfer.losses import Energy, Observation, Term
+from attention_transfer.terms import Energy, Observation, Term
 
 PAIRS = [Pair("first", "first"), Pair("second", "second", weight=0.5)]
 LARGE_TERMS = pytest.mark.filterwarnings("ignore:preflight. at/.* make up")  # not what these tests are about

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from attention_transfer.cli import main
 from attention_transfer.export import FORMATS, export_run
-from attention_transfer.training import Recipe, Run, train
+from attention_transfer.runs import Recipe, Run
+from attention_transfer.training import train
 from attention_transfer.training.card import ModelCard
 
 pytestmark = [

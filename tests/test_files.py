@@ -29,8 +29,9 @@ from attention_transfer._files import (
 from attention_transfer._locks import LOCK, InUseError, is_locked, locked
 from attention_transfer._patterns import cache_folder
 from attention_transfer.cli import main
-from attention_transfer.training import Recipe, Run, resume, train
-from attention_transfer.training.run import NUMBERS
+from attention_transfer.runs import Recipe, Run
+from attention_transfer.runs.run import NUMBERS
+from attention_transfer.training import resume, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::attention_transfer.preflight.PreflightWarning"),

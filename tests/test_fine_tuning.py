@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from attention_transfer.cli import main
 from attention_transfer.data import Images, Splits, load_data
 from attention_transfer.models import build_model, fingerprint, load_weights, save_weights
-from attention_transfer.training import Recipe, Run
+from attention_transfer.runs import Recipe, Run
 from attention_transfer.training.build import build_student
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "fine_tuning"

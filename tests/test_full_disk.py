@@ -14,7 +14,8 @@ from attention_transfer._files import new_folder, write_atomically
 from attention_transfer._locks import LOCK
 from attention_transfer.cli import main
 from attention_transfer.kernels import cpu
-from attention_transfer.training import Recipe, Run, train
+from attention_transfer.runs import Recipe, Run
+from attention_transfer.training import train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::attention_transfer.preflight.PreflightWarning"),

@@ -23,11 +23,13 @@ from hypothesis import strategies as st
 
 from attention_transfer.caffe.files.prototxt import parse_net
 from attention_transfer.caffe.schema import text_format
+from attention_transfer.runs.recipe import Recipe, parse_pairs
 from attention_transfer.schedules import parse_schedules
-from attention_transfer.training.recipe import TERMS, Recipe, parse_pairs, terms_of
+from attention_transfer.terms.declaration import built_in
 
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "attention-transfer-hypothesis")
 
+TERMS = tuple(built_in())
 ROOM = 3 << 30  # bytes of address space that reading a file of a few kB may take
 SECONDS = 10
 EXAMPLES = 40
@@ -215,10 +217,10 @@ def test_parse_pairs(text: str) -> None:
 
 @quick
 @given(parts=st.lists(st.sampled_from(TERMS), unique=True), junk=WORDS)
-def test_terms_of(parts: list[str], junk: str) -> None:
-    assert set(terms_of("+".join(parts) or "none")) == set(parts)
+def test_method(parts: list[str], junk: str) -> None:
+    assert set(Recipe(method="+".join(parts) or "none").method_terms) == set(parts)
     try:
-        assert set(terms_of(junk)) <= set(TERMS)
+        assert set(Recipe(method=junk).method_terms) <= set(TERMS)
     except ValueError as error:
         assert str(error).startswith("Recipe: expected")
 

@@ -93,7 +93,7 @@ FILES = [
         ".mkdir(parents=True, exist_ok=True)",
         "files goes_away",
     ),
-    Guard("training/run.py", "elif not holds(result[name]):", "elif False:", "files lacks_something"),
+    Guard("runs/run.py", "elif not holds(result[name]):", "elif False:", "files lacks_something"),
     Guard(
         "visualize/runs.py",
         "return abs(value) <= LARGEST",
@@ -101,8 +101,8 @@ FILES = [
         "files draws_whatever",
     ),
     Guard("visualize/snapshots.py", "facts = parse_json(", "facts = json.loads(", "files nested_deeply"),
-    Guard("training/run.py", "if path.name not in known", "if False", "files files_beside"),
-    Guard("training/run.py", "text == recipe.to_yaml() and ", "", "files no_run_wrote"),
+    Guard("runs/run.py", "if path.name not in known", "if False", "files files_beside"),
+    Guard("runs/run.py", "text == recipe.to_yaml() and ", "", "files no_run_wrote"),
     Guard(
         "training/caching.py",
         "    with _alone(Path(folder)):\n",
@@ -173,7 +173,7 @@ HOSTILE = [
     Guard(
         "training/card.py", "if not holds(getattr(self, name)):", "if False:", "security a_card_of_nonsense"
     ),
-    Guard("training/recipe.py", "check_models(values, path)", "pass", "security a_recipe_and_a_run"),
+    Guard("runs/recipe.py", "check_models(values, path)", "pass", "security a_recipe_and_a_run"),
     Guard("training/cached.py", 'check_models(named, recipe.cache or "")', "pass", "security a_cache_names"),
     Guard("cli/__init__.py", "(factories or trusted()) and ", "", "security a_module_in_the_current"),
     Guard("_colours.py", "map(printable, lines)", "lines", "security whatever_a_name_holds"),

@@ -11,7 +11,8 @@ import torch
 
 from attention_transfer.cli import main
 from attention_transfer.models import build_model, fingerprint, native_size, save_weights, why_not
-from attention_transfer.training import Recipe, Run, train
+from attention_transfer.runs import Recipe, Run
+from attention_transfer.training import train
 from attention_transfer.training.build import build_teacher, load_splits
 from attention_transfer.training.card import ModelCard
 from attention_transfer.training.evaluation import evaluate_model

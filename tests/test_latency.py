@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from attention_transfer.cli import main
-from attention_transfer.training import Recipe, Run, train
+from attention_transfer.runs import Recipe, Run
+from attention_transfer.training import train
 from attention_transfer.training.latency import ROUNDS, WARM_UP, size_of, time_batches
 
 pytestmark = [

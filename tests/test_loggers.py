@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from attention_transfer.training import Recipe, Run, resume, train
+from attention_transfer.runs import Recipe, Run
+from attention_transfer.training import resume, train
 from attention_transfer.training.loggers import build_loggers
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from attention_transfer.functional import attention_map, attention_transfer_loss, distillation_loss
-from attention_transfer.losses import AttentionTransfer, Energy, KnowledgeDistillation, Observation, Reading
 from attention_transfer.pairs import Pair
+from attention_transfer.terms import AttentionTransfer, Energy, KnowledgeDistillation, Observation, Reading
 
 
 def reading(channels: int, size: int, pairs: list[Pair]) -> Reading:

@@ -19,7 +19,8 @@ from attention_transfer import AttentionTransfer, Distiller, Taps, attention_tra
 from attention_transfer.cli import main
 from attention_transfer.models import save_weights
 from attention_transfer.pairs import Pair, suggest_pairs
-from attention_transfer.training import Recipe, train
+from attention_transfer.runs import Recipe
+from attention_transfer.training import train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::attention_transfer.preflight.PreflightWarning"),

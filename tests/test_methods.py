@@ -14,7 +14,8 @@ from torch import nn
 from attention_transfer.cli import main
 from attention_transfer.distiller import Distiller
 from attention_transfer.models import build_model
-from attention_transfer.training import Recipe, Run, resume, train
+from attention_transfer.runs import Recipe, Run
+from attention_transfer.training import resume, train
 from attention_transfer.training.build import (
     build_augment,
     build_student,

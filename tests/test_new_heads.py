@@ -14,7 +14,7 @@ from torch import Tensor
 from attention_transfer.cli import main
 from attention_transfer.data import Images, load_data
 from attention_transfer.models import build_model, load_weights, save_weights
-from attention_transfer.training import Run
+from attention_transfer.runs import Run
 from attention_transfer.training.callbacks import StopOnSignal
 
 pytestmark = [

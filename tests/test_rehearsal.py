@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from attention_transfer.cli import main
-from attention_transfer.training import Recipe, Run, train
+from attention_transfer.runs import Recipe, Run
+from attention_transfer.training import train
 from attention_transfer.training.build import build_student, load_splits
 from attention_transfer.training.rehearsal import rehearse
 

@@ -14,6 +14,7 @@ from browser import CHROMIUM, Browser
 from test_visualize import HOSTILE, TAUGHT, make_examples, make_run, make_runs
 
 from attention_transfer.visualize import write_report
+from attention_transfer.visualize.runs import METHOD_STYLES
 from attention_transfer.visualize.snapshots import Snapshots
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
@@ -299,7 +300,7 @@ EYES = {
     "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],  # noqa: E501
     "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],  # noqa: E501
 }  # fmt: skip
-STYLES = ["teacher", "alone", "at", "kd", "both", "extra0", "extra1", "extra2"]
+STYLES = ["teacher", "alone", *(f"method{number}" for number in range(METHOD_STYLES))]
 
 
 @pytest.mark.parametrize("dark", [False, True])

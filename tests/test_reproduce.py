@@ -23,8 +23,8 @@ from attention_transfer.reproduction.results import as_csv, as_markdown, as_text
 from attention_transfer.reproduction.runner import Runner, last_error
 from attention_transfer.reproduction.setting import Setting, differences
 from attention_transfer.reproduction.tables import UNITS, Library, read_library
-from attention_transfer.training.recipe import Recipe
-from attention_transfer.training.run import Run
+from attention_transfer.runs.recipe import Recipe
+from attention_transfer.runs.run import Run
 
 RECIPES = Path(__file__).parents[1] / "reproductions"
 

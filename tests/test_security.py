@@ -53,12 +53,12 @@ from attention_transfer.data.sources import MOST_CLASSES
 from attention_transfer.models import build_model, load_weights, read_metadata, save_weights, trusting
 from attention_transfer.models.checkpoint import read_checkpoint
 from attention_transfer.pairs import Stage
+from attention_transfer.runs.recipe import Recipe
+from attention_transfer.runs.run import Run
 from attention_transfer.training import train
 from attention_transfer.training.cached import name_teacher
 from attention_transfer.training.card import ModelCard
 from attention_transfer.training.checkpoints import checkpoint_to_resume
-from attention_transfer.training.recipe import Recipe
-from attention_transfer.training.run import Run
 from attention_transfer.visualize import write_report
 from attention_transfer.visualize.snapshots import Snapshots
 

@@ -26,7 +26,8 @@ from attention_transfer.cache import Cache
 from attention_transfer.data import Augment
 from attention_transfer.distiller import Distiller
 from attention_transfer.models import build_model, save_weights
-from attention_transfer.training import Recipe, Run, build_cache, train
+from attention_transfer.runs import Recipe, Run
+from attention_transfer.training import build_cache, train
 from attention_transfer.training.build import has_unused_parameters, load_splits
 from attention_transfer.training.fit import build_strategy
 from attention_transfer.training.module import Totals

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from attention_transfer.training import Recipe, Run, resume, train
+from attention_transfer.runs import Recipe, Run
+from attention_transfer.training import resume, train
 from attention_transfer.training.recorder import MapRecorder
 from attention_transfer.visualize.examples import cosine_similarity
 from attention_transfer.visualize.overlays import map_levels

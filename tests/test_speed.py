@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from attention_transfer import build_model
-from attention_transfer.training import Interrupted, Recipe, resume, speed, train
+from attention_transfer.runs import Interrupted, Recipe
+from attention_transfer.training import resume, speed, train
 from attention_transfer.training.build import Teacher, build_distiller
 from attention_transfer.training.callbacks import StopOnSignal
 from attention_transfer.training.speed import choose_speed, computes_in_bfloat16, device_of

@@ -25,7 +25,8 @@ from attention_transfer._files import write_atomically
 from attention_transfer.cli import main
 from attention_transfer.data import Batches
 from attention_transfer.models import trusting
-from attention_transfer.training import Recipe, Run, resume, train
+from attention_transfer.runs import Recipe, Run
+from attention_transfer.training import resume, train
 from attention_transfer.training.build import load_splits
 from attention_transfer.training.callbacks import Checkpoints
 from attention_transfer.training.card import ModelCard

@@ -37,7 +37,7 @@ from attention_transfer.data import (
 from attention_transfer.data.decode import EncodedFiles, Stretches
 from attention_transfer.data.order import Layout
 from attention_transfer.data.tar_index import INDEX
-from attention_transfer.training import Recipe, Run
+from attention_transfer.runs import Recipe, Run
 from attention_transfer.training.callbacks import StopOnSignal
 
 pytestmark = [

@@ -31,8 +31,8 @@ from attention_transfer import (
     input_gradient_norm,
 )
 from attention_transfer.distiller import AUTO_SHARE
-from attention_transfer.losses import Reading, Term
 from attention_transfer.preflight import PreflightWarning, gradient_norms_at_pairs
+from attention_transfer.terms import Reading, Term
 
 PAIRS = [("first", "first"), ("second", "second")]
 

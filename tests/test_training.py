@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from attention_transfer.training import Interrupted, Recipe, Run, evaluate_model, resume, train
+from attention_transfer.runs import Interrupted, Recipe, Run
+from attention_transfer.runs.recipe import field_types, parse_pairs
+from attention_transfer.training import evaluate_model, resume, train
 from attention_transfer.training.callbacks import StopOnSignal
 from attention_transfer.training.card import ModelCard
 from attention_transfer.training.module import Totals, build_schedule, seed_generators, step_seed
-from attention_transfer.training.recipe import field_types, parse_pairs
 from attention_transfer.visualize.snapshots import Snapshots
 
 # A teacher of one epoch knows less than chance, and the preflight rightly says so.

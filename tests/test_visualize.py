@@ -429,8 +429,8 @@ def test_runs_are_grouped_by_what_the_method_depends_on(tmp_path):
     assert found == [
         ("teacher", 1, "teacher"),
         ("student alone", 3, "alone"),
-        ("attention transfer (beta 1.0)", 2, "at"),
-        ("attention transfer (beta 3.0)", 1, "extra0"),
+        ("attention transfer (beta 1.0)", 2, "method0"),
+        ("attention transfer (beta 3.0)", 1, "method1"),
     ]
 
 

@@ -25,7 +25,7 @@ from attention_transfer.models import (
     read_metadata,
     save_weights,
 )
-from attention_transfer.training import Recipe
+from attention_transfer.runs import Recipe
 from attention_transfer.training.build import build_student, load_splits
 
 

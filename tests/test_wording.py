@@ -13,7 +13,7 @@ from attention_transfer._reading import first_line
 from attention_transfer.cli import VERBS, _is_bad_input, main
 from attention_transfer.cli.parsing import type_names
 from attention_transfer.cli.wording import in_flags
-from attention_transfer.training.recipe import field_types
+from attention_transfer.runs.recipe import field_types
 
 PACKAGE = Path(__file__).parents[1] / "attention_transfer"
 ROOMS = ("cache", "data", "export", "models", "training", "visualize")  # and the files beside them

@@ -26,7 +26,7 @@ from attention_transfer._tables import printable
 from attention_transfer._trust import trusted, trusting
 from attention_transfer.cli.parsing import PROGRAM, VERBS, UsageError, split_trust, suggest
 from attention_transfer.cli.wording import in_flags, spoken
-from attention_transfer.training.run import Interrupted
+from attention_transfer.runs.run import Interrupted
 
 
 def main(argv: Sequence[str] | None = None) -> int:

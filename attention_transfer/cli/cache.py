@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -15,8 +14,14 @@ from attention_transfer._tables import format_table
 from attention_transfer.cli.memory import add_memory_flag, govern_memory
 from attention_transfer.cli.output import StatusLine
 from attention_transfer.cli.parsing import PROGRAM, VERBS, UsageError, dashed, parse, suggest, verb_parser
-from attention_transfer.cli.train import field_texts
-from attention_transfer.training.recipe import CACHED, Recipe, check_models, field_types, flag_of
+from attention_transfer.runs.recipe import (
+    Recipe,
+    cache_fields,
+    check_models,
+    field_texts,
+    field_types,
+    flag_of,
+)
 
 if TYPE_CHECKING:
     from attention_transfer.cache import Cache
@@ -109,7 +114,7 @@ def _settings_of(folder: Path, views: int | None) -> dict[str, Any]:
     check_models(manifest.settings, folder)
     settings, views = manifest.settings, max(views or 0, manifest.views)
     layers = settings.get("layers", "none")
-    if not {*CACHED, "layers", "dtype"} <= settings.keys() or not (
+    if not {*cache_fields(), "layers", "dtype"} <= settings.keys() or not (
         layers is None or (isinstance(layers, list) and all(isinstance(name, str) for name in layers))
     ):
         raise ValueError(
@@ -146,11 +151,10 @@ def _add_recipe_fields(parser: Any) -> None:
         "batch_size": "Images that the teacher sees at a time, on each device.",
         "devices": "Devices on each machine, which share the work. All GPUs, or one CPU process.",
     }
-    for field in fields(Recipe):
-        if field.name in (*CACHED, *_PLACES, "views"):
-            default = None if field.name == "teacher" else field.default
-            flag = flag_of(field.name)
-            parser.add_argument(flag, type=types[field.name], default=default, help=texts[field.name])
+    for name in field_types():
+        if name in (*cache_fields(), *_PLACES, "views"):
+            default = None if name == "teacher" else getattr(Recipe, name)
+            parser.add_argument(flag_of(name), type=types[name], default=default, help=texts[name])
 
 
 # Info and verify

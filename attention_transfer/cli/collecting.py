@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from attention_transfer.cli.loading import load, load_teacher
 from attention_transfer.data import Splits, match_classes
+from attention_transfer.runs.run import Run
 from attention_transfer.training.build import Teacher, load_splits
 from attention_transfer.training.card import ModelCard
-from attention_transfer.training.run import Run
 from attention_transfer.training.telling import say_text
 from attention_transfer.visualize import Examples, collect_examples
 
@@ -25,7 +25,7 @@ def collect(runs: Sequence[Path], images: int) -> Examples | None:
     None too where that student learned from a cache, whose teacher is no longer at hand.
     """
     found = [Run(folder) for folder in runs]
-    taught = next((run for run in found if run.finished and "at" in run.recipe.terms), None)
+    taught = next((run for run in found if run.finished and run.recipe.reads_maps), None)
     if taught is None:
         return None
     splits = load_splits(taught.recipe)

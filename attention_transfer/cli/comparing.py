@@ -13,12 +13,12 @@ from attention_transfer._reading import one_line
 from attention_transfer._tables import format_table
 from attention_transfer.cli.loading import Loaded, load_teacher
 from attention_transfer.data import Augment, Batches, Splits, match_classes, unknown_classes
+from attention_transfer.runs.run import Run
 from attention_transfer.training.build import Teacher
 from attention_transfer.training.card import ModelCard
 from attention_transfer.training.evaluation import Evaluation, evaluate_model
 from attention_transfer.training.fit import evaluation_batches
 from attention_transfer.training.latency import Size, Timing, size_of, time_batches
-from attention_transfer.training.run import Run
 
 BATCHES = (1, 128)
 

@@ -12,7 +12,7 @@ from attention_transfer.cli.memory import add_memory_flag, govern_memory
 from attention_transfer.cli.output import StatusLine
 from attention_transfer.cli.parsing import PROGRAM, parse, verb_parser
 from attention_transfer.cli.report import SIMILARITY_IMAGES
-from attention_transfer.training.run import Interrupted
+from attention_transfer.runs.run import Interrupted
 
 if TYPE_CHECKING:
     from attention_transfer.training.demo import DemoRuns

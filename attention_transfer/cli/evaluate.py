@@ -12,8 +12,8 @@ from attention_transfer._extras import check_installed
 from attention_transfer._tables import format_table
 from attention_transfer._weights_path import split_prefix
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
-from attention_transfer.training.recipe import Recipe
-from attention_transfer.training.run import Run
+from attention_transfer.runs.recipe import Recipe
+from attention_transfer.runs.run import Run
 
 if TYPE_CHECKING:
     from attention_transfer.data import Splits

@@ -10,7 +10,7 @@ from attention_transfer._choices import ExportFormat, ProgramInput
 from attention_transfer._colours import print_safely
 from attention_transfer._tables import format_table
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, suggest, verb_parser
-from attention_transfer.training.run import Run
+from attention_transfer.runs.run import Run
 from attention_transfer.training.telling import say_text
 
 if TYPE_CHECKING:

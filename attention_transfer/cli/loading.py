@@ -14,10 +14,10 @@ from attention_transfer.cli.parsing import UsageError
 from attention_transfer.data import Splits
 from attention_transfer.distiller import InputTransform
 from attention_transfer.models import build_model, fingerprint, native_size, why_not
+from attention_transfer.runs.run import Run
 from attention_transfer.training.build import Teacher, build_teacher, either_size
 from attention_transfer.training.cached import name_teacher
 from attention_transfer.training.card import ModelCard
-from attention_transfer.training.run import Run
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from attention_transfer._colours import print_safely
 from attention_transfer._pictures import LARGEST, DeepError, convert, open_picture
 from attention_transfer._reading import read_bytes
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
-from attention_transfer.training.recipe import parse_pairs
+from attention_transfer.runs.recipe import parse_pairs
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8

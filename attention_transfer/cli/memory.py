@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attention_transfer._memory import keep_freed_memory
-from attention_transfer.training.recipe import Recipe
+from attention_transfer.runs.recipe import Recipe
 
 
 def add_memory_flag(parser: Any) -> None:

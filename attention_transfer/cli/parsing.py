@@ -19,7 +19,8 @@ from attention_transfer.cli.wording import spoken
 
 PROGRAM = "attention-transfer"
 
-MODEL_FLAGS = ("--student", "--teacher", "--model")
+FACTORY_FLAGS = ("--student", "--teacher", "--model", "--terms")
+"""Flags whose value may name code of the user's own."""
 
 VERBS = {
     "demo": "See attention transfer at work on real digits, in minutes, without a download",
@@ -119,9 +120,10 @@ def split_trust(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         rest.append(word)
         if separator:
-            factories += [value] if flag in MODEL_FLAGS and is_factory(value) else []
-        elif is_factory(word) and len(rest) > 1 and rest[-2] in MODEL_FLAGS:
-            factories.append(word)
+            named = value if flag in FACTORY_FLAGS else ""
+        else:
+            named = word if len(rest) > 1 and rest[-2] in FACTORY_FLAGS else ""
+        factories += filter(is_factory, map(str.strip, named.split(",")))
     return rest, factories
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, get_args
 from attention_transfer._colours import print_safely
 from attention_transfer.cli.output import StatusLine
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
-from attention_transfer.training.recipe import Precision
-from attention_transfer.training.run import Interrupted
+from attention_transfer.runs.recipe import Precision
+from attention_transfer.runs.run import Interrupted
 
 if TYPE_CHECKING:
     from attention_transfer.reproduction.jobs import Job, Plan

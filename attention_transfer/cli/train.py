@@ -7,20 +7,28 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from attention_transfer._colours import print_safely
-from attention_transfer._extras import check_installed, require
+from attention_transfer._extras import check_installed
 from attention_transfer._ranks import is_first_process
-from attention_transfer._reading import one_line
 from attention_transfer._tables import printable
 from attention_transfer._trust import trusted
 from attention_transfer.cli.memory import add_memory_flag, govern_memory
 from attention_transfer.cli.parsing import PROGRAM, UsageError, dashed, parse, verb_parser
-from attention_transfer.training.recipe import PLACES, Recipe, field_types, flag_of
-from attention_transfer.training.run import Interrupted, Run
+from attention_transfer.runs.recipe import (
+    LEFT_OPEN,
+    PLACE,
+    Recipe,
+    facts_of,
+    field_texts,
+    field_types,
+    fields_of,
+    flag_of,
+)
+from attention_transfer.runs.run import Interrupted, Run
 from attention_transfer.training.telling import Line, Progress, Say, say_text, teller
 
 _OPTIONS = ("config", "print_config", "resume", "overwrite", "progress", "keep_memory")
@@ -39,7 +47,7 @@ def run(arguments: list[str]) -> None:
     if options["resume"]:
         folder = Path(options["resume"])
         _check_alone(arguments, folder)
-        places = {name: flags[name] for name in PLACES if _is_named(name, arguments)}
+        places = {name: flags[name] for name in fields_of(PLACE) if _is_named(name, arguments)}
         _start(folder, lambda: _resume(folder, options["keep_memory"], places, say), say or say_text)
         return
     recipe = _without_unused_teacher(recipe, arguments, say or say_text)
@@ -72,7 +80,7 @@ def _without_unused_teacher(recipe: Recipe, arguments: list[str], say: Say) -> R
 
 def _check_alone(arguments: list[str], folder: Path) -> None:
     """A resumed run follows its own recipe: other flags would be ignored without a word."""
-    allowed = ("--resume", "--progress", "--keep-memory", *map(flag_of, PLACES))
+    allowed = ("--resume", "--progress", "--keep-memory", *map(flag_of, fields_of(PLACE)))
     others = [word for word in arguments if word.startswith("--") and not word.startswith(allowed)]
     if others:
         raise UsageError(
@@ -209,9 +217,11 @@ def _is_alone(other: Run, recipe: Recipe, say: Say) -> bool:
 
 def _alike_alone(one: Recipe, other: Recipe) -> bool:
     """Whether two recipes are one but for the teacher; what one leaves to the data, a cache may have said."""
-    ours, theirs = asdict(one.alone()), asdict(other.alone())
-    left_open = {name for name in ("pad", "flip") if None in (ours[name], theirs[name])}
-    return {name for name in ours if ours[name] != theirs[name]} <= left_open | set(PLACES)
+    ours, theirs = one.alone(), other.alone()
+    return all(
+        LEFT_OPEN in facts_of(name) and None in (getattr(ours, name), getattr(theirs, name))
+        for name in ours.differences(theirs)
+    )
 
 
 def _against(alone: Run, error: float) -> str:
@@ -246,19 +256,12 @@ def _recipe_parser(defaults: Recipe) -> Any:
     parser.usage = f"{PROGRAM} train [flags]"  # the whole list would fill the screen
     recipe = parser.add_argument_group("recipe")
     types, texts = field_types(), field_texts("train")
-    for field in fields(Recipe):
-        flag = flag_of(field.name)
-        default = getattr(defaults, field.name)
-        bare: dict[str, Any] = {"nargs": "?", "const": True} if types[field.name] is bool else {}
-        recipe.add_argument(flag, type=types[field.name], default=default, help=texts[field.name], **bare)
+    for name, type_ in types.items():
+        bare: dict[str, Any] = {"nargs": "?", "const": True} if type_ is bool else {}
+        recipe.add_argument(
+            flag_of(name), type=type_, default=getattr(defaults, name), help=texts[name], **bare
+        )
     return parser
-
-
-def field_texts(user: str) -> dict[str, str]:
-    """The docstring of each field of the recipe, on behalf of a verb."""
-    docstring_parser = require("docstring_parser", extra="train", user=user)
-    parsed = docstring_parser.parse_from_object(Recipe)
-    return {parameter.arg_name: one_line(parameter.description or "") for parameter in parsed.params}
 
 
 def _config_of(arguments: list[str]) -> Recipe:

@@ -11,10 +11,10 @@ from pathlib import Path
 from attention_transfer._reading import one_line
 from attention_transfer._tables import printable
 from attention_transfer.cache import Manifest
+from attention_transfer.runs.recipe import Recipe
+from attention_transfer.runs.run import Run
 from attention_transfer.training.card import ModelCard
 from attention_transfer.training.evaluation import TOP
-from attention_transfer.training.recipe import Recipe
-from attention_transfer.training.run import Run
 from attention_transfer.visualize.runs import describe_method
 
 from .base import Format
@@ -173,7 +173,7 @@ def _weights(recipe: Recipe, weights: dict[str, float]) -> dict[str, str]:
     """The terms' weights, with what else says how attention was compared."""
     course = "" if recipe.term_schedule == "constant" else f", {recipe.term_schedule}"
     rows = {f"weight of {term}": f"{weight:g}{course}" for term, weight in weights.items()}
-    if "at" in recipe.terms:
+    if recipe.reads_maps:
         rows["form of the term"] = f"{recipe.form}, p {recipe.p:g}, {recipe.mapping} over channels"
     return rows
 

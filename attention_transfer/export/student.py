@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from attention_transfer._choices import ProgramInput
 from attention_transfer._outputs import logits_of
 from attention_transfer.data import Augment
+from attention_transfer.runs.run import Run
 from attention_transfer.training.card import ModelCard
-from attention_transfer.training.run import Run
 
 BATCHES = (1, 2, 5)
 """The batch sizes at which exports are compared with the student."""

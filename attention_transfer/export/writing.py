@@ -9,7 +9,7 @@ from pathlib import Path
 from attention_transfer._choices import ExportFormat, ProgramInput
 from attention_transfer._files import is_bookkeeping, new_folder, remove_written, write_atomically
 from attention_transfer._reading import read_text
-from attention_transfer.training.run import Run
+from attention_transfer.runs.run import Run
 
 from .base import Format, compare
 from .formats import FORMATS

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .._extras import require
 from .._reading import first_line
-from .._trust import FACTORY
+from .._trust import FACTORY, load_factory
 from .nin import THIN, WIDE, NetworkInNetwork
 from .sizes import options_for
 from .weights import load_weights
@@ -366,7 +366,7 @@ def _adapt_channels(weight: Tensor, in_channels: int) -> Tensor:
 def _build_by_factory(
     name: str, num_classes: int, in_channels: int, pretrained: bool, size: Size
 ) -> nn.Module:
-    factory = _import_factory(name)
+    factory = load_factory(name, "build_model")
     parameters = _parameters(factory, name)
     if pretrained and "pretrained" not in parameters:
         raise ValueError(_no_pretrained(name))
@@ -400,28 +400,3 @@ def _parameters(factory: Callable[..., Any], name: str) -> dict[str, inspect.Par
             f"got {name}, which requires {', '.join(unknown)}. Give them defaults."
         )
     return parameters
-
-
-def _import_factory(name: str) -> Callable[..., Any]:
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # a package that the user's module needs is another matter, and keeps its own message
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise ValueError(
-            f"build_model: expected an importable module before the colon of {name}, found no {error.name}. "
-            "Install it, or put its folder on PYTHONPATH."
-        ) from None
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        near = difflib.get_close_matches(
-            attribute, [key for key, value in vars(module).items() if callable(value)]
-        )
-        found = "nothing of that name" if factory is None else f"a {type(factory).__name__}"
-        remedy = f"Near matches: {', '.join(near)}." if near else "Check the name after the colon."
-        raise ValueError(
-            f"build_model: expected a function or class {attribute} in {module_name}, found {found}. {remedy}"
-        )
-    return factory

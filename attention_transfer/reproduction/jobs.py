@@ -12,8 +12,8 @@ from attention_transfer.cache import Cache
 from attention_transfer.models.weights import file_fingerprint
 from attention_transfer.reproduction.setting import Setting, differences
 from attention_transfer.reproduction.tables import Library, Reproduction
-from attention_transfer.training.recipe import CACHED, Recipe
-from attention_transfer.training.run import Run
+from attention_transfer.runs.recipe import Recipe, cache_fields, flag_of
+from attention_transfer.runs.run import Run
 
 CACHE_SHARE = 0.4  # of a teacher's training epoch, that a view of its cache takes: forward only
 
@@ -103,11 +103,11 @@ class CacheBuild(Job):
 
     def arguments(self) -> list[str]:
         words = ["cache", "build", "-o", str(self.key), "--views", str(self.epochs)]
-        for name in CACHED:
+        for name in cache_fields():
             value = getattr(self.recipe, name)
             if value not in (None, "auto"):
                 text = str(value).lower() if isinstance(value, bool) else str(value)
-                words += [f"--{name.replace('_', '-')}", text]
+                words += [flag_of(name), text]
         return words
 
     def done(self) -> bool:
@@ -197,7 +197,7 @@ def _order(
 def _caches(library: Library, setting: Setting, wanted: list[tuple[str, int]]) -> dict[str, CacheBuild]:
     """{reproduction: the cache that it learns from}, where two unfinished runs or more want the same."""
     readers: dict[Path, list[str]] = {}
-    for name, seed in sorted(wanted, key=lambda key: "at" not in library.reproductions[key[0]].recipe.terms):
+    for name, seed in sorted(wanted, key=lambda key: not library.reproductions[key[0]].recipe.reads_maps):
         each = library.reproductions[name]
         if setting.can_cache(library, each) and not setting.run(name, seed).finished:
             readers.setdefault(_shared(setting, each, readers), []).append(name)
@@ -211,7 +211,7 @@ def _caches(library: Library, setting: Setting, wanted: list[tuple[str, int]]) -
 
 def _shared(setting: Setting, each: Reproduction, planned: dict[Path, list[str]]) -> Path:
     """The cache for its maps; without maps, any of its teacher that is planned or there."""
-    if "at" not in each.recipe.terms:
+    if not each.recipe.reads_maps:
         for path in planned:
             if path.name.startswith(f"{each.teacher}-p"):
                 return path

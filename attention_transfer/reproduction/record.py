@@ -12,7 +12,7 @@ from typing import Any
 from attention_transfer._files import write_atomically
 from attention_transfer.reproduction.results import Results
 from attention_transfer.reproduction.tables import Reproduction
-from attention_transfer.training.run import Run
+from attention_transfer.runs.run import Run
 
 OURS = re.compile(r"^ours:.*?(?=^---$)", re.MULTILINE | re.DOTALL)
 

@@ -15,7 +15,7 @@ from attention_transfer._tables import duration, format_table
 from attention_transfer.reproduction.claims import Paired, describe
 from attention_transfer.reproduction.setting import Setting
 from attention_transfer.reproduction.tables import UNITS, Cell, Reproduction, Table
-from attention_transfer.training.run import Run
+from attention_transfer.runs.run import Run
 
 HEADER = ["row", "column", "published", "ours", "mean ± s.d.", "difference", "n", "each seed"]
 NOT_YET = "not run"

@@ -18,7 +18,7 @@ from attention_transfer._locks import InUseError, is_locked, locked
 from attention_transfer._tables import duration
 from attention_transfer.reproduction.estimate import time_left
 from attention_transfer.reproduction.jobs import Job, Training
-from attention_transfer.training.run import Interrupted
+from attention_transfer.runs.run import Interrupted
 
 POLL_SECONDS = 0.2
 LOOK_AGAIN_SECONDS = 5.0  # at folders in which another process trains

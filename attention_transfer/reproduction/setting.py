@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from attention_transfer.reproduction.tables import Library, Reproduction
-from attention_transfer.training.recipe import Precision, Recipe
-from attention_transfer.training.run import Run
+from attention_transfer.runs.recipe import (
+    EXPERIMENT,
+    LEFT_OPEN,
+    METHOD,
+    PRECISION,
+    SEED,
+    Precision,
+    Recipe,
+    facts_of,
+    fields_of,
+    fields_read_by,
+)
+from attention_transfer.runs.run import Run
 
 CACHED_EPOCHS = 16  # up to here a cache with a view for every epoch costs less than a live teacher
-CACHED_TERMS = {"at", "kd"}  # what a cache holds: maps and logits
 
 
 @dataclass(frozen=True)
@@ -66,12 +76,12 @@ class Setting:
         recipe, root = each.recipe, self.folder / "caches"
         own = root / f"{each.teacher}-p{recipe.p:g}-{recipe.mapping}"
         there = sorted(file.parent for file in root.glob(f"{each.teacher}-p*/cache.json"))
-        return there[0] if "at" not in recipe.terms and own not in there and there else own
+        return there[0] if not recipe.reads_maps and own not in there and there else own
 
     def can_cache(self, library: Library, each: Reproduction) -> bool:
         """Whether a cache can stand in for its teacher."""
-        terms = set(each.recipe.terms)
-        return bool(each.teacher and terms <= CACHED_TERMS and self.views_of(library, each))
+        readable = all(term.reads_cache for term in each.recipe.method_terms.values())
+        return bool(each.teacher and readable and self.views_of(library, each))
 
     def recipe(self, library: Library, each: Reproduction, seed: int, *, cache: Path | None = None) -> Recipe:
         """The recipe of one run: the published one, shortened, on this data, with the teacher's run."""
@@ -93,48 +103,23 @@ class Setting:
         return replace(each.recipe, **changes).resolved()
 
 
-_BESIDE = {
-    *("output", "num_workers", "accelerator", "devices", "nodes", "wait_minutes", "compile"),
-    *("teacher_precision",),
-    *("cache", "teacher", "teacher_weights", "teacher_classes", "teacher_epochs", "data_root"),
-}
-_LEFT_OPEN = {"pad", "flip", "validation", "split_seed", "view_seed"}  # to the data, or to the cache, if None
-_OF_TERM = {
-    "beta": {"at"},
-    "p": {"at"},
-    "mapping": {"at"},
-    "form": {"at", "f-actt"},
-    "pairs": {"at", "f-actt"},
-    "resize": {"at", "f-actt"},
-    "alpha": {"kd"},
-    "temperature": {"kd"},
-    "beta_f_actt": {"f-actt"},
-    "beta_gradient": {"gradient"},
-    "beta_symmetry": {"symmetry"},
-    "beta_min_l2": {"min-l2"},
-}
-
-
 def differences(wanted: Recipe, there: Recipe) -> list[str]:
     """In what a run's recipe is another experiment than the wanted one, each as "name: its own, not ours".
 
     Left out are the machine, where files lie (of the data, the name is compared), and fields that the method
     does not read. A live teacher and its cache count as one.
     """
-    terms = set(wanted.terms)
     found = []
-    for field in fields(Recipe):
-        name = field.name
-        unread = not terms & _OF_TERM.get(name, terms) if name in _OF_TERM else False
-        if name in _BESIDE or unread or (name == "term_schedule" and not terms):
+    read = fields_read_by(wanted.method_terms)
+    for name in fields_of(*EXPERIMENT, SEED, PRECISION):
+        if METHOD in facts_of(name) and name not in {"method", *read}:
             continue
         ours, theirs = _comparable(name, wanted), _comparable(name, there)
-        is_open = (name == "precision" and ours == "auto") or (name in _LEFT_OPEN and ours is None)
+        is_open = (name == "precision" and ours == "auto") or (LEFT_OPEN in facts_of(name) and ours is None)
         if ours != theirs and not is_open:
             found.append(f"{name}: {theirs}, not {ours}")
     return found
 
 
 def _comparable(name: str, recipe: Recipe) -> Any:
-    value = getattr(recipe, name)
-    return Path(value).name if name == "data" else value
+    return Path(recipe.images).name if name == "data" else getattr(recipe, name)

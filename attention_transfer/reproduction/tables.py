@@ -9,7 +9,7 @@ from typing import Any
 
 from attention_transfer._hints import did_you_mean
 from attention_transfer._reading import LARGEST_YAML, parse_yaml, read_text, shown
-from attention_transfer.training.recipe import Recipe
+from attention_transfer.runs.recipe import Recipe
 
 UNITS = {"test error %": -1, "test accuracy %": 1}
 """The units with the sign of what is better."""

@@ -1,8 +1,19 @@
-"""Training: the recipe of a run, the run itself, and the folder that keeps it.
+"""Training: from a recipe to a run.
 
-Each name is imported when it is first used: `train` needs models and data, `Recipe` and `Run` do not.
+Each name is imported, and PyTorch with it, when it is first used.
 """
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+from attention_transfer.runs import Interrupted as Interrupted
+from attention_transfer.runs import Recipe as Recipe
+from attention_transfer.runs import Run as Run
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "caching": ["build_cache"],
+        "evaluation": ["Evaluation", "evaluate_model"],
+        "fit": ["resume", "train"],
+    },
+)

@@ -20,15 +20,6 @@ from attention_transfer._ranks import is_first_process
 from attention_transfer._untouched import untouched
 from attention_transfer.data import Augment, Splits, Views, class_order, load_data, unknown_classes
 from attention_transfer.distiller import Distiller, InputTransform
-from attention_transfer.losses import (
-    ActivationTransfer,
-    AttentionTransfer,
-    FlipSymmetry,
-    GradientTransfer,
-    InputGradientNorm,
-    KnowledgeDistillation,
-    Term,
-)
 from attention_transfer.models import (
     build_model,
     load_weights,
@@ -37,10 +28,11 @@ from attention_transfer.models import (
     why_not,
 )
 from attention_transfer.pairs import Pair
-from attention_transfer.schedules import Schedule, parse_schedules
+from attention_transfer.runs.recipe import VALIDATION, Recipe, parse_pairs
+from attention_transfer.runs.run import Run
+from attention_transfer.schedules import parse_schedules
+from attention_transfer.terms.term import Term
 from attention_transfer.training.card import ModelCard
-from attention_transfer.training.recipe import TERMS, VALIDATION, Recipe, parse_pairs
-from attention_transfer.training.run import Run
 
 TEACHER_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -227,7 +219,7 @@ def build_teacher(recipe: Recipe, splits: Splits, train_first: Callable[[], Run]
 
 def check_classes(recipe: Recipe, classes: int, names: Sequence[str] | None, splits: Splits) -> None:
     """Raise ValueError if the method compares answers and the teacher has other classes than the data."""
-    if not {"kd", "gradient"} & set(recipe.terms):
+    if not any(term.compares_classes for term in recipe.method_terms.values()):
         return
     if classes != splits.num_classes and not class_order(splits.classes, names):
         raise ValueError(
@@ -372,24 +364,10 @@ def has_unused_parameters(student: nn.Module, example: Float[Tensor, "b c h w"])
 
 def build_terms(recipe: Recipe) -> list[Term]:
     """The loss terms of the recipe's method, besides the cross-entropy."""
-    schedules = parse_schedules(recipe.term_schedule, TERMS)
-    return [_BUILDERS[term](recipe, schedules[term]) for term in recipe.terms]
-
-
-_BUILDERS: dict[str, Callable[[Recipe, Schedule], Term]] = {
-    "at": lambda recipe, schedule: AttentionTransfer(
-        recipe.beta,
-        p=recipe.p,
-        mapping=recipe.mapping,
-        form=recipe.form,
-        resize=recipe.resize,
-        schedule=schedule,
-    ),
-    "kd": lambda recipe, schedule: KnowledgeDistillation(recipe.alpha, recipe.temperature, schedule=schedule),
-    "f-actt": lambda recipe, schedule: ActivationTransfer(
-        recipe.beta_f_actt, form=recipe.form, resize=recipe.resize, schedule=schedule
-    ),
-    "gradient": lambda recipe, schedule: GradientTransfer(recipe.beta_gradient, schedule=schedule),
-    "symmetry": lambda recipe, schedule: FlipSymmetry(recipe.beta_symmetry, schedule=schedule),
-    "min-l2": lambda recipe, schedule: InputGradientNorm(recipe.beta_min_l2, schedule=schedule),
-}
+    schedules = parse_schedules(recipe.term_schedule, recipe.known_terms)
+    terms = []
+    for name, declaration in recipe.method_terms.items():
+        term = declaration.build(lambda setting: getattr(recipe, setting))
+        term.schedule = schedules[name]
+        terms.append(term)
+    return terms

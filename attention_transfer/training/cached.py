@@ -16,12 +16,21 @@ from attention_transfer._weights_path import split_prefix
 from attention_transfer.cache import Cache, Manifest
 from attention_transfer.data import DECODING, Splits, class_order, data_fingerprint
 from attention_transfer.distiller import Distiller
-from attention_transfer.losses import Energy, Reading, Term
 from attention_transfer.models import fingerprint
 from attention_transfer.pairs import Pair, suggest_pairs
+from attention_transfer.runs.recipe import (
+    IMAGES,
+    SOURCE,
+    Recipe,
+    check_models,
+    fields_of,
+    flag_of,
+    parse_pairs,
+)
+from attention_transfer.runs.run import Run
+from attention_transfer.terms.declaration import Energy
+from attention_transfer.terms.term import Reading, Term
 from attention_transfer.training.build import build_teacher, build_terms, check_classes
-from attention_transfer.training.recipe import IMAGES, SOURCE, Recipe, check_models, parse_pairs
-from attention_transfer.training.run import Run
 
 
 def take_over(recipe: Recipe) -> Recipe:
@@ -38,10 +47,9 @@ def take_over(recipe: Recipe) -> Recipe:
     for name, theirs in {**_offers(facts), **_name_of_data(recipe, facts)}.items():
         ours = getattr(recipe, name)
         if ours not in (None, theirs):
-            flag = "--" + name.replace("_", "-")
             raise ValueError(
                 f"train: the cache {recipe.cache} was built with {name}={theirs}, got {ours}. "
-                f"Leave {flag} out, or build another cache."
+                f"Leave {flag_of(name)} out, or build another cache."
             )
     if recipe.teacher_precision not in ("auto", facts.precision):
         raise ValueError(
@@ -79,12 +87,12 @@ def _source(recipe: Recipe, facts: Manifest) -> dict[str, Any]:
             f"train: expected {recipe.cache} to say which images it was built from, got nothing of it in "
             "cache.json. Pass --data."
         )
-    return {name: getattr(recipe, name) or facts.settings.get(name) for name in SOURCE}
+    return {name: getattr(recipe, name) or facts.settings.get(name) for name in fields_of(SOURCE)}
 
 
 def _offers(facts: Manifest) -> dict[str, Any]:
     """What a student takes over, by recipe field: the very images and the very augmentation."""
-    images = {name: facts.source.get(name) for name in IMAGES}
+    images = {name: facts.source.get(name) for name in fields_of(IMAGES)}
     return {**images, "pad": facts.pad, "flip": facts.flip, "view_seed": facts.view_seed}
 
 
@@ -139,7 +147,7 @@ class CachedTeacher:
         order = class_order(splits.classes, facts.class_names)
         _check_images(splits, cache)
         _check_teacher(recipe, splits, cache)
-        if "at" not in recipe.terms:
+        if not recipe.reads_maps:
             return cls(cache, [], order)
         _check_energy(recipe, cache)
         return cls(cache, _pairs(recipe, splits, student, cache), order)
@@ -165,7 +173,7 @@ class CachedTeacher:
 
     def images_of(self, recipe: Recipe) -> str:
         """What a recipe has of the cache, in a line."""
-        given = {name: getattr(recipe, name) for name in (*SOURCE, *_offers(self.cache.manifest))}
+        given = {name: getattr(recipe, name) for name in (*fields_of(SOURCE), *_offers(self.cache.manifest))}
         said = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
         return f"  as the cache has it: {said}"
 

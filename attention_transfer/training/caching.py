@@ -16,6 +16,7 @@ from attention_transfer._ranks import is_first_process
 from attention_transfer._tables import duration
 from attention_transfer.cache import Cache, Filler, Layout, Manifest, Shard, megabytes
 from attention_transfer.data import DECODING, Batches, Splits, Views, data_fingerprint
+from attention_transfer.runs.recipe import IMAGES, VALIDATION, Recipe, cache_fields, fields_of
 from attention_transfer.training.build import build_teacher, load_splits
 from attention_transfer.training.onlooker import Onlooker
 from attention_transfer.training.processes import (
@@ -24,7 +25,6 @@ from attention_transfer.training.processes import (
     only_first,
     together,
 )
-from attention_transfer.training.recipe import CACHED, IMAGES, VALIDATION, Recipe
 from attention_transfer.training.speed import choose_speed
 from attention_transfer.training.telling import Say
 
@@ -64,7 +64,7 @@ def build_cache(
     teacher = build_teacher(recipe, splits, lambda: _no_weights(recipe))
     assert teacher is not None  # the recipe's method has one
     onlooker = Onlooker.of(recipe, splits, teacher, layers, local_device(recipe))
-    settings = {name: getattr(recipe, name) for name in CACHED}
+    settings = {name: getattr(recipe, name) for name in cache_fields()}
     manifest = describe(recipe, splits, onlooker, dtype)
     manifest = replace(manifest, settings=settings | {"layers": layers, "dtype": dtype})
     with _alone(Path(folder)):
@@ -125,7 +125,7 @@ def describe(recipe: Recipe, splits: Splits, onlooker: Onlooker, dtype: Stored) 
         view_seed=recipe.view_seed or 0,
         views=recipe.views or 1,
         shard_images=1,
-        source={name: getattr(recipe, name) for name in IMAGES},
+        source={name: getattr(recipe, name) for name in fields_of(IMAGES)},
         version=version("attention-transfer"),
         decoding=DECODING,
     )

@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from attention_transfer._tables import duration, printable
+from attention_transfer.runs.run import Interrupted, Run
 from attention_transfer.training.module import DistillationModule
-from attention_transfer.training.run import Interrupted, Run
 from attention_transfer.training.telling import Line
 
 AGREE_EVERY = 10  # steps between which several processes agree whether to stop or to save

@@ -13,7 +13,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from attention_transfer._files import write_atomically
 from attention_transfer._reading import check_regular, one_line
 from attention_transfer.models.checkpoint import read_checkpoint
-from attention_transfer.training.run import Run
+from attention_transfer.runs.run import Run
 
 NEEDED = {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "training_totals"}
 """What a run needs of its checkpoint to go on."""

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from attention_transfer.runs.recipe import Recipe
+from attention_transfer.runs.run import Run
 from attention_transfer.training.fit import resume, train
-from attention_transfer.training.recipe import Recipe
-from attention_transfer.training.run import Run
 
 SEEDS = (0, 1, 2, 3, 4)
 NAMES: dict[str, str] = {"none": "student alone", "at": "student with attention transfer"}

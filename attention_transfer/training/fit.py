@@ -17,9 +17,11 @@ from torch import nn
 from attention_transfer._extras import require
 from attention_transfer._machine import commit, device_name
 from attention_transfer._ranks import is_first_process
-from attention_transfer._trust import is_factory, trusting
+from attention_transfer._trust import trusting
 from attention_transfer.data import Batches, Splits
 from attention_transfer.models import fingerprint, load_weights, save_weights
+from attention_transfer.runs.recipe import Recipe
+from attention_transfer.runs.run import Run
 from attention_transfer.training.build import (
     build_augment,
     build_distiller,
@@ -42,9 +44,7 @@ from attention_transfer.training.processes import (
     quiet,
     together,
 )
-from attention_transfer.training.recipe import AUTO, Recipe
 from attention_transfer.training.rehearsal import rehearse
-from attention_transfer.training.run import Run
 from attention_transfer.training.speed import choose_speed, prepare, uncompiled
 from attention_transfer.training.telling import Say, say_above_the_bar
 
@@ -74,20 +74,19 @@ def train(recipe: Recipe, *, overwrite: bool = False, say: Say | None = None) ->
         Interrupted: after Ctrl-C, when the state is saved.
     """
     require("lightning", extra="train", user="train")
-    named = [name for name in (recipe.student, recipe.teacher) if name and is_factory(name)]
     recipe.check_teacher_is_used()
     recipe = take_over(recipe).resolved()
     run = Run(recipe.folder)
     if is_first_process():
         run.check_free(overwrite=overwrite)
-    with trusting(*named):  # the card of a teacher that is trained first names it too
+    with trusting(*recipe.factories):  # the card of a teacher that is trained first names it too
         return _start(run, recipe, say, lambda recipe: run.create(recipe, overwrite=overwrite))
 
 
 def resume(folder: str | Path, *, say: Say | None = None, **places: Any) -> Run:
     """Go on with an interrupted run, exactly where it stopped; a finished run is returned as it is.
 
-    `places` are fields of the recipe in `PLACES`, where it is to go on elsewhere than it was begun.
+    `places` are fields of the recipe about the place, where it is to go on elsewhere than it was begun.
 
     Raises:
         FileNotFoundError: if the folder is not a run folder.
@@ -301,7 +300,7 @@ def build_strategy(
     recipe: Recipe, distiller: Distiller, splits: Splits, processes: Processes
 ) -> str | Strategy:
     """The recipe's strategy; "auto" looks whether DDP has to search for parameters without a gradient."""
-    if recipe.strategy != AUTO or processes.size == 1:
+    if recipe.strategy != "auto" or processes.size == 1:
         return recipe.strategy
     from lightning.pytorch.strategies import DDPStrategy
 

@@ -17,8 +17,8 @@ from attention_transfer._extras import require
 from attention_transfer._files import links_in, write_atomically
 from attention_transfer._reading import parse_json, read_text
 from attention_transfer._tables import printable
-from attention_transfer.training.recipe import Recipe, loggers_of
-from attention_transfer.training.run import Run
+from attention_transfer.runs.recipe import Recipe, loggers_of
+from attention_transfer.runs.run import Run
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger

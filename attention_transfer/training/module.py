@@ -21,8 +21,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from attention_transfer._outputs import logits_of
 from attention_transfer.data import Augment, Batches
 from attention_transfer.distiller import Distiller
-from attention_transfer.losses import Reading
 from attention_transfer.preflight import PreflightWarning
+from attention_transfer.runs.recipe import Recipe
+from attention_transfer.terms.term import Reading
 from attention_transfer.training.cached import CachedTeacher
 from attention_transfer.training.finite import (
     LOOK_EVERY,
@@ -32,7 +33,6 @@ from attention_transfer.training.finite import (
     dump_batch,
     parameters_are_finite,
 )
-from attention_transfer.training.recipe import Recipe
 from attention_transfer.training.speed import uncompiled
 from attention_transfer.training.telling import Line
 
@@ -282,7 +282,7 @@ class DistillationModule(LightningModule):
                 warnings.simplefilter("ignore", PreflightWarning)
             classes = None if self.classes is None else len(self.classes)
             plan = self.distiller.preflight(inputs, labels, teacher=teacher, classes=classes).plan
-        if self.recipe.terms:
+        if self.recipe.method_terms:
             self.say(Line(str(plan), "plan", pairs=plan.as_dicts()))
 
     def _to_be_skipped(self, loss: Float[Tensor, ""], batch_idx: int, before: SavedBuffers | None) -> bool:

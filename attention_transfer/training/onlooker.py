@@ -19,9 +19,9 @@ from attention_transfer.locality import find_order
 from attention_transfer.models import fingerprint
 from attention_transfer.pairs import Stage, stages_to_store
 from attention_transfer.preflight import check_order
+from attention_transfer.runs.recipe import Precision, Recipe
 from attention_transfer.taps import Taps
 from attention_transfer.training.build import Teacher, build_augment
-from attention_transfer.training.recipe import Precision, Recipe
 from attention_transfer.training.speed import prepare
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}

@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -29,8 +29,8 @@ from attention_transfer._colours import print_safely
 from attention_transfer._extras import require
 from attention_transfer._ranks import is_first_process
 from attention_transfer._reading import shown
-from attention_transfer.training.recipe import PLACES, Recipe, flag_of
-from attention_transfer.training.run import Interrupted
+from attention_transfer.runs.recipe import PLACE, Concern, Recipe, fields_of, flag_of
+from attention_transfer.runs.run import Interrupted
 from attention_transfer.training.speed import device_of
 from attention_transfer.training.telling import Say
 
@@ -142,7 +142,7 @@ def together(recipe: Recipe, facts: dict[str, Any], user: str) -> Iterator[Proce
     if size == 1:
         yield Processes()
         return
-    names = [field.name for field in fields(recipe) if field.name not in PLACES]
+    names = fields_of(*set(Concern) - {PLACE})
     _at_work.set()
     try:
         with quiet():

@@ -10,8 +10,8 @@ from torch import nn
 
 from attention_transfer.data import Splits
 from attention_transfer.preflight import PreflightWarning
+from attention_transfer.runs.recipe import Recipe
 from attention_transfer.training.build import Teacher, build_augment, build_distiller, build_student
-from attention_transfer.training.recipe import Recipe
 
 IMAGES = 8
 

@@ -20,7 +20,7 @@ from torch import nn
 from attention_transfer._memory import freed_memory
 from attention_transfer._quiet import muted
 from attention_transfer._reading import first_line
-from attention_transfer.training.recipe import Precision, Recipe
+from attention_transfer.runs.recipe import Precision, Recipe
 
 Device = Literal["cpu", "cuda", "mps"]
 NAMES: dict[Device, str] = {"cpu": "CPU", "cuda": "GPU", "mps": "Mac GPU"}

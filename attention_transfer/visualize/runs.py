@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from attention_transfer._reading import parse_csv, parse_json, parse_yaml, read_text, shown
+from attention_transfer.runs.recipe import EXPERIMENT, METHOD, field_types, fields_of, fields_read_by
+from attention_transfer.terms.declaration import built_in
 
-TERMS = {
-    "at": "attention transfer",
-    "kd": "distillation",
-    "f-actt": "full-activation transfer",
-    "gradient": "gradient transfer",
-    "symmetry": "flip symmetry",
-    "min-l2": "small input gradient",
-}
 TEACHER = "teacher"
-
-_FIELDS = {  # of the recipe, by the term that heeds them
-    "at": {"pairs", "beta", "form", "p", "mapping", "resize"},
-    "kd": {"alpha", "temperature"},
-    "f-actt": {"pairs", "beta_f_actt", "form", "resize"},
-    "gradient": {"beta_gradient"},
-    "symmetry": {"beta_symmetry"},
-    "min-l2": {"beta_min_l2"},
-}
-_NOT_THE_METHOD = {
-    *("seed", "split_seed", "output", "method", "cache"),
-    *("teacher", "teacher_weights", "teacher_classes", "teacher_epochs"),
-    *("data_root", "num_workers", "precision", "teacher_precision", "compile"),
-    *("accelerator", "devices", "nodes", "wait_minutes"),
-}
+METHOD_STYLES = 6  # in report.css, beside those of the teacher and of the student alone
 
 
 LARGEST = 1e100  # whose square is a number too, for spreads
@@ -211,9 +192,11 @@ def group_runs(runs: Sequence[Run], teachers: Sequence[Run]) -> list[Group]:
     taught = [run for run in runs if run.method != "none"]
     students = [run for run in runs if run.folder.resolve() not in known and not _is_teacher(run, taught)]
     others = [run for run in runs if run not in students and run.folder.resolve() not in known]
-    groups = _groups_of([*teachers, *others], TEACHER)
+    free = itertools.cycle(f"method{number}" for number in range(METHOD_STYLES))
+    groups = _groups_of([*teachers, *others], TEACHER, itertools.chain([TEACHER], free))
     for method in sorted({run.method for run in students}, key=_method_order):
-        groups += _groups_of([run for run in students if run.method == method], method)
+        styles = itertools.chain(["alone"], free) if method == "none" else free
+        groups += _groups_of([run for run in students if run.method == method], method, styles)
     return groups
 
 
@@ -223,12 +206,14 @@ def _terms(method: str) -> list[str]:
 
 def describe_method(method: str) -> str:
     """What the figures call a method: "attention transfer + distillation"."""
-    return " + ".join(TERMS.get(term, term) for term in _terms(method)) or "student alone"
+    known = built_in()
+    titles = (known[term].title if term in known else term for term in _terms(method))
+    return " + ".join(titles) or "student alone"
 
 
 def _method_order(method: str) -> tuple[int, list[int]]:
-    """Fewer terms first; among as many, in the order of `TERMS`."""
-    known, terms = list(TERMS), _terms(method)
+    """Fewer terms first; among as many, in the order in which a method names them."""
+    known, terms = list(built_in()), _terms(method)
     return len(terms), [known.index(term) if term in known else len(known) for term in terms]
 
 
@@ -239,45 +224,28 @@ def _is_teacher(run: Run, taught: Sequence[Run]) -> bool:
     return any(run.model == other.recipe.get("teacher") != other.model for other in taught)
 
 
-def _groups_of(runs: Sequence[Run], role: str) -> list[Group]:
+def _groups_of(runs: Sequence[Run], role: str, styles: Iterator[str]) -> list[Group]:
     varying = _varying_settings(runs)
     members: dict[str, list[Run]] = {}
     for run in runs:
         settings = ", ".join(f"{name} {run.recipe.get(name)}" for name in varying)
         members.setdefault(settings, []).append(run)
-    label, style = role if role == TEACHER else describe_method(role), _STYLES.get(role, "other")
+    label = role if role == TEACHER else describe_method(role)
     return [
-        Group(
-            role,
-            f"{label} ({settings})" if settings else label,
-            style if i == 0 else f"extra{(i - 1) % 3}",
-            group,
-        )
-        for i, (settings, group) in enumerate(members.items())
+        Group(role, f"{label} ({settings})" if settings else label, next(styles), group)
+        for settings, group in members.items()
     ]
-
-
-_STYLES = {
-    TEACHER: "teacher",
-    "none": "alone",
-    "at": "at",
-    "kd": "kd",
-    "at+kd": "both",
-    "f-actt": "extra0",
-    "gradient": "extra1",
-    "symmetry": "extra2",
-}
 
 
 def _varying_settings(runs: Sequence[Run]) -> list[str]:
     """The recipe's fields that make these runs different experiments, not repetitions."""
     if not runs:
         return []
-    ignored = set(_NOT_THE_METHOD)
-    heeded = set().union(*(_FIELDS.get(term, set()) for term in _terms(runs[0].method)))
-    ignored |= set().union(*_FIELDS.values()) - heeded
-    ignored |= set() if _terms(runs[0].method) else {"term_schedule"}
-    fields = [
-        name for name in dict.fromkeys(name for run in runs for name in run.recipe) if name not in ignored
+    counted = set(fields_of(*set(EXPERIMENT) - {METHOD})) | fields_read_by(_terms(runs[0].method))
+    names = dict.fromkeys(name for run in runs for name in run.recipe)
+    return [
+        name
+        for name in names
+        if (name in counted or name not in field_types())
+        and len({str(run.recipe.get(name)) for run in runs}) > 1
     ]
-    return [name for name in fields if len({str(run.recipe.get(name)) for run in runs}) > 1]

@@ -23,7 +23,7 @@ from attention_transfer._tables import duration
 from attention_transfer.cli.caffe import VERBS
 from attention_transfer.cli.output import StatusLine
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
-from attention_transfer.training.run import Interrupted
+from attention_transfer.runs.run import Interrupted
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,51 +1,181 @@
-"""The recipe: every setting of a training run, in one flat dataclass that reads and writes YAML."""
+"""The recipe: every setting of a training run, in one flat dataclass that reads and writes YAML.
+
+Beside the type of each field stand the facts about it: what it concerns, the range of its values, and others.
+`facts_of` reads them. The fields of the terms are declared by the terms.
+"""
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 import sys
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from attention_transfer import _choices as choices
+from attention_transfer._extras import require
 from attention_transfer._hints import did_you_mean
 from attention_transfer._patterns import at_home, is_pattern
-from attention_transfer._reading import LARGEST_YAML, parse_yaml, read_text, shown
-from attention_transfer._trust import check_trusted
+from attention_transfer._reading import LARGEST_YAML, one_line, parse_yaml, read_text, shown
+from attention_transfer._trust import check_trusted, is_factory
 from attention_transfer._weights_path import split_prefix
 from attention_transfer.schedules import parse_schedules
+from attention_transfer.terms.declaration import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    Declaration,
+    Range,
+    Setting,
+    at_least,
+    built_in,
+    declare,
+)
 
 VALIDATION = 0.1  # share of the training images that are held out where nothing is said
 
-TERMS = ("at", "kd", "f-actt", "gradient", "symmetry", "min-l2")
-"""What a method is made of, in the order of its name."""
-
 LOGGERS = ("tensorboard", "wandb", "mlflow")
-
-WITHOUT_TEACHER = ("symmetry", "min-l2")
-"""Terms that only look at the student."""
-
-TWICE = ("gradient", "symmetry", "min-l2")
-"""Terms over input gradients, which differentiate the student twice."""
-
-AUTO = "auto"
 
 LARGEST_FLOAT = sys.float_info.max
 LONGEST_TEXT = 10_000  # characters of a field
 
-Weight = float | Literal["auto"]
 Strategy = Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"]
 
+SEEDS = Range("from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
+BELOW_ONE = Range("from 0 to below 1", lambda value: 0 <= value < 1)
+UP_TO_ONE = Range("above 0 and up to 1", lambda value: 0 < value <= 1)
+UP_TO_A_YEAR = Range("above 0 and up to a year", lambda value: 0 < value <= 525_600)
+RISING_SHARES = Range(
+    "as rising shares between 0 and 1",
+    lambda value: all(0 < share < 1 for share in value) and list(value) == sorted(value),
+)
+MORE_THAN_ONE_IMAGE = Range(
+    ">= 2 (batch normalisation learns nothing from one image)", lambda value: value >= 2
+)
+
+
+class Concern(Enum):
+    """What a field of the recipe concerns. Every field concerns one thing."""
+
+    MODEL = "the student"
+    TEACHER = "the teacher, and where it is"
+    DATA = "the images"
+    METHOD = "what the student learns from besides labels"
+    OPTIMISATION = "how its weights are found"
+    SEED = "what is drawn at random"
+    PRECISION = "the arithmetic"
+    MACHINE = "what the training makes use of"
+    PLACE = "on which machines it runs, which may change while it goes on"
+    OUTPUT = "what is written, and where"
+
+
+class Fact(Enum):
+    """What else there is to know of a field."""
+
+    FACTORY = "names a model, which may be code of the user's own"
+    PATH = "may be a path"
+    WEIGHTS = "is a weights file, perhaps with the prefix of one network in it"
+    SOURCE = "says where the images are, which is the cache's to say if the data is left open"
+    IMAGES = "says which images there are, which is the cache's to say"
+    BUILDS_CACHE = "is what a cache is built by, as are SOURCE and IMAGES"
+    LEFT_OPEN = "is settled by the data, the seed or the cache if it is not given"
+
+
+MODEL, TEACHER, DATA, METHOD, OPTIMISATION, SEED, PRECISION, MACHINE, PLACE, OUTPUT = Concern
+FACTORY, PATH, WEIGHTS, SOURCE, IMAGES, BUILDS_CACHE, LEFT_OPEN = Fact
+
+EXPERIMENT = (MODEL, DATA, METHOD, OPTIMISATION)
+"""What makes two runs different experiments: seeds of one experiment agree in the fields of these."""
+
+TRAINING = (*EXPERIMENT, TEACHER, SEED, PRECISION)
+"""What makes two runs different trainings, wherever they run and whatever they write."""
+
+
+def _as_field(setting: Setting) -> tuple[str, Any, Any]:
+    """A term's setting as a field of the recipe."""
+    facts = (METHOD, setting.range, BUILDS_CACHE if setting.shapes_energy else None)
+    kept = tuple(fact for fact in facts if fact is not None)
+    return setting.name, Annotated[(setting.type, *kept)], field(default=setting.default)
+
+
+def _settings(terms: Iterable[Declaration]) -> dict[str, Setting]:
+    """The settings of some terms by name; several terms may share one."""
+    return {setting.name: setting for term in terms for setting in term.settings}
+
 
 @dataclass(frozen=True)
-class Recipe:
+class _Subject:
+    """The first fields of the recipe: student, teacher, images and method."""
+
+    student: Annotated[str, MODEL, FACTORY] = "wrn-16-1"
+    """The model to train: wrn-16-1, nin-thin, resnet18, timm:NAME, torchvision:NAME, package.module:name."""
+    student_weights: Annotated[str | None, MODEL, WEIGHTS] = None
+    """Weights to start the student from: a file, a run folder, or "pretrained". Random if not given. A head
+    of another number of classes starts afresh; all else must fit. FILE:PREFIX names one of several networks
+    in a file, such as last.ckpt:teacher."""
+    teacher: Annotated[str | None, TEACHER, FACTORY, PATH, BUILDS_CACHE] = "wrn-16-2"
+    """The model to learn from: a run folder, its weights, or a name; without weights it is trained first."""
+    teacher_weights: Annotated[str | None, TEACHER, WEIGHTS, BUILDS_CACHE] = None
+    """The teacher's weights: a safetensors file, a checkpoint, FILE:PREFIX for one of several networks in it,
+    a run folder, or "pretrained"."""
+    teacher_classes: Annotated[int | None, TEACHER, BUILDS_CACHE, at_least(2)] = None
+    """Number of classes of the teacher's weights file, where it differs from the data's."""
+    cache: Annotated[str | None, TEACHER, PATH] = None
+    """Learn from this folder of `cache build` instead: no teacher is run. It settles images and views."""
+    teacher_epochs: Annotated[int | None, TEACHER, at_least(1)] = None
+    """Epochs for a teacher that is trained first. As many as the student's if not given."""
+
+    data: Annotated[str | None, DATA, SOURCE, PATH] = None
+    """The images: cifar10, cifar100, fashion-mnist, mnist, mnist-5k, or a folder of class folders, of parquet
+    files or of tar files, or a pattern such as DIR/train-{000..146}.tar. cifar10 if
+    not given, or what the cache was built from."""
+    data_root: Annotated[str | None, MACHINE, SOURCE, PATH] = None
+    """Where the named data sets are looked for and downloaded to."""
+    validation: Annotated[float | None, DATA, IMAGES, LEFT_OPEN, BELOW_ONE] = None
+    """Share of the training images held out to choose the best epoch, 0.1 if not given; 0 for none."""
+    max_train: Annotated[int | None, DATA, IMAGES, at_least(2)] = None
+    """Train on this many images only; validation and test images stay as they are."""
+    image_size: Annotated[int | None, DATA, IMAGES, at_least(1)] = None
+    """Height and width of every image, in pixels: its shorter side is resized to this, and the central square
+    kept. Where images are streamed, training crops them at random instead."""
+    image_column: Annotated[str | None, DATA, SOURCE] = None
+    """The parquet column of the images, where it cannot be told from the file."""
+    label_column: Annotated[str | None, DATA, SOURCE] = None
+    """The parquet column of the labels, or the JSON field in tar files, where it cannot be told."""
+    pad: Annotated[int | None, DATA, BUILDS_CACHE, LEFT_OPEN, NOT_NEGATIVE] = None
+    """Augmentation: reflect-pad by so many pixels and crop back at random. As suits the data if not given."""
+    flip: Annotated[bool | None, DATA, BUILDS_CACHE, LEFT_OPEN] = None
+    """Augmentation: mirror every second image at random. As suits the data if not given: not for digits."""
+    views: Annotated[int | None, DATA, at_least(1)] = None
+    """Show so many fixed crops and flips of each image, one an epoch in turn. Fresh ones if not given."""
+    num_workers: Annotated[int | None, MACHINE, BUILDS_CACHE, NOT_NEGATIVE] = None
+    """Processes that decode images which do not fit in memory. One a core, at most 8, if not given."""
+
+    method: Annotated[str, METHOD] = "at"
+    """What the student learns from besides labels: none, or some of the terms below, joined by +, such as
+    at+kd."""
+    terms: Annotated[str | None, METHOD, FACTORY] = None
+    """Terms of your own to name in the method: my_module:MyTerm, a class derived from Term, or several with
+    commas between them."""
+
+
+if typing.TYPE_CHECKING:
+
+    class _WithTerms(_Subject):
+        def __init__(self, **settings: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+else:
+    _WithTerms = make_dataclass(
+        "_WithTerms", map(_as_field, _settings(built_in().values()).values()), bases=(_Subject,), frozen=True
+    )
+
+
+@dataclass(frozen=True)
+class Recipe(_WithTerms):
     """Every setting of one training run.
 
     The defaults are the paper's CIFAR recipe: SGD 0.1 with momentum 0.9 and weight decay 5e-4, the rate
@@ -57,156 +187,85 @@ class Recipe:
         ValueError: if a value is out of its range or contradicts another; the message names the field.
     """
 
-    student: str = "wrn-16-1"
-    """The model to train: wrn-16-1, nin-thin, resnet18, timm:NAME, torchvision:NAME, package.module:name."""
-    student_weights: str | None = None
-    """Weights to start the student from: a file, a run folder, or "pretrained". Random if not given. A head
-    of another number of classes starts afresh; all else must fit. FILE:PREFIX names one of several networks
-    in a file, such as last.ckpt:teacher."""
-    teacher: str | None = "wrn-16-2"
-    """The model to learn from: a run folder, its weights, or a name; without weights it is trained first."""
-    teacher_weights: str | None = None
-    """The teacher's weights: a safetensors file, a checkpoint, FILE:PREFIX for one of several networks in it,
-    a run folder, or "pretrained"."""
-    teacher_classes: int | None = None
-    """Number of classes of the teacher's weights file, where it differs from the data's."""
-    cache: str | None = None
-    """Learn from this folder of `cache build` instead: no teacher is run. It settles images and views."""
-    teacher_epochs: int | None = None
-    """Epochs for a teacher that is trained first. As many as the student's if not given."""
-
-    data: str | None = None
-    """The images: cifar10, cifar100, fashion-mnist, mnist, mnist-5k, or a folder of class folders, of parquet
-    files or of tar files, or a pattern such as DIR/train-{000..146}.tar. cifar10 if
-    not given, or what the cache was built from."""
-    data_root: str | None = None
-    """Where the named data sets are looked for and downloaded to."""
-    validation: float | None = None
-    """Share of the training images held out to choose the best epoch, 0.1 if not given; 0 for none."""
-    max_train: int | None = None
-    """Train on this many images only; validation and test images stay as they are."""
-    image_size: int | None = None
-    """Height and width of every image, in pixels: its shorter side is resized to this, and the central square
-    kept. Where images are streamed, training crops them at random instead."""
-    image_column: str | None = None
-    """The parquet column of the images, where it cannot be told from the file."""
-    label_column: str | None = None
-    """The parquet column of the labels, or the JSON field in tar files, where it cannot be told."""
-    pad: int | None = None
-    """Augmentation: reflect-pad by so many pixels and crop back at random. As suits the data if not given."""
-    flip: bool | None = None
-    """Augmentation: mirror every second image at random. As suits the data if not given: not for digits."""
-    views: int | None = None
-    """Show so many fixed crops and flips of each image, one an epoch in turn. Fresh ones if not given."""
-    num_workers: int | None = None
-    """Processes that decode images which do not fit in memory. One a core, at most 8, if not given."""
-
-    method: str = "at"
-    """What the student learns from besides labels: none, or any of at (attention maps), kd (distillation),
-    f-actt (full activations), gradient (input gradients), symmetry (of the input gradient under a flip) and
-    min-l2 (a small input gradient), joined by +, such as at+kd."""
-    pairs: str = "auto"
-    """Student and teacher layers to compare, "layer1:layer1,layer2:block2"; "auto" finds the stage ends."""
-    beta: Weight = 1.0
-    """Weight of the attention transfer term, which does not carry over between the forms; "auto" sets it from
-    the first batches: see docs/methods.md."""
-    form: choices.Form = "paper"
-    """Form of the terms at layer pairs: the paper's, the authors' code's (beta about 1000), or Caffe's."""
-    p: float = 2.0
-    """Exponent of the attention map, the sum over channels of |A|^p; at least 1."""
-    mapping: choices.Mapping = "sum"
-    """How the channels are reduced to a map."""
-    resize: choices.Side | None = None
-    """Whose maps are resized to the other's where sizes differ. An error there if not given."""
-    alpha: float = 0.9
-    """Distillation: share of the teacher's answer in the loss, from 0 to 1."""
-    temperature: float = 4.0
-    """Distillation: temperature that softens both answers."""
-    beta_f_actt: Weight = 1.0
-    """Weight of full-activation transfer, or "auto" as for beta."""
-    beta_gradient: float = 1.0
-    """Weight of gradient-based attention transfer; docs/speed.md has what the second derivative costs."""
-    beta_symmetry: float = 1.0
-    """Weight of the symmetry term, which shows the student every image and its mirror image."""
-    beta_min_l2: float = 1.0
-    """Weight of the norm of the student's input gradient."""
-    term_schedule: str = "constant"
+    term_schedule: Annotated[str, METHOD] = "constant"
     """Course of the terms' weights over the run: constant, linear (down to 0), cosine (down to 0) or step
     (times 0.2 at 30, 60 and 80 percent) for every term, or for some, such as at:linear,kd:cosine."""
 
-    epochs: int = 200
+    epochs: Annotated[int, OPTIMISATION, at_least(1)] = 200
     """Passes over the training images."""
-    batch_size: int = 128
+    batch_size: Annotated[int, OPTIMISATION, BUILDS_CACHE, MORE_THAN_ONE_IMAGE] = 128
     """Images in a step, over all devices together, which share them equally."""
-    lr: float = 0.1
+    lr: Annotated[float, OPTIMISATION, POSITIVE] = 0.1
     """Learning rate: the first one under "steps", the highest one under "one-cycle"."""
-    momentum: float = 0.9
+    momentum: Annotated[float, OPTIMISATION, BELOW_ONE] = 0.9
     """Momentum of SGD."""
-    nesterov: bool = False
+    nesterov: Annotated[bool, OPTIMISATION] = False
     """Nesterov's form of the momentum."""
-    weight_decay: float = 5e-4
+    weight_decay: Annotated[float, OPTIMISATION, NOT_NEGATIVE] = 5e-4
     """Weight decay of SGD, on every parameter."""
-    schedule: Literal["steps", "one-cycle"] = "steps"
+    schedule: Annotated[Literal["steps", "one-cycle"], OPTIMISATION] = "steps"
     """Course of the learning rate: drops at the milestones, or up and down once, which suits short runs."""
-    milestones: tuple[float, ...] = (0.3, 0.6, 0.8)
+    milestones: Annotated[tuple[float, ...], OPTIMISATION, RISING_SHARES] = (0.3, 0.6, 0.8)
     """Where the rate drops, as shares of all epochs."""
-    factor: float = 0.2
+    factor: Annotated[float, OPTIMISATION, UP_TO_ONE] = 0.2
     """What the rate is multiplied by at each milestone."""
-    reset_momentum: bool = False
+    reset_momentum: Annotated[bool, OPTIMISATION] = False
     """Forget the momentum at each milestone, as the authors' code does, which makes a new optimizer there."""
-    batchnorm_init: Literal["ones", "uniform"] = "ones"
+    batchnorm_init: Annotated[Literal["ones", "uniform"], OPTIMISATION] = "ones"
     """Initial BatchNorm scales: ones, or drawn from [0, 1) as in the authors' code."""
-    gradient_clip: float | None = None
+    gradient_clip: Annotated[float | None, OPTIMISATION, POSITIVE] = None
     """Clip the gradient to this norm."""
-    not_finite: Literal["stop", "skip"] = "stop"
+    not_finite: Annotated[Literal["stop", "skip"], OPTIMISATION] = "stop"
     """A loss that is infinite or not a number stops the run, or skips the batch without a trace, which looks
     at every loss. Either way the batch is written to not-finite/ in the run folder. Test images whose logits
     are not finite leave the run without a result, or count as wrong answers."""
-    checkpoint_minutes: float = 15.0
+    checkpoint_minutes: Annotated[float, OUTPUT, NOT_NEGATIVE] = 15.0
     """Minutes after which an epoch that goes on is saved too; every epoch's end is."""
-    keep: Literal["last", "best"] = "last"
+    keep: Annotated[Literal["last", "best"], OPTIMISATION] = "last"
     """Which weights become student.safetensors: the last epoch's, or those of least validation error."""
 
-    seed: int = 0
+    seed: Annotated[int, SEED, SEEDS] = 0
     """Seed of the initial weights, the order of the images and fresh augmentation."""
-    split_seed: int | None = None
+    split_seed: Annotated[int | None, SEED, IMAGES, LEFT_OPEN, SEEDS] = None
     """Seed of the validation split and of the images that --max-train picks; the run's seed if not given."""
-    view_seed: int | None = None
+    view_seed: Annotated[int | None, SEED, BUILDS_CACHE, LEFT_OPEN, SEEDS] = None
     """Seed of the fixed views, which students of any seed share; 0 if not given."""
-    precision: Precision = "auto"
+    precision: Annotated[Precision, PRECISION, BUILDS_CACHE] = "auto"
     """Arithmetic: "auto" is bf16-mixed on a GPU or CPU that computes in bfloat16, and 32-true elsewhere."""
-    teacher_precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    teacher_precision: Annotated[Literal["auto", "32-true", "bf16-mixed", "16-mixed"], TEACHER] = "auto"
     """Arithmetic of the teacher's forward pass; "auto" is the student's."""
-    compile: bool = False
+    compile: Annotated[bool, MACHINE] = False
     """Compile student and teacher, which takes a minute or more at the start. Needs a C++ compiler."""
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    accelerator: Annotated[Literal["auto", "cpu", "cuda", "mps"], MACHINE, BUILDS_CACHE] = "auto"
     """The kind of device to train on."""
-    devices: int | None = None
+    devices: Annotated[int | None, PLACE, at_least(1)] = None
     """Devices on each machine, working as one. All its GPUs, or one CPU process, if not given."""
-    nodes: int = 1
+    nodes: Annotated[int, PLACE, at_least(1)] = 1
     """Machines that train together. torchrun and SLURM say both by themselves: docs/several-machines.md."""
-    wait_minutes: float = 10.0
+    wait_minutes: Annotated[float, PLACE, UP_TO_A_YEAR] = 10.0
     """Minutes for which several processes wait for one that says nothing, before they stop."""
-    strategy: Strategy = "auto"
+    strategy: Annotated[Strategy, PLACE] = "auto"
     """How devices work together, by Lightning's names; "auto" is ddp where there are several, and finds out
     whether the student has parameters that go unused."""
-    sync_batchnorm: bool = False
+    sync_batchnorm: Annotated[bool, OPTIMISATION] = False
     """BatchNorm over the whole batch; if not, each device normalises its own share of it."""
 
-    loggers: str = "tensorboard"
+    loggers: Annotated[str, OUTPUT] = "tensorboard"
     """Where numbers and maps go besides the run folder: none, or any of tensorboard, wandb and mlflow, joined
     by +; the last two are told where by their own environment variables, such as WANDB_MODE."""
-    output: str | None = None
+    output: Annotated[str | None, OUTPUT] = None
     """The run folder. runs/DATA-STUDENT-METHOD-SEED if not given."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            _check_type(field.name, getattr(self, field.name))
-        for name, (holds, expected) in _RANGES.items():
+        for name in field_types():
+            _check_type(name, getattr(self, name))
             value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise ValueError(f"Recipe: expected {name} {expected}, got {value}. Change {flag_of(name)}.")
-        object.__setattr__(self, "method", _canonical(self.method))
+            for fact in facts_of(name):
+                if isinstance(fact, Range) and value is not None and not fact.holds(value):
+                    raise ValueError(
+                        f"Recipe: expected {name} {fact.text}, got {value}. Change {flag_of(name)}."
+                    )
+        object.__setattr__(self, "method", "+".join(self.method_terms) or "none")
         loggers_of(self.loggers)
         self._check_teacher()
         self._check_eager()
@@ -214,7 +273,7 @@ class Recipe:
         self._check_views()
         self._check_teacher_precision()
         parse_pairs(self.pairs)
-        parse_schedules(self.term_schedule, TERMS)
+        parse_schedules(self.term_schedule, self.known_terms)
 
     def _check_teacher_precision(self) -> None:
         if self.precision == "64-true" and self.teacher_precision != "auto":
@@ -241,7 +300,7 @@ class Recipe:
             )
 
     def _check_eager(self) -> None:
-        twice = [term for term in self.terms if term in TWICE]
+        twice = [name for name, term in self.method_terms.items() if term.needs_input_gradient]
         if self.compile and twice:
             raise ValueError(
                 f"Recipe: a term over input gradients ({', '.join(twice)}) differentiates the student twice, "
@@ -258,14 +317,38 @@ class Recipe:
             raise ValueError("Recipe: expected momentum > 0 with nesterov, got 0. Pass --momentum 0.9.")
 
     @property
-    def terms(self) -> tuple[str, ...]:
-        """The names of the method's terms, none for "none"."""
-        return terms_of(self.method)
+    def known_terms(self) -> dict[str, Declaration]:
+        """The terms that a method may name: this package's, and those of the user's own.
+
+        Raises:
+            ValueError: if one of the latter cannot be imported, is none, or is called like another.
+        """
+        known = dict(built_in())
+        for path in _listed(self.terms):
+            term = declare(path)
+            if term.name in known:
+                raise ValueError(
+                    f"Recipe: expected a term with a name of its own, got {path}, which is called "
+                    f'"{term.name}" as another is. Change its name.'
+                )
+            known[term.name] = term
+        return known
+
+    @property
+    def method_terms(self) -> dict[str, Declaration]:
+        """The method's terms by name, none for "none"."""
+        named = _some_of(tuple(self.known_terms), "method", self.method)
+        return {name: self.known_terms[name] for name in named}
 
     @property
     def needs_teacher(self) -> bool:
         """Whether one of the terms asks a teacher."""
-        return any(term not in WITHOUT_TEACHER for term in self.terms)
+        return any(term.needs_teacher for term in self.method_terms.values())
+
+    @property
+    def reads_maps(self) -> bool:
+        """Whether one of the terms reads attention maps."""
+        return any(term.energy for term in self.method_terms.values())
 
     @property
     def unused_teacher(self) -> str | None:
@@ -281,6 +364,12 @@ class Recipe:
                 f'train: method "{self.method}" learns from no teacher, got {unused}. Leave it out '
                 "(teacher: null), or name a method that learns from one, such as at."
             )
+
+    @property
+    def factories(self) -> list[str]:
+        """The code of the user's own that it names."""
+        named = [name for field in fields_of(FACTORY) for name in _listed(getattr(self, field))]
+        return [name for name in named if is_factory(name)]
 
     @property
     def images(self) -> str:
@@ -299,7 +388,9 @@ class Recipe:
 
     def located(self) -> Recipe:
         """The same recipe with absolute paths to what it reads."""
-        paths: dict[str, Any] = {name: _absolute(name, getattr(self, name)) for name in _MAYBE_PATHS}
+        paths: dict[str, Any] = {
+            name: _absolute(name, getattr(self, name)) for name in fields_of(PATH, WEIGHTS)
+        }
         return replace(self, **paths)
 
     def resolved(self) -> Recipe:
@@ -310,11 +401,11 @@ class Recipe:
 
     def alone(self) -> Recipe:
         """The recipe without a teacher and all that concerns one; the output folder is left open."""
-        kept = {field.name: getattr(self, field.name) for field in fields(self)}
+        kept = {name: getattr(self, name) for name in fields_of(*set(Concern) - {TEACHER, METHOD})}
         kept["split_seed"] = self.seed if self.split_seed is None else self.split_seed
         kept["view_seed"] = None if self.views is None else self.view_seed or 0
         kept["validation"] = VALIDATION if self.validation is None else self.validation
-        return Recipe(**{name: value for name, value in kept.items() if name not in _TEACHING}, **_ALONE)
+        return Recipe(**kept | {"method": "none", "teacher": None, "output": None})
 
     def for_teacher(self) -> Recipe:
         """The recipe that trains this recipe's teacher first, without a teacher of its own."""
@@ -331,9 +422,7 @@ class Recipe:
 
     def differences(self, other: Recipe) -> list[str]:
         """The fields in which two recipes are not one training, wherever that takes place."""
-        beside = {*PLACES, "output"}
-        names = [field.name for field in fields(self) if field.name not in beside]
-        return [name for name in names if getattr(self, name) != getattr(other, name)]
+        return [name for name in fields_of(*TRAINING) if getattr(self, name) != getattr(other, name)]
 
     def to_yaml(self) -> str:
         """The recipe as flat YAML, a line a field."""
@@ -372,28 +461,25 @@ class Recipe:
         Raises:
             ValueError: if a name is unknown (near matches are listed) or a value is bad.
         """
-        known = [field.name for field in fields(cls)]
         for name in values:
-            if name not in known:
-                near = difflib.get_close_matches(str(name)[:80], known, n=3)
-                hint = f"Did you mean {', '.join(near)}?" if near else "`train --help` lists the fields."
-                raise ValueError(f"Recipe: unknown field {shown(name)}. {hint}")
+            if name not in field_types():
+                near = did_you_mean(str(name)[:80], field_types())
+                raise ValueError(
+                    f"Recipe: unknown field {shown(name)}. {near or '`train --help` lists the fields.'}"
+                )
         return cls(**{name: _mend(name, value) for name, value in values.items()})
 
 
 def check_models(values: Mapping[str, Any], path: str | Path) -> None:
     """Raise ValueError if settings that were read from a file name a factory that the user has not named."""
-    for name in MODELS:
-        check_trusted(values.get(name), path)
+    for name in fields_of(FACTORY):
+        for part in _listed(values.get(name)):
+            check_trusted(part, path)
 
 
-def terms_of(method: str) -> tuple[str, ...]:
-    """The terms in the name of a method, in the order of `TERMS`.
-
-    Raises:
-        ValueError: if there is an unknown one, or one twice.
-    """
-    return _some_of(TERMS, "method", method)
+def _listed(value: Any) -> list[str]:
+    """The names in a setting that may have several, with commas between them."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else []
 
 
 def loggers_of(loggers: str) -> tuple[str, ...]:
@@ -418,10 +504,6 @@ def _some_of(known: tuple[str, ...], field: str, text: str) -> tuple[str, ...]:
         if named.count(part) > 1:
             raise ValueError(f"Recipe: expected each name once, got {part} twice in {field} {shown(text)}.")
     return tuple(name for name in known if name in named)
-
-
-def _canonical(method: str) -> str:
-    return "+".join(terms_of(method)) or "none"
 
 
 def parse_pairs(text: str) -> list[tuple[str, str, float]] | None:
@@ -451,82 +533,41 @@ def _parse_pair(part: str, text: str) -> tuple[str, str, float]:
 
 @functools.cache
 def field_types() -> dict[str, Any]:
-    """The declared type of every recipe field."""
-    return typing.get_type_hints(Recipe)
+    """The declared type of every recipe field, in their order."""
+    types = typing.get_type_hints(Recipe)
+    return {field.name: types[field.name] for field in fields(Recipe)}
 
 
-MODELS = ("student", "teacher")
-"""The fields that name a model."""
+@functools.cache
+def facts_of(name: str) -> tuple[Concern | Fact | Range, ...]:
+    """What stands beside the type of a field."""
+    return typing.get_type_hints(Recipe, include_extras=True)[name].__metadata__
 
-IMAGES = ("validation", "max_train", "split_seed", "image_size")
-"""The fields that say which images there are; with a cache they are the cache's."""
 
-SOURCE = ("data", "data_root", "image_column", "label_column")
-"""The fields that say where the images are; with a cache they are the cache's if the data is left open."""
+def fields_of(*facts: Concern | Fact) -> tuple[str, ...]:
+    """The fields of which any of the facts is true."""
+    return tuple(name for name in field_types() if not set(facts).isdisjoint(facts_of(name)))
 
-CACHED = (
-    *(*SOURCE, *IMAGES, "pad", "flip", "view_seed"),
-    *("teacher", "teacher_weights", "teacher_classes", "p", "mapping"),
-    *("batch_size", "num_workers", "precision", "accelerator"),
-)
-"""The fields that a cache is built by, besides the number of views, which may grow."""
 
-PLACES = ("devices", "nodes", "strategy", "wait_minutes")
-"""The fields that say where a run takes place; it is the same run elsewhere."""
+def cache_fields() -> tuple[str, ...]:
+    """The fields that a cache is built by, besides the number of views, which may grow."""
+    return fields_of(SOURCE, IMAGES, BUILDS_CACHE)
 
-_ALONE: dict[str, Any] = {"method": "none", "teacher": None}
-_TEACHING = {
-    *("method", "cache", "teacher", "teacher_weights", "teacher_classes", "teacher_epochs"),
-    *("teacher_precision", "pairs", "beta", "form", "p", "mapping", "resize", "alpha", "temperature"),
-    *("beta_f_actt", "beta_gradient", "beta_symmetry", "beta_min_l2", "term_schedule"),
-    "output",
-}
 
-_WEIGHTS = ("teacher_weights", "student_weights")
-_MAYBE_PATHS = ("cache", "data", "data_root", "teacher", *_WEIGHTS)
+def fields_read_by(terms: Iterable[str]) -> set[str]:
+    """The fields about the method that its terms read, as far as they are terms of this package."""
+    known = [built_in()[name] for name in terms if name in built_in()]
+    return {*_settings(known), *(["term_schedule"] if terms else [])}
 
-_POSITIVE = (lambda v: v > 0, "> 0")
-_AT_LEAST_ONE = (lambda v: v >= 1, ">= 1")
-_NOT_NEGATIVE = (lambda v: v >= 0, ">= 0")
-_WEIGHT = (lambda v: v == AUTO or v >= 0, '>= 0 or "auto"')
-_SHARE = (lambda v: 0 <= v <= 1, "from 0 to 1")
-_SEED = (lambda v: 0 <= v < 2**32, "from 0 to 2^32 - 1")
-_RANGES = {
-    "teacher_classes": (lambda v: v >= 2, ">= 2"),
-    "teacher_epochs": _AT_LEAST_ONE,
-    "validation": (lambda v: 0 <= v < 1, "from 0 to below 1"),
-    "max_train": (lambda v: v >= 2, ">= 2"),
-    "views": _AT_LEAST_ONE,
-    "image_size": _AT_LEAST_ONE,
-    "pad": _NOT_NEGATIVE,
-    "num_workers": _NOT_NEGATIVE,
-    "beta": _WEIGHT,
-    "beta_f_actt": _WEIGHT,
-    "beta_gradient": _NOT_NEGATIVE,
-    "beta_symmetry": _NOT_NEGATIVE,
-    "beta_min_l2": _NOT_NEGATIVE,
-    "p": _AT_LEAST_ONE,
-    "alpha": _SHARE,
-    "temperature": _POSITIVE,
-    "epochs": _AT_LEAST_ONE,
-    "batch_size": (lambda v: v >= 2, ">= 2 (batch normalisation learns nothing from one image)"),
-    "lr": _POSITIVE,
-    "momentum": (lambda v: 0 <= v < 1, "from 0 to below 1"),
-    "weight_decay": _NOT_NEGATIVE,
-    "milestones": (
-        lambda v: all(0 < m < 1 for m in v) and list(v) == sorted(v),
-        "as rising shares between 0 and 1",
-    ),
-    "factor": (lambda v: 0 < v <= 1, "above 0 and up to 1"),
-    "gradient_clip": _POSITIVE,
-    "checkpoint_minutes": _NOT_NEGATIVE,
-    "seed": _SEED,
-    "split_seed": _SEED,
-    "view_seed": _SEED,
-    "devices": _AT_LEAST_ONE,
-    "nodes": _AT_LEAST_ONE,
-    "wait_minutes": (lambda v: 0 < v <= 525_600, "above 0 and up to a year"),
-}
+
+def field_texts(user: str) -> dict[str, str]:
+    """The help of every field, on behalf of a command."""
+    docstring_parser = require("docstring_parser", extra="train", user=user)
+    parsed = [docstring_parser.parse_from_object(part).params for part in (_Subject, Recipe)]
+    texts = {each.arg_name: one_line(each.description or "") for params in parsed for each in params}
+    terms = ", ".join(f"{term.name} ({term.title})" for term in built_in().values())
+    texts["method"] = texts["method"].replace("some of the terms below", f"some of {terms}")
+    return texts | {name: setting.help for name, setting in _settings(built_in().values()).items()}
 
 
 def flag_of(name: str) -> str:
@@ -539,7 +580,7 @@ def _absolute(name: str, value: str | None) -> str | None:
     if value is None:
         return value
     path, prefix = at_home(value), None
-    if name in _WEIGHTS:
+    if WEIGHTS in facts_of(name):
         path, prefix = split_prefix(path)
     if not (is_pattern(value) or path.exists()):
         return value

@@ -21,7 +21,7 @@ from attention_transfer._files import (
 )
 from attention_transfer._locks import is_locked, locked
 from attention_transfer._reading import parse_csv, parse_json, read_text, shown
-from attention_transfer.training.recipe import LARGEST_FLOAT, Recipe
+from attention_transfer.runs.recipe import LARGEST_FLOAT, Recipe
 
 
 class Interrupted(Exception):  # noqa: N818 (it is no error)
