@@ -362,7 +362,7 @@ def test_the_cache_knows_its_images(
     run = Run(tmp_path / f"runs/{data.name}-wrn-10-1-at-0")
     kept = run.recipe
     assert (kept.data, kept.image_size, kept.max_train, kept.views) == (str(data), 12, 20, 2)
-    said = f"data {data}, validation 0.1, max_train 20, split_seed 0, image_size 12, pad 4"
+    said = f"data {data}, validation 0.1, max_train 20, image_size 12, split_seed 0, pad 4"
     assert f"  as the cache has it: {said}" in capsys.readouterr().out
     for data_set in ("cifar10", "nowhere"):
         assert main([*learnt, "--data", data_set, "--overwrite"]) == 2

@@ -212,7 +212,7 @@ def test_build_info_and_verify(base: Recipe, capsys: pytest.CaptureFixture[str])
         r"^maps +sum of \|A\|\^2, as float16$",
         r"^record +678 bytes an image and view, with 3 logits$",
         r"^images +38 of 3x16x16, fingerprint \w{16}$",
-        r"^from +data .*, validation 0\.2, max_train None, split_seed 0, image_size None$",
+        r"^from +data .*, validation 0\.2, max_train None, image_size None, split_seed 0$",
         r"^views +2 of seed 0, pad 2, flip True$",
     ):
         assert re.search(words, text, re.MULTILINE), words

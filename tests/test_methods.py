@@ -88,7 +88,7 @@ def measured(run: Run, recipe: Recipe) -> float:
     images = build_augment(recipe, splits).normalise(splits.test.images)
     distiller = Distiller(student.train(), teacher, terms=build_terms(recipe), example_input=images)
     if recipe.method == "f-actt":  # what it regresses with is part of the checkpoint
-        state = torch.load(run.last_checkpoint, weights_only=True)["terms"] if run.recipe.terms else {}
+        state = torch.load(run.last_checkpoint, weights_only=True)["terms"] if run.recipe.method_terms else {}
         distiller.terms.load_state_dict(state or distiller.terms.state_dict())
     addends = distiller(images, splits.test.labels.long()).terms
     return sum(value.item() for name, value in addends.items() if name.startswith(recipe.method))

@@ -21,8 +21,8 @@ from attention_transfer import (
     Pair,
     Taps,
 )
-from attention_transfer.losses import Reading, Term
 from attention_transfer.preflight import PreflightWarning
+from attention_transfer.terms import Reading, Term
 
 AT = AttentionTransfer(beta=1.0)
 AT_RESIZED = AttentionTransfer(beta=1.0, resize="student")

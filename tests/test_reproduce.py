@@ -86,9 +86,9 @@ def test_recipes_are_the_authors(library: Library) -> None:
             drops = [round(share * recipe.epochs) for share in recipe.milestones]
             assert (recipe.epochs, recipe.batch_size, drops) == (200, 128, [59, 119, 159])
             assert recipe.reset_momentum and recipe.batchnorm_init == "uniform" and recipe.factor == 0.2
-        if "at" in recipe.terms:
+        if "at" in recipe.method_terms:
             assert (recipe.form, recipe.beta) == ("code", 1000.0)
-        if "kd" in recipe.terms:
+        if "kd" in recipe.method_terms:
             assert (recipe.alpha, recipe.temperature) == (0.9, 4.0)
         assert (
             each.notes

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from attention_transfer.reproduction.jobs import Training
+from attention_transfer.runs.recipe import IMAGES, SOURCE, Recipe, fields_of
 from attention_transfer.training.build import build_student, load_splits
-from attention_transfer.training.recipe import IMAGES, SOURCE, Recipe
 from attention_transfer.training.rehearsal import rehearse
 
 
@@ -41,4 +41,4 @@ def _unbegun(trainings: Iterable[Training]) -> Iterator[tuple[Training, Training
 def _images(recipe: Recipe) -> list[object]:
     """What the images are chosen by."""
     seed = recipe.seed if recipe.split_seed is None else recipe.split_seed
-    return [seed, *(getattr(recipe, name) for name in (*SOURCE, *IMAGES))]
+    return [seed, *(getattr(recipe, name) for name in fields_of(SOURCE, IMAGES))]

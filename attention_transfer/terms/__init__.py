@@ -1,7 +1,7 @@
 """The terms of a distillation loss: a file a term, which declares it and defines it.
 
-Each name is imported, and PyTorch with it, when it is first used. To add a term, write its file and add it
-to the two tables below.
+The public names stand in `__init__.pyi`; each is imported, and PyTorch with it, when it is first used. To add
+a term, write its file, and add it to `FILES` and to the public names.
 """
 
 import lazy_loader
@@ -9,16 +9,4 @@ import lazy_loader
 FILES = ("attention", "distillation", "activation", "gradient", "flip_symmetry", "input_gradient_norm")
 """The terms' files, in the order in which a method names them: at+kd+..."""
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "attention": ["AttentionTransfer"],
-        "distillation": ["KnowledgeDistillation"],
-        "activation": ["ActivationTransfer"],
-        "gradient": ["GradientTransfer"],
-        "flip_symmetry": ["FlipSymmetry"],
-        "input_gradient_norm": ["InputGradientNorm"],
-        "term": ["Observation", "Reading", "Term"],
-        "declaration": ["Declaration", "Energy", "Range", "Setting"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
