@@ -163,7 +163,7 @@ def test_underscores_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--lr", "-1"], "Recipe: expected lr > 0, got -1.0. Change --lr."),
         (["train", "--lr"], "train: argument --lr: expected one argument"),
         (["train", "--config", "none.yaml"], "Recipe.load: expected a YAML recipe, got none.yaml"),
-        (["train", "--resume", "nowhere"], "Run: expected a run folder with a recipe.yaml, got "),
+        (["train", "--resume", "nowhere"], "Run: expected a run folder, got "),
         (
             ["train", "--resume", "r", "--lr", "1"],
             "train: --resume goes on with the run's own recipe, got --lr",
@@ -185,7 +185,7 @@ def test_underscores_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
             ["maps", "none.png", "--weights", "w", "--teacher", "wrn-16-1"],
             "maps: expected --teacher-weights beside --teacher, got none.",
         ),
-        (["report", "nowhere"], "read_run: expected a run folder, got nowhere"),
+        (["report", "nowhere"], "Run: expected a run folder, got nowhere"),
         (["demo", "--what"], "demo: unknown argument --what."),
     ],
 )

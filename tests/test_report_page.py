@@ -14,7 +14,7 @@ from browser import CHROMIUM, Browser
 from test_visualize import HOSTILE, TAUGHT, make_examples, make_run, make_runs
 
 from attention_transfer.visualize import write_report
-from attention_transfer.visualize.runs import METHOD_STYLES
+from attention_transfer.visualize.groups import METHOD_STYLES
 from attention_transfer.visualize.snapshots import Snapshots
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

@@ -15,7 +15,7 @@ import pytest
 
 from attention_transfer._locks import is_locked, locked
 from attention_transfer.cli import main
-from attention_transfer.reproduction.claims import Paired, describe
+from attention_transfer.reproduction.claims import describe
 from attention_transfer.reproduction.estimate import time_left
 from attention_transfer.reproduction.jobs import CacheBuild, Plan, Training, make_plan
 from attention_transfer.reproduction.record import record
@@ -25,6 +25,7 @@ from attention_transfer.reproduction.setting import Setting, differences
 from attention_transfer.reproduction.tables import UNITS, Library, read_library
 from attention_transfer.runs.recipe import Recipe
 from attention_transfer.runs.run import Run
+from attention_transfer.runs.statistics import paired_difference
 
 RECIPES = Path(__file__).parents[1] / "reproductions"
 
@@ -368,8 +369,8 @@ def test_paired_interval_is_scipys() -> None:
     from scipy import stats
 
     first, second = {0: 1.0, 1: 2.5, 2: 2.0, 7: 9.0}, {0: 3.0, 1: 3.5, 2: 4.5, 9: 0.0}
-    paired = Paired.of(first, second)
-    assert paired is not None and paired.count == 3
+    paired = paired_difference(first, second)
+    assert paired is not None and paired.pairs == 3
     expected = stats.ttest_rel([1.0, 2.5, 2.0], [3.0, 3.5, 4.5]).confidence_interval(0.95)
     assert paired.interval == pytest.approx((expected.low, expected.high))
     # by hand: differences -2, -1, -2.5: mean -11/6, s.d. 0.7638, t(0.975, 2) = 4.3027
@@ -379,7 +380,7 @@ def test_paired_interval_is_scipys() -> None:
 def test_a_word_only_where_the_interval_excludes_zero() -> None:
     def said(differences: list[float], better: int = -1) -> str:
         ours = dict(enumerate(differences))
-        return describe("A against B", Paired.of(ours, dict.fromkeys(ours, 0.0)), better)
+        return describe("A against B", paired_difference(ours, dict.fromkeys(ours, 0.0)), better)
 
     assert said([-2.0, -2.1, -1.9]).endswith(": better (n=3)")
     assert said([-2.0, -2.1, -1.9], better=1).endswith(": worse (n=3)")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from attention_transfer.runs import Run
 from attention_transfer.visualize import (
     Examples,
     Seen,
@@ -25,12 +26,11 @@ from attention_transfer.visualize import (
     cosine_similarity,
     overlay,
     per_class_errors,
-    read_run,
     save_maps,
     write_report,
 )
 from attention_transfer.visualize.charts import Axis, Series, draw, line_chart
-from attention_transfer.visualize.runs import find_teachers, group_runs
+from attention_transfer.visualize.groups import find_teachers, group_runs
 from attention_transfer.visualize.summary import compare, summarise
 
 HOSTILE = '<script>alert("1")</script>'
@@ -79,7 +79,7 @@ def make_runs(root: Path, method: str, errors: list[float], **settings: object) 
 
 
 def groups_of(folders: list[Path]):
-    runs = [read_run(folder) for folder in folders]
+    runs = [Run(folder).check() for folder in folders]
     return group_runs(runs, find_teachers(runs))
 
 
@@ -357,19 +357,19 @@ def test_confusion_matrix_refuses(tmp_path):
 # Reading runs
 
 
-def test_read_run(tmp_path):
-    run = read_run(make_run(tmp_path / "r", "at", seed=2, error=12.5))
+def test_run_folder(tmp_path):
+    run = Run(make_run(tmp_path / "r", "at", seed=2, error=12.5)).check()
     assert (run.method, run.model, run.finished, run.number("test_error")) == ("at", "small", True, 12.5)
     assert run.metrics["val/error"] == [62.0, 32.0, 22.0]
     assert run.number("nothing") is None
-    alone = read_run(make_run(tmp_path / "s", "none", error=None))
+    alone = Run(make_run(tmp_path / "s", "none", error=None)).check()
     assert not alone.finished and math.isnan(alone.metrics["train/at/layer1"][0])
 
 
 def test_a_run_that_has_just_begun_has_no_metrics(tmp_path):
     folder = make_run(tmp_path / "r", "at", error=None)
     (folder / "metrics.csv").unlink()
-    assert read_run(folder).metrics == {}
+    assert Run(folder).check().metrics == {}
     _, page = report(tmp_path, [folder])
     assert "1 in progress (epoch 0 of 3)" in page.text and "No epoch has finished yet" in page.text
 
@@ -377,7 +377,7 @@ def test_a_run_that_has_just_begun_has_no_metrics(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("recipe.yaml", "a: [", r"read_run: expected YAML in .*recipe\.yaml, got .*The file is damaged"),
+        ("recipe.yaml", "a: [", r"Run: expected YAML in .*recipe\.yaml, got .*the file is damaged"),
         ("recipe.yaml", "just text", r"expected lines of `field: value` in .*recipe\.yaml, got 'just text'"),
         ("result.json", '{"test_error": ', r"expected JSON in .*result\.json"),
         ("result.json", "[1]", r"expected a JSON object in .*result\.json, got \[1\]"),
@@ -405,14 +405,14 @@ def test_a_missing_file_is_one_clear_line(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"expected a run folder, got .*/r, which has no metrics\.csv"
     ):
-        read_run(folder)
+        Run(folder).check()
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        FileNotFoundError, match=r"which has no recipe\.yaml. Give a folder that `train` wrote"
+        FileNotFoundError, match=r"which has no recipe\.yaml. Pass a folder that `train` wrote"
     ):
-        read_run(tmp_path / "empty")
+        Run(tmp_path / "empty").check()
     with pytest.raises(FileNotFoundError, match="nowhere, which is not a folder"):
-        read_run(tmp_path / "nowhere")
+        Run(tmp_path / "nowhere").check()
     with pytest.raises(ValueError, match="write_report: expected at least one run folder, got none"):
         write_report([], tmp_path / "report.html")
 
@@ -512,8 +512,8 @@ def test_paired_interval_where_the_seeds_are_the_same(tmp_path):
         ]
         before, after = (group for group in groups_of(folders) if group.role != "teacher")
         change = compare(after, before, "test_error")
-        assert change.points == pytest.approx(-2.0)
-        assert change.interval == pytest.approx(4.302653 * spread / 3**0.5)
+        assert change.mean == pytest.approx(-2.0)
+        assert change.half_width == pytest.approx(4.302653 * spread / 3**0.5)
         assert change.is_clear is clear
 
 
@@ -604,7 +604,7 @@ def test_report_is_one_accessible_page_without_network(tmp_path):
         "at 25.0 %",
     ):
         assert words in page.text
-    assert "Attention term at layer1" in page.text and "0.875" in page.text
+    assert "Attention transfer, the term at layer1" in page.text and "0.875" in page.text
     assert len(page.all("details")) == 5 + 1 + 3  # recipes, tables of the curves, confusions
 
 

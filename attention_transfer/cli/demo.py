@@ -77,8 +77,9 @@ def _save_picture(path: Path, examples: Examples) -> Path:
 
 def _comparison(runs: DemoRuns) -> str:
     """Test errors with mean and spread, parameter counts, and what they say in a sentence."""
+    from attention_transfer.runs.statistics import Spread
     from attention_transfer.training import demo
-    from attention_transfer.visualize.runs import Spread, group_runs, read_run
+    from attention_transfer.visualize.groups import group_runs
     from attention_transfer.visualize.summary import summarise
 
     named = {f"teacher {demo.TEACHER.student}": [runs.teacher]}
@@ -90,7 +91,7 @@ def _comparison(runs: DemoRuns) -> str:
         errors = [run.result["test_error"] for run in group]
         each = "  ".join(f"{error:.1f}" for error in errors)
         rows.append([name, f"{group[0].result['parameters']:,}", str(Spread.of(errors)), each])
-    students = [read_run(run.folder) for group in runs.students.values() for run in group]
+    students = [run for group in runs.students.values() for run in group]
     sentence = summarise(group_runs(students, []))
     table = format_table(["", "parameters", "test error %", "each seed"], rows, numbers=True)
     return f"{table}\n\n{sentence}"

@@ -15,7 +15,7 @@ from attention_transfer.runs.recipe import Recipe
 from attention_transfer.runs.run import Run
 from attention_transfer.training.card import ModelCard
 from attention_transfer.training.evaluation import TOP
-from attention_transfer.visualize.runs import describe_method
+from attention_transfer.visualize.groups import describe_method
 
 from .base import Format
 from .student import Student

@@ -7,15 +7,16 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
 from attention_transfer._files import write_atomically
 from attention_transfer._tables import duration, format_table
-from attention_transfer.reproduction.claims import Paired, describe
+from attention_transfer.reproduction.claims import describe
 from attention_transfer.reproduction.setting import Setting
 from attention_transfer.reproduction.tables import UNITS, Cell, Reproduction, Table
 from attention_transfer.runs.run import Run
+from attention_transfer.runs.statistics import Spread, paired_difference
 
 HEADER = ["row", "column", "published", "ours", "mean ± s.d.", "difference", "n", "each seed"]
 NOT_YET = "not run"
@@ -147,12 +148,7 @@ def _numbers(results: Results, each: Reproduction) -> list[str]:
     count = f"{len(values)}/{wanted}" if len(values) < wanted else str(len(values))
     difference = "" if each.published is None else f"{ours - each.published:+.2f}"
     singles = "  ".join(f"{value:.2f}" for value in values.values())
-    return [published, f"{ours:.2f}", spread(list(values.values())), difference, count, singles]
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation of a sample, the mean alone of one value."""
-    return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+    return [published, f"{ours:.2f}", f"{Spread.of(list(values.values())):.2f}", difference, count, singles]
 
 
 def claim_lines(results: Results) -> list[str]:
@@ -163,9 +159,9 @@ def claim_lines(results: Results) -> list[str]:
             pair = [results.cells.get((row, column)) for column in (first, second)]
             if pair[0] is None or pair[1] is None:
                 continue
-            paired = Paired.of(results.values(pair[0].name), results.values(pair[1].name))
+            difference = paired_difference(results.values(pair[0].name), results.values(pair[1].name))
             name = f"{table.rows[row]}: {table.columns[first]} against {table.columns[second]}"
-            lines.append(describe(name, paired, UNITS[table.unit]))
+            lines.append(describe(name, difference, UNITS[table.unit]))
     return lines
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from attention_transfer._files import (
     write_atomically,
 )
 from attention_transfer._locks import is_locked, locked
-from attention_transfer._reading import parse_csv, parse_json, read_text, shown
-from attention_transfer.runs.recipe import LARGEST_FLOAT, Recipe
+from attention_transfer._reading import parse_csv, parse_json, parse_yaml, read_text, shown
+from attention_transfer.runs.recipe import LARGEST_FLOAT, Recipe, check_models
+from attention_transfer.runs.statistics import is_measurable
 
 
 class Interrupted(Exception):  # noqa: N818 (it is no error)
@@ -64,8 +66,6 @@ def _is_number(value: Any) -> bool:
 
 def _checked(result: Any) -> dict[str, Any]:
     """What a result.json holds, every entry of it of its kind."""
-    if not isinstance(result, dict):
-        raise ValueError("no JSON object")
     for name in NUMBERS:
         if not _is_number(result.get(name)):
             raise ValueError(f"no number {name}")
@@ -82,6 +82,17 @@ def _checked(result: Any) -> dict[str, Any]:
 
 def _is_pair(row: Any) -> bool:
     return isinstance(row, dict) and all(isinstance(row.get(side), str) for side in ("student", "teacher"))
+
+
+def _damaged(path: Path, expected: str, found: str) -> ValueError:
+    remedies = {
+        "metrics.csv": "Delete it: the weights do not depend on it.",
+        "result.json": f"Delete it, and write it anew: attention-transfer train --resume {path.parent}",
+    }
+    remedy = remedies.get(path.name, "Train again, or leave this run out.")
+    return ValueError(
+        f"Run: expected {expected} in {path}, got {' '.join(found.split())}: the file is damaged. {remedy}"
+    )
 
 
 @dataclass(frozen=True)
@@ -147,21 +158,63 @@ class Run:
         return self.finished or trained or (self._has_its_teacher() and self.teacher.holds_work)
 
     @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The recipe as it stands in the folder, of whatever version of this package.
+
+        Raises:
+            FileNotFoundError: if the folder is not a run folder.
+            ValueError: if the file is damaged.
+        """
+        try:
+            documents = parse_yaml(self.recipe_text)
+        except ValueError as error:
+            raise _damaged(self.recipe_file, "YAML", str(error)) from None
+        if len(documents) != 1 or not isinstance(documents[0], dict):
+            found = shown(documents[0]) if len(documents) == 1 else f"{len(documents)} documents"
+            raise _damaged(self.recipe_file, "lines of `field: value`", found)
+        return documents[0]
+
+    @cached_property
+    def recipe_text(self) -> str:
+        """What recipe.yaml holds."""
+        return self._read(self.recipe_file)
+
+    @cached_property
     def recipe(self) -> Recipe:
         """The recipe that the run was started with.
 
         Raises:
             FileNotFoundError: if the folder is not a run folder.
+            ValueError: if the file is damaged, holds what no recipe does, or names code of others.
         """
-        if not self.exists:
-            raise FileNotFoundError(
-                f"Run: expected a run folder with a recipe.yaml, got {self.folder}. Pass a run's --output."
-            )
-        return Recipe.load(self.recipe_file)
+        check_models(self.settings, self.recipe_file)
+        return Recipe.from_mapping(self.settings)
+
+    @property
+    def method(self) -> str:
+        return str(self.settings.get("method", "none"))
+
+    @property
+    def model(self) -> str:
+        """The student's name."""
+        return str(self.settings.get("student", "student"))
+
+    @cached_property
+    def _result(self) -> dict[str, Any]:
+        """What result.json holds, empty while there is none."""
+        if not self.finished:
+            return {}
+        try:
+            result = parse_json(self._read(self.result_file))
+        except ValueError as error:
+            raise _damaged(self.result_file, "JSON", str(error)) from None
+        if not isinstance(result, dict):
+            raise _damaged(self.result_file, "a JSON object", shown(result))
+        return result
 
     @cached_property
     def result(self) -> dict[str, Any]:
-        """What result.json holds.
+        """What result.json holds, all that a finished run tells.
 
         Raises:
             ValueError: if the run has not finished, or the file is damaged.
@@ -172,12 +225,59 @@ class Run:
                 f"Finish it: attention-transfer train --resume {self.folder}"
             )
         try:
-            return _checked(parse_json(read_text(self.result_file)))
+            return _checked(dict(self._result))
         except ValueError as error:
-            raise ValueError(
-                f"Run: expected JSON in {self.result_file}, got a damaged file ({error}). "
-                f"Delete it, and write it anew: attention-transfer train --resume {self.folder}"
-            ) from None
+            raise _damaged(self.result_file, "the result of a run", str(error)) from None
+
+    def number(self, name: str) -> float | None:
+        """A measurable number of the result, None if it has none."""
+        value = self._result.get(name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if is_number and is_measurable(value) else None
+
+    @property
+    def plan(self) -> list[dict[str, Any]]:
+        """The layer pairs that were compared, a row each; none while the run has no result."""
+        plan = self._result.get("plan")
+        is_table = isinstance(plan, list) and all(isinstance(row, dict) for row in plan)
+        return plan if is_table else []
+
+    @property
+    def metrics(self) -> dict[str, list[float]]:
+        """The numbers of every epoch by name, NaN where there is none; empty before an epoch has ended.
+
+        Raises:
+            FileNotFoundError: if a finished run has none.
+            ValueError: if the file is damaged.
+        """
+        if self.finished and not self.metrics_file.is_file():
+            self._read(self.metrics_file)
+        columns: dict[str, list[float]] = {}
+        for row in self.read_metrics():
+            for name, cell in row.items():
+                columns.setdefault(name, []).append(float(cell) if cell else math.nan)
+        return columns
+
+    def check(self) -> Run:
+        """This run, once all of its files have been read.
+
+        Raises:
+            FileNotFoundError: if it is no run folder, or lacks a file.
+            ValueError: if a file is damaged.
+        """
+        _ = self.settings, self._result, self.metrics
+        return self
+
+    def _read(self, path: Path) -> str:
+        if not path.is_file():
+            problem = f"which has no {path.name}" if self.folder.is_dir() else "which is not a folder"
+            raise FileNotFoundError(
+                f"Run: expected a run folder, got {self.folder}, {problem}. Pass a folder that `train` wrote."
+            )
+        try:
+            return read_text(path)
+        except ValueError as error:
+            raise _damaged(path, "UTF-8 text", str(error)) from None
 
     @property
     def teacher(self) -> Run:
@@ -324,15 +424,20 @@ class Run:
         if not self.metrics_file.exists():
             return []
         try:
-            columns, rows = parse_csv(read_text(self.metrics_file))
-            if "epoch" not in columns:
-                raise ValueError("no column epoch")
-            _ = [(int(row["epoch"]), *map(float, filter(None, row.values()))) for row in rows]
+            columns, rows = parse_csv(self._read(self.metrics_file))
         except ValueError as error:
-            raise ValueError(
-                f"Run: expected a row of numbers for each epoch in {self.metrics_file}, got a damaged file "
-                f"({error}). Delete it: the weights do not depend on it."
-            ) from None
+            raise _damaged(self.metrics_file, "CSV", str(error)) from None
+        if "epoch" not in columns:
+            found = f"the columns {shown(', '.join(columns))}"
+            raise _damaged(self.metrics_file, "a column named epoch", found)
+        for line, row in enumerate(rows, start=2):
+            for name, cell in row.items():
+                kind = int if name == "epoch" else float
+                try:
+                    kind(cell or "nan" if kind is float else cell)
+                except ValueError:
+                    expected = f"a number in line {line}, {shown(name)}"
+                    raise _damaged(self.metrics_file, expected, shown(cell)) from None
         return rows
 
     def write_metrics(self, row: dict[str, float]) -> None:

@@ -11,5 +11,3 @@ from attention_transfer.visualize.examples import cosine_similarity as cosine_si
 from attention_transfer.visualize.overlays import overlay as overlay
 from attention_transfer.visualize.overlays import save_maps as save_maps
 from attention_transfer.visualize.report import write_report as write_report
-from attention_transfer.visualize.runs import Run as Run
-from attention_transfer.visualize.runs import read_run as read_run

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attention_transfer.visualize.runs import Group, Run, is_measurable
+from attention_transfer.runs.run import Run
+from attention_transfer.runs.statistics import is_measurable
+from attention_transfer.visualize.groups import Group
 
 WIDTH, HEIGHT = 420, 260
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 36

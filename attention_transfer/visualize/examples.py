@@ -14,7 +14,7 @@ from attention_transfer._outputs import check_finite, find_logits
 from attention_transfer._untouched import untouched
 from attention_transfer.functional import attention_map, resize_maps
 from attention_transfer.taps import Taps
-from attention_transfer.visualize.runs import TEACHER
+from attention_transfer.visualize.groups import TEACHER
 
 Normalise = Callable[[Tensor], Tensor]
 

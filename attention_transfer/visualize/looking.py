@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attention_transfer.visualize import overlays, pictures
 from attention_transfer.visualize.examples import Examples, Seen
-from attention_transfer.visualize.runs import TEACHER
+from attention_transfer.visualize.groups import TEACHER
 
 APART = 4  # images where student and teacher are the most apart
 SHOWN_CLASSES = 20  # rows of a table over classes

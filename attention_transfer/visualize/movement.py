@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from attention_transfer.runs.run import Run
 from attention_transfer.visualize import charts, overlays, pictures
+from attention_transfer.visualize.groups import TEACHER, Group
 from attention_transfer.visualize.looking import class_name
-from attention_transfer.visualize.runs import TEACHER, Group, Run
 from attention_transfer.visualize.snapshots import FILE, Snapshots
 
 STUDENTS = 3  # shown side by side
@@ -63,8 +64,8 @@ def _beside(group: Group, main: _Moving) -> _Moving | None:
         if each.snapshots.shows_images_of(main.snapshots)
         and set(main.snapshots.layers) <= set(each.snapshots.layers)
     ]
-    seed = main.run.recipe.get("seed")
-    return min(alike, key=lambda each: each.run.recipe.get("seed") != seed, default=None)
+    seed = main.run.settings.get("seed")
+    return min(alike, key=lambda each: each.run.settings.get("seed") != seed, default=None)
 
 
 def _read(group: Group, run: Run) -> _Moving | None:

@@ -8,16 +8,17 @@ from typing import Any
 
 from attention_transfer._extras import require
 from attention_transfer._files import write_atomically
+from attention_transfer.runs.run import Run
+from attention_transfer.terms.declaration import built_in
 from attention_transfer.visualize import charts, looking, movement, overlays, summary
 from attention_transfer.visualize.examples import Examples
-from attention_transfer.visualize.runs import TEACHER, Group, Run, find_teachers, group_runs, read_run
+from attention_transfer.visualize.groups import TEACHER, Group, find_teachers, group_runs
 
 _CHARTS = {
     "val/error": ("Validation error", "%"),
     "train/error": ("Training error", "%"),
     "train/loss": ("Training loss, all terms", "nats"),
     "train/ce": ("Cross-entropy term", "nats"),
-    "train/kd": ("Distillation term", "nats"),
 }
 _PLAN_NAMES = {
     "student_shape": "student’s shape",
@@ -53,7 +54,7 @@ def write_report(
             "write_report: expected at least one run folder, got none. Give folders `train` wrote."
         )
     unique = {Path(folder).resolve(): Path(folder) for folder in runs}
-    read = [read_run(folder) for folder in unique.values()]
+    read = [Run(folder).check() for folder in unique.values()]
     html = _render(_page(group_runs(read, find_teachers(read, teacher)), examples))
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +111,7 @@ def _heading(groups: Sequence[Group]) -> dict[str, str]:
     title = " and ".join(models)
     if teachers and any(group.role not in (TEACHER, "none") for group in groups):
         title += f", taught by {' and '.join(teachers)}"
-    recipes = [run.recipe for group in students for run in group.runs]
+    recipes = [run.settings for group in students for run in group.runs]
     data = _distinct(Path(str(recipe["data"])).name for recipe in recipes if recipe.get("data"))
     epochs = _distinct(str(recipe["epochs"]) for recipe in recipes if recipe.get("epochs"))
     limits = _distinct(
@@ -151,9 +152,11 @@ def _runs(groups: Sequence[Group], metric: str) -> dict[str, Any] | None:
     runs = [(group, run) for group in groups if group.role != TEACHER for run in group.runs]
     if len(runs) < 2:
         return None
-    names = _distinct(name for _, run in runs for name in run.recipe if name not in ("output", "seed"))
+    names = _distinct(name for _, run in runs for name in run.settings if name not in ("output", "seed"))
     differing = [
-        name for name in names if len({str(run.recipe.get(name)) for _, run in runs}) > 1 and name != "method"
+        name
+        for name in names
+        if len({str(run.settings.get(name)) for _, run in runs}) > 1 and name != "method"
     ]
     return {
         "settings": differing,
@@ -161,7 +164,7 @@ def _runs(groups: Sequence[Group], metric: str) -> dict[str, Any] | None:
             {
                 "group": group,
                 "name": run.folder.name,
-                "seed": _cell(run.recipe.get("seed")),
+                "seed": _cell(run.settings.get("seed")),
                 "numbers": [_error(run, metric), _error(run, "validation_error")],
                 "settings": [_setting(run, name) for name in differing],
             }
@@ -172,7 +175,7 @@ def _runs(groups: Sequence[Group], metric: str) -> dict[str, Any] | None:
 
 def _setting(run: Run, name: str) -> str:
     """A field of the recipe; a student alone has no teacher, whatever its recipe names."""
-    return "–" if run.method == "none" and name.startswith("teacher") else _cell(run.recipe.get(name))
+    return "–" if run.method == "none" and name.startswith("teacher") else _cell(run.settings.get(name))
 
 
 def _error(run: Run, name: str) -> str:
@@ -186,7 +189,7 @@ def _change(group: Group, groups: Sequence[Group], metric: str) -> tuple[str, bo
     if alone is None or not (group.spread(metric) and alone.spread(metric)):
         return "", False
     change = summary.compare(group, alone, metric)
-    return f"{change.points:+.1f}".replace("-", "−"), change.is_clear
+    return f"{change.mean:+.1f}".replace("-", "−"), change.is_clear
 
 
 def _state(runs: Sequence[Run]) -> str:
@@ -194,7 +197,7 @@ def _state(runs: Sequence[Run]) -> str:
     if not running:
         return str(len(runs))
     epochs = ", ".join(
-        f"{len(run.metrics.get('epoch', []))} of {run.recipe.get('epochs', '?')}" for run in running
+        f"{len(run.metrics.get('epoch', []))} of {run.settings.get('epochs', '?')}" for run in running
     )
     progress = f"{len(running)} in progress (epoch {epochs})"
     return f"{len(runs) - len(running)} finished, {progress}" if len(running) < len(runs) else progress
@@ -210,22 +213,24 @@ def _duration(seconds: float) -> str:
 
 def _charts(groups: Sequence[Group]) -> list[charts.Chart]:
     columns = _distinct(name for group in groups for run in group.runs for name in run.metrics)
-    known = dict(_CHARTS)
-    known |= {
-        name: (f"Attention term at {name.removeprefix('train/at/')}", "weighted by β")
-        for name in columns
-        if name.startswith("train/at/")
-    }
+    known = _CHARTS | {name: _term_chart(name) for name in columns if name.startswith("train/")} | _CHARTS
     drawn = [charts.line_chart(title, unit, name, groups) for name, (title, unit) in known.items()]
     return [chart for chart in drawn if chart]
+
+
+def _term_chart(column: str) -> tuple[str, str]:
+    """The title and unit of what a term contributed, such as "train/at/layer1"."""
+    _, term, *layer = column.split("/", 2)
+    title = built_in()[term].title if term in built_in() else term
+    return f"{title[:1].upper()}{title[1:]}, the term{''.join(f' at {each}' for each in layer)}", "weighted"
 
 
 def _plans(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """The pairs of layers that each method compared; runs of one group share them."""
     plans = []
     for group in groups:
-        plan = next((run.result["plan"] for run in group.runs if run.result and run.result.get("plan")), None)
-        if isinstance(plan, list) and all(isinstance(pair, dict) for pair in plan):
+        plan = next((run.plan for run in group.runs if run.plan), None)
+        if plan:
             columns = _distinct(name for pair in plan for name in pair)
             cells = [[_cell(pair.get(name, "")) for name in columns] for pair in plan]
             plans.append(
