@@ -232,15 +232,15 @@ class Run:
     def number(self, name: str) -> float | None:
         """A measurable number of the result, None if it has none."""
         value = self._result.get(name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if is_number and is_measurable(value) else None
+        if isinstance(value, int | float) and not isinstance(value, bool) and is_measurable(value):
+            return float(value)
+        return None
 
     @property
     def plan(self) -> list[dict[str, Any]]:
         """The layer pairs that were compared, a row each; none while the run has no result."""
         plan = self._result.get("plan")
-        is_table = isinstance(plan, list) and all(isinstance(row, dict) for row in plan)
-        return plan if is_table else []
+        return plan if isinstance(plan, list) and all(isinstance(row, dict) for row in plan) else []
 
     @property
     def metrics(self) -> dict[str, list[float]]:

@@ -12,12 +12,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from attention_transfer._choices import Form, Mapping, Side
 from attention_transfer._trust import load_factory
 
-AUTO = "auto"
+AUTO: Final = "auto"
 Weight = float | Literal["auto"]
 
 
