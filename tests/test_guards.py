@@ -56,7 +56,12 @@ KILLED = [
         "survival damaged_checkpoint",
     ),
     Guard("training/checkpoints.py", "(part := archive.testzip())", "(part := None)", "survival flip_a_byte"),
-    Guard("training/callbacks.py", "momentum.shape != parameter.shape", "False", "survival a_momentum"),
+    Guard(
+        "training/checkpoints.py",
+        'getattr(momentum, "shape", None) != parameter.shape',
+        "False",
+        "survival a_momentum",
+    ),
     Guard("training/callbacks.py", "trainer.world_size == 1 and not has_saved", "False", "survival vanishes"),
     Guard("training/callbacks.py", "self._saved >= 60 * self.minutes", "self._saved < 0", "survival often"),
     Guard("training/module.py", "        before.restore()\n", "", "survival skipped_without"),

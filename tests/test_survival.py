@@ -10,7 +10,7 @@ import random
 import resource
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from attention_transfer._files import write_atomically
 from attention_transfer.cli import main
 from attention_transfer.data import Batches
+from attention_transfer.distiller import Distiller
 from attention_transfer.models import trusting
 from attention_transfer.runs import Recipe, Run
 from attention_transfer.training import resume, train
@@ -31,6 +32,7 @@ from attention_transfer.training.build import load_splits
 from attention_transfer.training.callbacks import Checkpoints
 from attention_transfer.training.card import ModelCard
 from attention_transfer.training.finite import FirstBad
+from attention_transfer.training.module import DistillationModule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::attention_transfer.preflight.PreflightWarning"),
@@ -187,6 +189,56 @@ def test_a_momentum_of_other_parameters_is_an_error(
     torch.save(state, run.last_checkpoint)
     with pytest.raises(ValueError, match=r"resume: expected a whole checkpoint.*a momentum of \(7,\) for \("):
         resume(run.folder, say=silent)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda state: state["state_dict"].popitem(), r"no \S+ in state_dict"),
+        (
+            lambda state: state["state_dict"].update(dict.fromkeys(state["state_dict"], torch.zeros(3))),
+            "for ",
+        ),
+        (lambda state: state.update(optimizer_states=[]), "no list of 1 under optimizer_states"),
+        (lambda state: state["optimizer_states"][0].update(state={99999: {}}), "parameter 99999"),
+        (
+            lambda state: state["loops"]["fit_loop"].pop("epoch_progress"),
+            "no epoch_progress in loops/fit_loop",
+        ),
+        (lambda state: state.update(training_totals={"sums": {}}), "no count in training_totals"),
+        (lambda state: state.update(callbacks=[]), "no names under callbacks"),
+        (lambda state: state.update(lr_schedulers=3), "no list of 1 under lr_schedulers"),
+        (lambda state: state.update(epoch="two"), "no number under epoch"),
+    ],
+)
+def test_a_foreign_checkpoint_is_found_before_the_training(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable, reason: str
+) -> None:
+    run = stopped(whole, tmp_path / "run", monkeypatch)
+    state = torch.load(run.last_checkpoint, weights_only=True)
+    change(state)
+    torch.save(state, run.last_checkpoint)
+    with pytest.raises(ValueError, match=rf"resume: expected a whole checkpoint.*{reason}"):
+        resume(run.folder, say=silent)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("missing"), ValueError("train: expected this"), RuntimeError("a bug")]
+)
+@pytest.mark.parametrize("part", [(Distiller, "forward"), (DistillationModule, "load_state_dict")])
+def test_a_bug_in_a_model_is_no_damaged_checkpoint(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: tuple[type, str], error: Exception
+) -> None:
+    """What it raises when the run goes on comes out as it is."""
+    run = stopped(whole, tmp_path / "run", monkeypatch)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(*part, fail)
+    with pytest.raises(type(error)) as caught:
+        resume(run.folder, say=silent)
+    assert caught.value is error
 
 
 # --- disks, files and workers -------------------------------------------------------------------------------

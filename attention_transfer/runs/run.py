@@ -269,7 +269,7 @@ class Run:
         return self
 
     def _read(self, path: Path) -> str:
-        if not path.is_file():
+        if not path.exists():
             problem = f"which has no {path.name}" if self.folder.is_dir() else "which is not a folder"
             raise FileNotFoundError(
                 f"Run: expected a run folder, got {self.folder}, {problem}. Pass a folder that `train` wrote."

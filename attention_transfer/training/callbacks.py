@@ -21,15 +21,6 @@ from attention_transfer.training.telling import Line
 AGREE_EVERY = 10  # steps between which several processes agree whether to stop or to save
 
 
-def _check_momentum(trainer: Trainer) -> None:
-    """Raise a ValueError for a restored momentum of other parameters; PyTorch would, at the first step."""
-    for optimizer in trainer.optimizers:
-        for parameter, state in optimizer.state.items():
-            momentum = state.get("momentum_buffer")
-            if momentum is not None and momentum.shape != parameter.shape:
-                raise ValueError(f"a momentum of {tuple(momentum.shape)} for {tuple(parameter.shape)}")
-
-
 class EpochLog(Callback):
     """Writes each epoch into metrics.csv and the loggers, and says it in a line."""
 
@@ -83,16 +74,11 @@ class Checkpoints(Checkpoint):
         self._before, self._started = 0.0, time.perf_counter()
         self._saved = self._started
         self._between_steps = False
-        self.training = False
 
     @property
     def wall_seconds(self) -> float:
         """How long the run has taken, with what came before an interruption."""
         return self._before + time.perf_counter() - self._started
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _check_momentum(trainer)
-        self.training = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, DistillationModule)

@@ -38,7 +38,6 @@ from attention_transfer.training.evaluation import evaluate_model
 from attention_transfer.training.processes import (
     Processes,
     count,
-    is_about_others,
     layout,
     only_first,
     quiet,
@@ -170,7 +169,7 @@ def _fit(
 ) -> Run:
     """Train a built student in a run folder that is there, from its last checkpoint if it has one."""
     from attention_transfer.training.callbacks import Checkpoints
-    from attention_transfer.training.checkpoints import checkpoint_to_resume, unusable
+    from attention_transfer.training.checkpoints import check_fits, checkpoint_to_resume
     from attention_transfer.training.module import DistillationModule
 
     if is_first_process():
@@ -203,16 +202,12 @@ def _fit(
             teacher=weights,
             say=tell,
         )
+        if last is not None:
+            check_fits(run, last, trainer, module)
         try:
             trainer.fit(module, loaders.train, loaders.validation, ckpt_path=last, weights_only=True)
         except SystemExit:  # Lightning's answer to a second Ctrl-C
             raise KeyboardInterrupt from None
-        # what is missing in a checkpoint, or does not fit, ends in any exception before the first step
-        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
-            known = str(error).startswith("train: ") or is_about_others(error)
-            if last is None or checkpoints.training or known:
-                raise
-            raise unusable(run, error) from error
     if trainer.is_global_zero:
         _finish(run, recipe, splits, module, checkpoints)
     processes.wait()
