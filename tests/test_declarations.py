@@ -13,7 +13,7 @@ import pytest
 from attention_transfer._trust import load_factory
 from attention_transfer.cli import main
 from attention_transfer.runs import Recipe, Run
-from attention_transfer.runs.recipe import Concern, facts_of, field_texts, field_types, fields_of
+from attention_transfer.runs.recipe import Concern, facts_of, field_texts, field_types, fields_of, flag_of
 from attention_transfer.terms.declaration import Declaration, built_in
 
 TERMS = built_in()
@@ -33,6 +33,24 @@ def test_settings_are_arguments_of_the_class_with_its_defaults(term: Declaration
             default = parameters[setting.argument or setting.name].default
             assert default in (setting.default, inspect.Parameter.empty)
     assert term.build(lambda name: getattr(Recipe(), name)).name == term.name
+
+
+def test_the_page_has_every_term_as_it_says_of_itself() -> None:
+    rows = ["| `--method` | class | what is added to the loss | weight | needs |", "|---|---|---|---|---|"]
+    for name, term in TERMS.items():
+        assert term.weight is not None
+        needs = "" if not term.needs_teacher else "teacher or cache" if term.reads_cache else "live teacher"
+        classes = ", same classes in any order" if term.compares_classes else ""
+        cells = (
+            f"`{name}`",
+            f"`{term.path.partition(':')[2]}`",
+            term.formula,
+            f"`{flag_of(term.weight.name)}`",
+        )
+        rows.append(f"| {' | '.join(cells)} | {needs}{classes} |")
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- terms -->\n")[2].partition("\n<!-- /terms -->")[0]
+    assert table.splitlines() == rows
 
 
 def test_declarations_are_read_without_pytorch() -> None:

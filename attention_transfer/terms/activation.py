@@ -37,6 +37,7 @@ class ActivationTransfer(Term):
 
     name = "f-actt"
     label = "full-activation transfer"
+    formula = "β/2 · mean ‖A_S/‖A_S‖ − A_T/‖A_T‖‖₂ at each pair; a learnt 1×1 convolution where widths differ"
     needs_features = True
     settings = (
         PAIRS,

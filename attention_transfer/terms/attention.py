@@ -43,6 +43,10 @@ class AttentionTransfer(Term):
 
     name = "at"
     label = "attention transfer"
+    formula = (
+        "β/2 · mean ‖Y_S − Y_T‖₂ at each layer pair (`--form paper`; or [`code` or "
+        "`caffe`](method.md#three-forms))"
+    )
     energy = Energy()
     settings = (
         PAIRS,

@@ -103,6 +103,7 @@ class Declaration:
     Attributes:
         name: what `--method` calls it, and its contributions in the log.
         label: what figures and reports call it; the name if empty.
+        formula: what it adds to the loss, in the words of docs/methods.md.
         symbol: what its weight is called.
         settings: its fields of the recipe.
         energy: the kind of energy that it reads at each layer pair, None for none.
@@ -116,6 +117,7 @@ class Declaration:
 
     name: str
     label: str = ""
+    formula: str = ""
     symbol: str = "beta"
     settings: tuple[Setting, ...] = ()
     energy: Energy | None = None
@@ -145,6 +147,11 @@ class Declaration:
     @property
     def title(self) -> str:
         return self.label or self.name
+
+    @property
+    def weight(self) -> Setting | None:
+        """The setting that is its weight."""
+        return next((each for each in self.settings if (each.argument or each.name) == self.symbol), None)
 
     def build(self, values: Callable[[str], Any]) -> Any:
         """The term, with the recipe's `values` of its settings."""

@@ -25,6 +25,7 @@ class KnowledgeDistillation(Term):
 
     name = "kd"
     label = "distillation"
+    formula = "α · T² KL(teacher ‖ student), and the cross-entropy times 1 − α"
     symbol = "alpha"
     compares_classes = True
     settings = (

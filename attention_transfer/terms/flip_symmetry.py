@@ -24,6 +24,7 @@ class FlipSymmetry(InputGradientTerm):
 
     name = "symmetry"
     label = "flip symmetry"
+    formula = "β/2 · mean ‖J(x) − flip(J(flip x))‖₂"
     needs_teacher = False
     needs_input_gradient = True
     needs_flip = True

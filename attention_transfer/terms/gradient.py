@@ -24,6 +24,7 @@ class GradientTransfer(InputGradientTerm):
 
     name = "gradient"
     label = "gradient transfer"
+    formula = "β/2 · mean ‖J_S − J_T‖₂ with J = dCE/dx"
     needs_input_gradient = True
     compares_classes = True
     settings = (

@@ -21,6 +21,7 @@ class InputGradientNorm(InputGradientTerm):
 
     name = "min-l2"
     label = "small input gradient"
+    formula = "β/2 · mean ‖J‖₂ (Drucker & LeCun's double backpropagation)"
     needs_teacher = False
     needs_input_gradient = True
     settings = (

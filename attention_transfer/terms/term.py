@@ -107,6 +107,7 @@ class Term(nn.Module):
 
     name: str
     label = ""
+    formula = ""
     symbol = "beta"
     settings: tuple[Setting, ...] = ()
     energy: Energy | None = None
