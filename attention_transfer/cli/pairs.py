@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from attention_transfer._channels import channels_instead
 from attention_transfer._colours import print_safely
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
 from attention_transfer.cli.wording import in_flags
@@ -21,6 +20,7 @@ def run(arguments: list[str]) -> None:
     import torch
 
     from attention_transfer import AttentionTransfer, Distiller, build_model
+    from attention_transfer._channels import channels_instead
     from attention_transfer.models import why_not
 
     student, teacher = (
