@@ -34,9 +34,10 @@ class Spread:
         return cls(statistics.fmean(values), deviation, len(values))
 
     def __str__(self) -> str:
-        return f"{self:.1f}"
+        return format(self)
 
     def __format__(self, digits: str) -> str:
+        digits = digits or ".1f"
         mean = format(self.mean, digits)
         return mean if self.deviation is None else f"{mean} ± {format(self.deviation, digits)}"
 
