@@ -89,7 +89,9 @@ def test_the_readme_names_every_room() -> None:
     package = ROOT / "attention_transfer"
     rooms = {path.name + "/" for path in package.iterdir() if (path / "__init__.py").is_file()}
     rooms |= {path.name for path in package.glob("*.py")}
-    assert set(re.findall(r"`([^`]+)`", "".join(rows))) == {room for room in rooms if room[0] != "_"}
+    former = {"losses.py"}  # goes with the next release
+    named = set(re.findall(r"`([^`]+)`", "".join(rows)))
+    assert named == {room for room in rooms if room[0] != "_"} - former
 
 
 def test_contributing_names_what_is_there() -> None:
