@@ -14,7 +14,7 @@ from torch import Tensor
 from attention_transfer.caffe import Net, check, convert, schema, to_caffemodel
 from attention_transfer.caffe.files.caffemodel import write_binary
 from attention_transfer.caffe.files.prototxt import parse_net
-from attention_transfer.caffe.structure import count_blobs
+from attention_transfer.caffe.layers import count_blobs
 
 SHAPE = (2, 6, 7, 5)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,17 @@ from attention_transfer.functional import raw_energy
 REFERENCE = SHARED / "reference" / "caffe"
 KINDS = ("layers", "attention", "nets")
 CASES = [f"{kind}/{folder.name}" for kind in KINDS for folder in sorted((REFERENCE / kind).glob("*"))]
+
+
+def test_a_deep_net_is_copied_and_pickled() -> None:
+    spec = 'layer { name: "x" type: "Input" top: "x" input_param { shape { dim: 2 } } }'
+    for index in range(600):
+        bottom, top = f"y{index - 1}" if index else "x", f"y{index}"
+        spec += f'layer {{ name: "{top}" type: "ReLU" bottom: "{bottom}" top: "{top}" }}'
+    net = Net(parse_net(spec))
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert twin.outputs == ["y599"]
+        assert torch.equal(twin({"x": torch.ones(2)})["y599"], torch.ones(2))
 
 
 def load(folder: Path, name: str) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ All of it happens on the meta device, so a net can be tried out, a wrong one too
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attention_transfer._reading import first_line
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.files.caffemodel import MOST_ENTRIES
-from attention_transfer.caffe.graph import connect, count_errors, loss_weights, select
+from attention_transfer.caffe.graph import Graph, count_errors, in_phase
 from attention_transfer.caffe.layers import Layer, Unknown, new_layer
 from attention_transfer.caffe.layers.base import LayerError
 
@@ -203,20 +203,22 @@ def try_out(net: Any, phase: str = "TRAIN") -> Trial:
         ValueError: if a layer has both `include` and `exclude` rules.
     """
     trial = Trial(phase)
+    graph = Graph(in_phase(net, phase))
     made: dict[int, Layer] = {}
-    for place, spec in _included(net, phase):
+    for node in graph.nodes:
         try:
-            made[place] = make_layer(spec, phase)
+            made[node.index] = make_layer(node.spec, phase)
         except ValueError as error:
-            trial.refused[place] = error
-            made[place] = Unknown(spec, train_phase=phase == "TRAIN")
+            trial.refused[node.index] = error
+            made[node.index] = Unknown(node.spec, train_phase=phase == "TRAIN")
     places = {id(layer): place for place, layer in made.items()}
 
     def fault(error: LayerError) -> None:
         trial.refused.setdefault(places[id(error.layer)], error)
 
     trial.lacking = {place for place, layer in made.items() if _lacks(layer)}
-    connect(list(made.values()), fault)
+    for error in graph.faults(made):
+        fault(error)
     _build(made, trial, fault)
     if trial.layers.keys() == made.keys():
         try:
@@ -231,23 +233,12 @@ def _lacks(layer: Layer) -> bool:
     return len(layer.bottoms) < layer.bottoms_expected[0] or len(layer.tops) < layer.tops_expected[0]
 
 
-def _included(net: Any, phase: str) -> Iterator[tuple[int, Any]]:
-    """The layers that are in, copied, with their places among all."""
-    names = iter(select(net, phase).layer)
-    upcoming = next(names, None)
-    for place, spec in enumerate(net.layer):
-        if upcoming is not None and spec == upcoming:
-            upcoming = next(names, None)
-            yield place, schema.LayerParameter.FromString(spec.SerializeToString())
-
-
 def _build(made: dict[int, Layer], trial: Trial, fault: Any) -> None:
     known: dict[str, Tensor] = {}
     for place, layer in made.items():
         ready = not isinstance(layer, Unknown) and not any(count_errors(layer))
         if ready and all(name in known for name in layer.bottoms):
             try:
-                loss_weights(layer)
                 tops = _first_tops(layer, [known[name] for name in layer.bottoms])
                 trial.layers[place] = layer
                 trial.shapes[place] = [tuple(top.shape) for top in tops]

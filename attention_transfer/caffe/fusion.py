@@ -7,19 +7,19 @@ ones. Where a hook listens to one of the layers, or the ones are no longer ones,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from attention_transfer.caffe.graph import Wiring
+from attention_transfer.caffe.graph import Graph, Node
 from attention_transfer.caffe.layers import Layer
 from attention_transfer.caffe.layers.convolution import Convolution
 from attention_transfer.caffe.layers.normalization import BatchNorm
 from attention_transfer.functional import raw_energy
 
 
-class Branch:
-    """A chain of layers with one way in and one out.
+class Chain:
+    """Layers one behind the other, with one way in and one out.
 
     Attributes:
         indices: the layers' places in the net; `end` the last one.
@@ -49,7 +49,7 @@ class Branch:
         raise NotImplementedError
 
 
-class ScaledBatchNorm(Branch):
+class ScaledBatchNorm(Chain):
     """BatchNorm and the Scale on top of it in one pass."""
 
     def layer_by_layer(self, x: Tensor, place: int) -> Tensor:
@@ -62,7 +62,7 @@ class ScaledBatchNorm(Branch):
         return norm.forward(x, *scale.blobs)
 
 
-class AttentionMap(Branch):
+class AttentionMap(Chain):
     """An activation's energy, sum over c of |A|^p, with p = 2 to the number of squarings."""
 
     def __init__(self, layers: Sequence[Layer], indices: Sequence[int]) -> None:
@@ -88,45 +88,33 @@ class AttentionMap(Branch):
         return energy.flatten(1)[:, None, :, None] if self.flat else energy[:, None]
 
 
-def fusable(
-    layers: Sequence[Layer],
-    wiring: Wiring,
-    weights: Sequence[Sequence[float]],
-    shapes: Sequence[Sequence[tuple[int, ...]]],
-) -> dict[int, Branch]:
-    """The chains of a net, by the place of their first layer; `weights` and `shapes` belong to the tops."""
-    found: dict[int, Branch] = {}
+def fusable(layers: Sequence[Layer], graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, Chain]:
+    """The chains of a net, by the place of their first layer; `shapes` are those of its blobs."""
+    found: dict[int, Chain] = {}
     for index, layer in enumerate(layers):
         if layer.type == "BatchNorm" and not layer.cut:
-            chain = _chain(layers, wiring, weights, index, 1)
+            chain = _chain(layers, graph.nodes[index], 1)
             if len(chain) == 2 and _is_channel_scale(layers[chain[1]]):
                 found[index] = ScaledBatchNorm([layers[i] for i in chain], chain)
-        elif layer.type in ("Reshape", "AbsVal"):
-            chain = _map_chain(layers, _chain(layers, wiring, weights, index, 4))
-            source, top = wiring.sources[index][0]
-            if (
-                chain
-                and len(shapes[source][top]) == 4
-                and not any(i in branch.indices for branch in found.values() for i in chain)
-            ):
+        elif layer.type in ("Reshape", "AbsVal") and len(shapes[layer.bottoms[0]]) == 4:
+            chain = _map_chain(layers, _chain(layers, graph.nodes[index], 4))
+            if chain and not any(i in other.indices for other in found.values() for i in chain):
                 found[index] = AttentionMap([layers[i] for i in chain], chain)
     return found
 
 
-def _chain(
-    layers: Sequence[Layer], wiring: Wiring, weights: Sequence[Sequence[float]], start: int, most: int
-) -> list[int]:
-    """The layers from `start` on in which each is the only reader of the one before."""
-    chain = [start]
-    while len(chain) <= most:
-        index = chain[-1]
-        uses = wiring.uses[index, 0] if len(layers[index].tops) == 1 else []
-        if len(uses) != 1 or any(weights[index]):
+def _chain(layers: Sequence[Layer], node: Node, most: int) -> list[int]:
+    """The layers from `node` on in which each is the only reader of the one before."""
+    chain = [node.index]
+    while len(chain) <= most and len(node.outputs) == 1 and not any(node.loss_weights):
+        users = node.outputs[0].users
+        if len(users) != 1:
             break
-        following = layers[uses[0][0]]
-        if len(following.bottoms) != 1 or following.cut or following.detached:
+        node = users[0][0]
+        following = layers[node.index]
+        if len(node.inputs) != 1 or following.cut or following.detached:
             break
-        chain.append(uses[0][0])
+        chain.append(node.index)
     return chain
 
 

@@ -24,8 +24,8 @@ from attention_transfer.caffe.files.caffemodel import (
     same_shape,
 )
 from attention_transfer.caffe.files.prototxt import read_net
-from attention_transfer.caffe.fusion import Branch, fusable
-from attention_transfer.caffe.graph import connect, loss_weights, select
+from attention_transfer.caffe.fusion import Chain, fusable
+from attention_transfer.caffe.graph import Blob, Graph, select
 from attention_transfer.caffe.layers import Layer
 from attention_transfer.caffe.layers.forks import settle_meaning
 
@@ -33,7 +33,7 @@ Phase = Literal["TRAIN", "TEST"]
 Weights = Any  # a path, a NetParameter, or several of them
 
 # what a Net sets of itself, so that no layer's module may have the name
-OWN = ("training", "autocast", "learnable", "_branches", "_asking", "_anchor", "_loss")
+OWN = ("training", "autocast", "learnable", "_chains", "_asking", "_anchor", "_loss")
 
 SCORING = ("SoftmaxWithLoss", "Softmax", "SigmoidCrossEntropyLoss", "HingeLoss", "Accuracy")
 
@@ -101,16 +101,18 @@ class Net(nn.Module):
         if not self.proto.layer:
             raise ValueError(f"Net: expected layers in the phase {phase}, got none.")
         self.layers = [make_layer(spec, phase) for spec in self.proto.layer]
-        self._wiring = connect(self.layers)
-        self._weights = [loss_weights(layer) for layer in self.layers]
+        self._graph = Graph(self.proto)
+        for error in self._graph.faults(dict(enumerate(self.layers))):
+            raise error
         self._shapes = set_up(self.layers)
+        self._weights = [node.loss_weights for node in self._graph.nodes]
         self._check_memory()
         for name, layer in zip(_module_names(self.layers), self.layers, strict=True):
             layer.fill_blobs()
             self._modules[name] = layer
         self.learnable, self._ties = share_blobs(self.layers)
         freeze(self.layers, self.proto.force_backward)
-        self._branches = fusable(self.layers, self._wiring, self._weights, self._shapes)
+        self._chains = fusable(self.layers, self._graph, self.shapes)
         self._asking = self._find_asking()
         self.register_buffer("_anchor", torch.zeros(()), persistent=False)  # has the net's type and place
         self._loss: Tensor | None = None
@@ -145,7 +147,7 @@ class Net(nn.Module):
     @property
     def outputs(self) -> list[str]:
         """The blobs that no layer reads."""
-        return [name for name in self._wiring.outputs() if name not in self._automatic()]
+        return self._graph.outputs()
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -211,28 +213,28 @@ class Net(nn.Module):
         return torch.autocast(kind, enabled=False)
 
     def _scores(self, images: Tensor) -> Tensor:
-        layer, name = self._scored()
-        needed = sorted(self._wiring.ancestors(layer))
+        scored = self._scored()
+        needed = sorted(node.index for node in self._graph.below([scored]))
         source = next((i for i in needed if self.layers[i].is_source and len(self._shapes[i][0]) >= 2), None)
         if source is None:
             raise ValueError(
-                f"Net: expected {name!r} to depend on a blob of images, got none. Pass a dictionary."
+                f"Net: expected {scored.name!r} to depend on a blob of images, got none. Pass a dictionary."
             )
         given = dict(zip(self.layers[source].tops, (images,), strict=False))
-        scores = self._run(given, [index for index in needed if index != source])[name]
+        scores = self._run(given, [index for index in needed if index != source])[scored.name]
         return scores.flatten(1) if scores.shape[2:].numel() == 1 and scores.dim() > 1 else scores
 
-    def _scored(self) -> tuple[int, str]:
-        """The layer that makes the scores, and their name."""
-        for index in reversed(range(len(self.layers))):
-            if self.layers[index].type in SCORING:
-                return self._wiring.sources[index][0][0], self.layers[index].bottoms[0]
+    def _scored(self) -> Blob:
+        """The scores."""
+        for node in reversed(self._graph.nodes):
+            if node.type in SCORING:
+                return node.inputs[0]
         outputs = self.outputs
         if len(outputs) != 1:
             raise ValueError(
                 f"Net: expected one output to stand for the scores, got {outputs}. Pass a dictionary."
             )
-        return self._wiring.last[outputs[0]][0], outputs[0]
+        return self._graph.last[outputs[0]]
 
     def _run(self, given: dict[str, Tensor], indices: Sequence[int]) -> Blobs:
         tensors = {name: self._cast(tensor) for name, tensor in given.items()}
@@ -242,10 +244,10 @@ class Net(nn.Module):
         for index in indices:
             if index in done:
                 continue
-            branch = self._branches.get(index)
-            if branch is not None and branch.end in indices and branch.applies():
-                index = self._run_branch(branch, tensors, deferred)
-                done.update(branch.indices)
+            chain = self._chains.get(index)
+            if chain is not None and chain.end in indices and chain.applies():
+                index = self._run_chain(chain, tensors, deferred)
+                done.update(chain.indices)
             elif self.layers[index].type != "Input":
                 self._run_layer(index, tensors)
             if index in self._asking and torch.is_grad_enabled():
@@ -275,14 +277,14 @@ class Net(nn.Module):
         tops = _call(layer, bottoms)
         tensors.update(zip(layer.tops, tops if isinstance(tops, tuple) else (tops,), strict=True))
 
-    def _run_branch(
-        self, branch: Branch, tensors: dict[str, Tensor], deferred: dict[str, Callable[[], Tensor]]
+    def _run_chain(
+        self, chain: Chain, tensors: dict[str, Tensor], deferred: dict[str, Callable[[], Tensor]]
     ) -> int:
-        bottom = tensors[branch.bottom]
-        tensors[branch.top] = branch(bottom)
-        for place, name in enumerate(branch.hidden):
-            deferred[name] = partial(branch.layer_by_layer, bottom, place)
-        return branch.end
+        bottom = tensors[chain.bottom]
+        tensors[chain.top] = chain(bottom)
+        for place, name in enumerate(chain.hidden):
+            deferred[name] = partial(chain.layer_by_layer, bottom, place)
+        return chain.end
 
     def _ask_for_gradient(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Let the backward pass run down to a blob that nothing learns from, as Caffe's does."""
@@ -407,9 +409,14 @@ class Net(nn.Module):
 
     def _find_asking(self) -> set[int]:
         """The layers whose top gets a gradient though nothing learns from it."""
-        reaching = self._wiring.reaching(self.layers, self._weights)
+        reaching: set[int] = set()  # from which a gradient can come
+        for node in reversed(self._graph.nodes):
+            uses = [(user.index, bottom) for blob in node.outputs for user, bottom in blob.users]
+            sent = any(user in reaching and bottom not in self.layers[user].cut for user, bottom in uses)
+            if sent or any(node.loss_weights):
+                reaching.add(node.index)
         asking = {index for index in reaching if self.layers[index].asks_for_gradient}
-        return asking | {branch.end for index, branch in self._branches.items() if index in asking}
+        return asking | {chain.end for index, chain in self._chains.items() if index in asking}
 
 
 def _module_names(layers: Sequence[Layer]) -> list[str]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.files.caffemodel import blob_shape, read_mean
+from attention_transfer.caffe.graph import Graph, Node, in_phase
 from attention_transfer.caffe.layers.records import datum_pixels, first_record
-from attention_transfer.caffe.structure import Graph, Node
 
 OWN_PARAMS = {"Data": "data_param", "ImageData": "image_data_param", "AnnotatedData": "data_param"}
 PASSED = {"BatchNorm", "BN", "Bias", "Power", "Scale", "Split", "MVN", "LRN", "Dropout", "ReLU"}
@@ -93,10 +93,7 @@ def taken_channels(net: Any, phase: str, stored: Iterable[Any]) -> int | None:
         stored: weights, NetParameters.
     """
     blobs = {record.name: record.blobs for one in stored for record in one.layer if record.blobs}
-    phased = schema.NetParameter()
-    phased.CopyFrom(net)
-    phased.state.phase = schema.TRAIN if phase == "TRAIN" else schema.TEST
-    graph = Graph(phased)
+    graph = Graph(in_phase(net, phase))
     waiting = [blob for node in graph.nodes if node.type in OWN_PARAMS for blob in node.outputs[:1]]
     while waiting:
         for node, _ in waiting.pop(0).users:

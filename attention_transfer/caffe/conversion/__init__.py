@@ -22,7 +22,7 @@ from attention_transfer.caffe.conversion.export import USER, agree, as_onnx, as_
 from attention_transfer.caffe.conversion.plan import Plan, make_plan, net_without_data
 from attention_transfer.caffe.conversion.source import Source, state_of, write_source
 from attention_transfer.caffe.files.caffemodel import read_caffemodel
-from attention_transfer.caffe.graph import Version
+from attention_transfer.caffe.graph import Blob
 from attention_transfer.caffe.net import Net, Phase
 
 File = str | PathLike[str]
@@ -162,7 +162,7 @@ def _packed(model: nn.Module) -> bytes:
     return safetensors_torch.save({key: value.clone() for key, value in model.state_dict().items()})
 
 
-def _trial(plan: Plan, dtype: torch.dtype) -> tuple[list[Tensor], dict[Version, Tensor]]:
+def _trial(plan: Plan, dtype: torch.dtype) -> tuple[list[Tensor], dict[Blob, Tensor]]:
     """Random inputs, and the blobs that the net makes of them.
 
     They are two samples, if the net can do with fewer than it declares.
@@ -170,7 +170,7 @@ def _trial(plan: Plan, dtype: torch.dtype) -> tuple[list[Tensor], dict[Version, 
     Raises:
         ValueError: if the blobs would not fit into memory.
     """
-    shapes = [plan.shape(version) for version in plan.inputs]
+    shapes = [plan.shape(blob) for blob in plan.inputs]
     for few in (True, False):
         generator = torch.Generator().manual_seed(0)
         sizes = [(min(shape[0], 2), *shape[1:]) if few and shape else shape for shape in shapes]
@@ -187,7 +187,7 @@ def _trial(plan: Plan, dtype: torch.dtype) -> tuple[list[Tensor], dict[Version, 
 def _check_memory(plan: Plan, share: float, dtype: torch.dtype) -> None:
     shapes = plan.net.shapes
     names = {name for index in plan.layers for name in plan.net.layers[index].tops}
-    entries = sum(math.prod(shapes[name]) for name in (*names, *map(plan.name, plan.inputs)))
+    entries = sum(math.prod(shapes[name]) for name in (*names, *(blob.name for blob in plan.inputs)))
     needed = int(entries * share * dtype.itemsize)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
@@ -198,24 +198,24 @@ def _check_memory(plan: Plan, share: float, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def _blobs(plan: Plan, examples: Sequence[Tensor]) -> dict[Version, Tensor]:
+def _blobs(plan: Plan, examples: Sequence[Tensor]) -> dict[Blob, Tensor]:
     plan.net.eval()
     blobs = dict(zip(plan.inputs, examples, strict=True))
     for index in plan.layers:
-        tops = plan.net.layers[index](*(blobs[version] for version in plan.wiring.sources[index]))
-        for top, value in enumerate(tops if isinstance(tops, tuple) else (tops,)):
-            blobs[index, top] = value
+        node = plan.graph.nodes[index]
+        tops = plan.net.layers[index](*(blobs[blob] for blob in node.inputs))
+        blobs.update(zip(node.outputs, tops if isinstance(tops, tuple) else (tops,), strict=True))
     return blobs
 
 
 @torch.no_grad()
 def _compare(
-    plan: Plan, source: Source, model: nn.Module, examples: Sequence[Tensor], blobs: Mapping[Version, Tensor]
+    plan: Plan, source: Source, model: nn.Module, examples: Sequence[Tensor], blobs: Mapping[Blob, Tensor]
 ) -> None:
     tolerance = 1e-4 if plan.net.dtype == torch.float32 else 1e-9
-    for mine, version in zip(as_tuple(model(*examples)), plan.outputs, strict=True):
-        if not agree(mine, blobs[version], tolerance, plan.share):
+    for mine, blob in zip(as_tuple(model(*examples)), plan.outputs, strict=True):
+        if not agree(mine, blobs[blob], tolerance, plan.share):
             raise ValueError(
-                f"convert: expected the module to give the net's {plan.name(version)!r}, got other numbers "
+                f"convert: expected the module to give the net's {blob.name!r}, got other numbers "
                 f"in {source.name}. Please report the prototxt: this is a bug."
             )

@@ -9,7 +9,7 @@ from typing import Any
 from attention_transfer._hints import did_you_mean
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.files.prototxt import read_net
-from attention_transfer.caffe.graph import Version, Wiring, connect
+from attention_transfer.caffe.graph import Blob, Graph, Node
 from attention_transfer.caffe.layers import Layer
 from attention_transfer.caffe.layers.base import UnsupportedError
 from attention_transfer.caffe.layers.forks import settle_meaning
@@ -26,16 +26,17 @@ class Plan:
     """What is converted of a net.
 
     Attributes:
+        graph: all of the net.
         layers: places of the layers that compute, in order.
-        inputs, outputs: the blobs that come in and go out, each as the layer and top that make it.
+        inputs, outputs: the blobs that come in and go out.
         dropped: places of the layers that are left out.
     """
 
     net: Net
-    wiring: Wiring
+    graph: Graph
     layers: list[int]
-    inputs: list[Version]
-    outputs: list[Version]
+    inputs: list[Blob]
+    outputs: list[Blob]
     dropped: list[int]
 
     @property
@@ -45,13 +46,9 @@ class Plan:
         decides = any(layer.type in DECIDING or _gives_places(layer) for layer in layers)
         return 0.99 if decides else 1.0
 
-    def name(self, version: Version) -> str:
-        """The name of a blob."""
-        return self.net.layers[version[0]].tops[version[1]]
-
-    def shape(self, version: Version) -> tuple[int, ...]:
+    def shape(self, blob: Blob) -> tuple[int, ...]:
         """The shape of a blob, for the declared batch."""
-        return self.net.shapes[self.name(version)]
+        return self.net.shapes[blob.name]
 
 
 def net_without_data(prototxt: Any, phase: Phase, stored: Sequence[Any] = ()) -> Net:
@@ -81,88 +78,91 @@ def make_plan(net: Net, wanted: Sequence[str] = ()) -> Plan:
     Raises:
         ValueError: if a blob is unknown, or is or depends on a loss; or if nothing is left.
     """
-    layers, wiring = net.layers, connect(net.layers)
-    losses = _losses(net, wiring, weighted=not wanted)
-    outputs = _find(net, wiring, wanted, losses) if wanted else _ends(layers, wiring, losses)
+    layers, graph = net.layers, Graph(net.proto)
+    losses = _losses(net, graph, weighted=not wanted)
+    outputs = _find(net, graph, wanted, losses) if wanted else _ends(layers, graph, losses)
     if not outputs:  # sums with a loss weight are losses only beside something else
-        outputs = _ends(layers, wiring, _losses(net, wiring, weighted=False))
-    needed = sorted(set().union(*(wiring.ancestors(layer) for layer, _ in outputs)))
-    computing = [i for i in needed if not layers[i].is_source]
-    inputs = list(dict.fromkeys(source for i in computing for source in wiring.sources[i]))
-    dropped = [i for i in range(len(layers)) if i not in needed]
-    sources = [version for version in inputs if layers[version[0]].is_source]
+        outputs = _ends(layers, graph, _losses(net, graph, weighted=False))
+    below = graph.below(outputs)
+    needed = [node for node in graph.nodes if node in below]
+    computing = [node for node in needed if not layers[node.index].is_source]
+    read = list(dict.fromkeys(blob for node in computing for blob in node.inputs))
+    inputs = [blob for blob in read if blob.producer in needed and blob.producer not in computing]
+    dropped = [node.index for node in graph.nodes if node not in below]
     if not computing:
         raise ValueError(
             "convert: expected layers that compute something besides losses, got none in "
             f"{net.proto.name or 'the net'!r}. Is it the right phase?"
         )
-    return Plan(net, wiring, computing, sources, outputs, dropped)
+    return Plan(net, graph, [node.index for node in computing], inputs, outputs, dropped)
 
 
 def _gives_places(layer: Layer) -> bool:
     return layer.type == "Pooling" and len(layer.tops) > 1
 
 
-def _losses(net: Net, wiring: Wiring, *, weighted: bool) -> set[int]:
+def _losses(net: Net, graph: Graph, *, weighted: bool) -> set[Node]:
     """Losses and scores, and what depends on them; with `weighted`, also other sums with a loss weight."""
     weights, shapes = net.loss_weights if weighted else {}, net.shapes
-    found: set[int] = set()
-    for index, layer in enumerate(net.layers):
+    found: set[Node] = set()
+    for node, layer in zip(graph.nodes, net.layers, strict=True):
         counted = [name for name in layer.tops if weights.get(name)]
         if (
             isinstance(layer, Loss)
             or layer.type in SCORES
             or (layer.type == "Python" and layer.spec.python_param.layer == "AttentionLoss")
             or (counted and all(shapes[name] == () for name in counted))
-            or any(source in found for source, _ in wiring.sources[index])
+            or any(blob.producer in found for blob in node.inputs)
         ):
-            found.add(index)
+            found.add(node)
     return found
 
 
-def _ends(layers: Sequence[Layer], wiring: Wiring, losses: set[int]) -> list[Version]:
+def _ends(layers: Sequence[Layer], graph: Graph, losses: set[Node]) -> list[Blob]:
     """The blobs that only losses read, but for those that are silenced, or make labels without weights."""
-    silent = {index for index, layer in enumerate(layers) if layer.type == "Silence"}
-    labels: set[int] = set()
-    ends: list[Version] = []
-    for index in reversed(range(len(layers))):
-        if index in losses or index in silent or layers[index].is_source:
+    silent = {node for node in graph.nodes if node.type == "Silence"}
+    labels: set[Node] = set()
+    ends: list[Blob] = []
+    for node in reversed(graph.nodes):
+        if node in losses or node in silent or layers[node.index].is_source:
             continue
-        uses = {(index, top): wiring.uses[index, top] for top in range(len(layers[index].tops))}
-        if all(each and all(user in silent for user, _ in each) for each in uses.values()):
-            silent.add(index)
+        if all(blob.users and all(user in silent for user, _ in blob.users) for blob in node.outputs):
+            silent.add(node)
             continue
         for_labels = all(
-            each and all(use[0] in labels or _is_label(layers, losses, use) for use in each)
-            for each in uses.values()
+            blob.users and all(user in labels or _is_label(layers, losses, user, i) for user, i in blob.users)
+            for blob in node.outputs
         )
-        if for_labels and not any(layers[i].blobs for i in wiring.ancestors(index)):
-            labels.add(index)
+        if for_labels and not any(layers[below.index].blobs for below in graph.below(node.outputs)):
+            labels.add(node)
             continue
-        for version, each in uses.items():
-            users = {user for user, _ in each}
+        for blob in reversed(node.outputs):
+            users = {user for user, _ in blob.users}
             if users <= losses | silent | labels and not (users and users <= silent):
-                ends.append(version)
-    return sorted(ends)
+                ends.append(blob)
+    return ends[::-1]
 
 
-def _is_label(layers: Sequence[Layer], losses: set[int], use: tuple[int, int]) -> bool:
-    user, bottom = use
-    return user in losses and bottom > 0 and layers[user].bottoms_expected == (2, 2)
+def _is_label(layers: Sequence[Layer], losses: set[Node], user: Node, bottom: int) -> bool:
+    return user in losses and bottom > 0 and layers[user.index].bottoms_expected == (2, 2)
 
 
-def _find(net: Net, wiring: Wiring, wanted: Sequence[str], losses: set[int]) -> list[Version]:
-    known = [name for name, (index, _) in wiring.last.items() if not net.layers[index].is_source]
+def _find(net: Net, graph: Graph, wanted: Sequence[str], losses: set[Node]) -> list[Blob]:
+    known = {
+        name: (blob, blob.producer)
+        for name, blob in graph.last.items()
+        if blob.producer and not net.layers[blob.producer.index].is_source
+    }
     found = []
     for name in dict.fromkeys(wanted):
         if name not in known:
-            hint = did_you_mean(name, known) or f"Known: {', '.join(known[-8:])}."
+            hint = did_you_mean(name, known) or f"Known: {', '.join(list(known)[-8:])}."
             raise ValueError(f"convert: expected a blob of the net as output, got {name!r}. {hint}")
-        layer = net.layers[wiring.last[name][0]]
-        if wiring.last[name][0] in losses:
+        blob, node = known[name]
+        if node in losses:
             raise ValueError(
                 f"convert: expected an output that needs no loss or labels, got {name!r} of the layer "
-                f"{layer.name!r} ({layer.type}). Name the blob that it is computed from."
+                f"{node.name!r} ({node.type}). Name the blob that it is computed from."
             )
-        found.append(wiring.last[name])
+        found.append(blob)
     return found

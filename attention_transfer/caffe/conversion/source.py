@@ -85,7 +85,7 @@ class _Writer:
         self._attributes = [attributes.new(layer.name) for layer in plan.net.layers]  # whatever is left out
         self._locals = Names("blob", {*fixed, name, *dir(builtins)})
         self._blobs: dict[str, str] = {}
-        inputs = [self._blob(plan.name(version)) for version in plan.inputs]
+        inputs = [self._blob(blob.name) for blob in plan.inputs]
         self._made: list[str] = []
         self._ties: list[str] = []
         self._frozen: list[str] = []
@@ -95,7 +95,7 @@ class _Writer:
         self.source = Source(name, inputs, [])
         for index, code in self._codes():
             self._add(index, code)
-        self.source.outputs = [self._blob(plan.name(version)) for version in plan.outputs]
+        self.source.outputs = [self._blob(blob.name) for blob in plan.outputs]
 
     def _blob(self, name: str) -> str:
         if name not in self._blobs:
@@ -123,18 +123,18 @@ class _Writer:
 
     def _scale_of(self, index: int) -> int | None:
         """The Scale whose factor and bias a BatchNorm can take over."""
-        plan, norm = self.plan, (index, 0)
-        uses = [use for use in plan.wiring.uses[norm] if use[0] in plan.layers]
-        if len(uses) != 1 or norm in plan.outputs:
+        plan, (norm,) = self.plan, self.plan.graph.nodes[index].outputs
+        users = [user.index for user, _ in norm.users if user.index in plan.layers]
+        if len(users) != 1 or norm in plan.outputs:
             return None
-        layer: Any = plan.net.layers[uses[0][0]]
+        layer: Any = plan.net.layers[users[0]]
         fits = (
             layer.type == "Scale"
             and len(layer.bottoms) == 1
             and layer.first_axis == 1
             and [blob.dim() for blob in layer.blobs] == [1, 1]
         )
-        return uses[0][0] if fits else None
+        return users[0] if fits else None
 
     def _add(self, index: int, code: Code) -> None:
         layer = self.plan.net.layers[index]
@@ -158,7 +158,7 @@ class _Writer:
         return f"  # {self._shape(shape)}" if changed else ""
 
     def _shape(self, shape: tuple[int, ...]) -> str:
-        batches = {self.plan.shape(version)[:1] for version in self.plan.inputs}
+        batches = {self.plan.shape(blob)[:1] for blob in self.plan.inputs}
         sizes = [str(size) for size in shape]
         if len(batches) == 1 and shape[:1] in batches:
             sizes[:1] = ["b"]
@@ -200,20 +200,19 @@ class _Writer:
     def _fed(self) -> list[str]:
         """How the data layers treated the images, which is now up to the caller."""
         lines = []
-        for index in dict.fromkeys(index for index, _ in self.plan.inputs):
-            layer = self.plan.net.layers[index]
-            if layer.spec.HasField("transform_param"):
-                text = " ".join(str(layer.spec.transform_param).split())
-                lines.append(f"# Caffe transformed what {quoted(layer.name)} reads: {quoted(text)}")
+        for node in dict.fromkeys(blob.producer for blob in self.plan.inputs):
+            if node is not None and node.spec.HasField("transform_param"):
+                text = " ".join(str(node.spec.transform_param).split())
+                lines.append(f"# Caffe transformed what {quoted(node.name)} reads: {quoted(text)}")
         return lines
 
     def _docstring(self) -> list[str]:
         plan = self.plan
         lines = ['    """A net of Caffe.', "", "    In, and out:"]
-        for names, versions in ((self.source.inputs, plan.inputs), (self.source.outputs, plan.outputs)):
+        for names, blobs in ((self.source.inputs, plan.inputs), (self.source.outputs, plan.outputs)):
             lines += [
-                f"        {name}: {self._shape(plan.shape(version))}"
-                for name, version in zip(names, versions, strict=True)
+                f"        {name}: {self._shape(plan.shape(blob))}"
+                for name, blob in zip(names, blobs, strict=True)
             ]
             lines.append("")
         return [*lines[:-1], '    """']

@@ -21,8 +21,8 @@ from attention_transfer.caffe.layers import (
 from attention_transfer.caffe.layers.base import REGISTRY, Layer
 
 __all__ = [
-    "FORKS", "REGISTRY", "Layer", "Unknown", "activation", "arithmetic", "convolution", "data", "forks",
-    "loss", "new_layer", "normalization", "pooling", "python", "score", "shape",
+    "FORKS", "REGISTRY", "Layer", "Unknown", "activation", "arithmetic", "convolution", "count_blobs", "data",
+    "forks", "loss", "new_layer", "normalization", "pooling", "python", "score", "shape",
 ]  # fmt: skip
 
 
@@ -53,6 +53,18 @@ class Unknown(Layer):
 
     bottoms_expected = (0, None)
     tops_expected = (0, None)
+
+    @classmethod
+    def count_blobs(cls, spec: Any) -> int:
+        """Those of a depthwise convolution of some fork, or of Embed; else 0, as nothing tells."""
+        if spec.type == "Embed":
+            return 1 + spec.embed_param.bias_term
+        return 1 + spec.convolution_param.bias_term if spec.HasField("convolution_param") else 0
+
+
+def count_blobs(spec: Any) -> int:
+    """The number of a layer's blobs, from its message alone."""
+    return REGISTRY.get(spec.type, Unknown).count_blobs(spec)
 
 
 def new_layer(spec: Any, *, train_phase: bool) -> Layer:

@@ -96,6 +96,7 @@ class Dropout(Layer):
 class PReLU(Layer):
     """x above 0, slope * x elsewhere, with a learned slope for each channel or for all."""
 
+    blobs_expected = 1
     slope: Tensor
 
     def setup(self, x: Tensor) -> None:

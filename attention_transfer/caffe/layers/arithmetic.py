@@ -130,6 +130,10 @@ class Scale(_Broadcast):
         if param.bias_term:
             self.add_blob("bias", shape, param.bias_filler)
 
+    @classmethod
+    def count_blobs(cls, spec: Any) -> int:
+        return (len(spec.bottom) == 1) + spec.scale_param.bias_term
+
     def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
         scaled = x * self._spread(self.weight if factor is None else factor, x)
         return scaled + self._spread(self.bias, x) if self.spec.scale_param.bias_term else scaled
@@ -146,6 +150,10 @@ class Bias(_Broadcast):
         self.first_axis = self._first_axis(x, term, param)
         if term is None:
             self.add_blob("bias", self._blob_shape(x, param), param.filler)
+
+    @classmethod
+    def count_blobs(cls, spec: Any) -> int:
+        return int(len(spec.bottom) == 1)
 
     def forward(self, x: Tensor, term: Tensor | None = None) -> Tensor:
         return x + self._spread(self.bias if term is None else term, x)

@@ -64,16 +64,14 @@ class Layer(nn.Module):
 
     bottoms_expected: ClassVar[tuple[int, int | None]] = (1, 1)  # at least, at most
     tops_expected: ClassVar[tuple[int, int | None]] = (1, 1)
-    default_loss_weight: ClassVar[float] = 0.0  # of the first top
+    blobs_expected: ClassVar[int] = 0
     allows_in_place: ClassVar[bool] = True
     asks_for_gradient: ClassVar[bool] = False  # runs backward even with nothing to learn at or below it
 
     def __init__(self, spec: Any, *, train_phase: bool) -> None:
         super().__init__()
         self.spec = spec
-        self.bottoms, self.tops = list(spec.bottom), list(spec.top)
-        if self.default_loss_weight and not self.tops:
-            self.tops = [f"({self.name})"]  # a loss counts even where nothing takes it
+        self.bottoms, self.tops = list(spec.bottom), top_names(spec)
         self.in_place = bool(set(self.bottoms) & set(self.tops))
         self.train_phase = train_phase
         self.blob_names: list[str] = []
@@ -118,6 +116,11 @@ class Layer(nn.Module):
     def shapes(self) -> list[tuple[int, ...]]:
         """The shapes of the tops of a layer without bottoms."""
         raise NotImplementedError
+
+    @classmethod
+    def count_blobs(cls, spec: Any) -> int:
+        """The number of blobs that `setup` makes."""
+        return cls.blobs_expected
 
     def accepts_gradient(self, bottom: int) -> bool:
         """Whether this bottom can get a gradient at all (Caffe's AllowForceBackward)."""
@@ -202,11 +205,14 @@ class Layer(nn.Module):
     # ----------------------------------------------------------------------------------------- gradients
 
     def check_specs(self) -> None:
-        """Compare `param` and `propagate_down` with the blobs and bottoms.
+        """Compare `param`, `loss_weight` and `propagate_down` with the blobs, tops and bottoms.
 
         Raises:
-            ValueError: if there are too many of the former, or some of the latter but not one for each.
+            ValueError: if there are too many of the first, or some of the others but not one for each.
         """
+        if len(self.spec.loss_weight) not in (0, len(self.tops)):
+            expected = f"no loss_weight, or one for each of {len(self.tops)} tops"
+            raise self.error(expected, f"{len(self.spec.loss_weight)}")
         if len(self.spec.param) > len(self.blob_names):
             raise self.error(f"at most {len(self.blob_names)} param entries", f"{len(self.spec.param)}")
         if len(self.spec.propagate_down) not in (0, len(self.bottoms)):
@@ -247,6 +253,17 @@ class Layer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{', '.join(self.bottoms)} -> {', '.join(self.tops)}"
+
+
+def top_names(spec: Any) -> list[str]:
+    """The tops of a layer; Caffe adds one to a loss that states none, which counts even so."""
+    return list(spec.top) or [f"({spec.name})"] * spec.type.endswith("Loss")
+
+
+def loss_weights(spec: Any) -> list[float]:
+    """The loss weight of each top: what is stated, or else 1 for the first top of a loss."""
+    is_loss = spec.type.endswith("Loss")
+    return list(spec.loss_weight) or [float(is_loss and place == 0) for place in range(len(top_names(spec)))]
 
 
 def _copy(spec: Any) -> Any:

@@ -45,6 +45,10 @@ class _Window(Layer):
             self.add_blob("bias", (param.num_output,), param.bias_filler)
         self.function = self.functions[spatial - 1]
 
+    @classmethod
+    def count_blobs(cls, spec: Any) -> int:
+        return 1 + spec.convolution_param.bias_term
+
     def count_groups(self, channels: int) -> int:
         """The groups of a bottom of so many channels."""
         return self.spec.convolution_param.group
@@ -135,6 +139,10 @@ class InnerProduct(Layer):
         self.add_blob("weight", shape, param.weight_filler)
         if param.bias_term:
             self.add_blob("bias", (param.num_output,), param.bias_filler)
+
+    @classmethod
+    def count_blobs(cls, spec: Any) -> int:
+        return 1 + spec.inner_product_param.bias_term
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.t() if self.spec.inner_product_param.transpose else self.weight

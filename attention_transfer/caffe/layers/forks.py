@@ -70,6 +70,10 @@ class BN(Layer):
             filler = schema.FillerParameter(value=1.0 if param.frozen else 0.0)
             self.add_blob("variance", shape, filler, learned=False)
 
+    @classmethod
+    def count_blobs(cls, spec: Any) -> int:
+        return 2 if is_segnets(spec) else 4
+
     def blob_specs(self) -> list[Any]:
         specs = super().blob_specs()
         for index, spec in enumerate(specs):

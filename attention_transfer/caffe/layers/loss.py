@@ -19,7 +19,6 @@ class Loss(Layer):
 
     bottoms_expected = (2, 2)
     tops_expected = (0, 1)
-    default_loss_weight = 1.0
     allows_in_place = False
 
     def accepts_gradient(self, bottom: int) -> bool:

@@ -22,6 +22,7 @@ class BatchNorm(Layer):
     """
 
     asks_for_gradient = True
+    blobs_expected = 3
 
     mean: Tensor
     variance: Tensor
@@ -157,6 +158,7 @@ class Normalize(Layer):
     are equal. In place, Caffe subtracts the gradient from itself: 0.
     """
 
+    blobs_expected = 1
     scale: Tensor
 
     def setup(self, x: Tensor) -> None:

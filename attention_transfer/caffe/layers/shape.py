@@ -66,6 +66,7 @@ class Parameter(Layer):
     """A blob as a top: learned values that no bottom goes into, zeros at first."""
 
     bottoms_expected = (0, 0)
+    blobs_expected = 1
     value: Tensor
 
     def setup(self, *bottoms: Tensor) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from attention_transfer.caffe.structure import Blob, Graph, Node
+from attention_transfer.caffe.graph import Blob, Graph, Node
 
 OF_THE_ENERGY = {"Power", "AbsVal", "Reshape", "Flatten"}  # between the tap and the 1x1 Convolution
 OF_THE_MAP = {"Normalize", "Power", "Reshape", "Flatten", "Pooling", "Crop", "Python"}  # behind it

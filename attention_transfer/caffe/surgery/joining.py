@@ -17,11 +17,11 @@ from attention_transfer.caffe import schema
 from attention_transfer.caffe.assembly import try_out
 from attention_transfer.caffe.files.caffemodel import blob_shape, read_caffemodel, same_shape, write_binary
 from attention_transfer.caffe.files.prototxt import read_net, read_solver, write_prototxt
-from attention_transfer.caffe.layers import SSDS_OWN
+from attention_transfer.caffe.graph import Blob, Node
+from attention_transfer.caffe.layers import SSDS_OWN, count_blobs
 from attention_transfer.caffe.layers.forks import settle_meaning
 from attention_transfer.caffe.pitfalls import check
 from attention_transfer.caffe.sizes import OWN_PARAMS, USUAL, taken_channels, told_channels, with_known_sizes
-from attention_transfer.caffe.structure import Blob, Node, count_blobs
 from attention_transfer.caffe.surgery.networks import Network, suggest_blobs, survey_student, survey_teacher
 from attention_transfer.functional import convert_beta
 

@@ -9,10 +9,9 @@ from typing import Any
 from attention_transfer._hints import did_you_mean
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.assembly import try_out
-from attention_transfer.caffe.graph import select
+from attention_transfer.caffe.graph import Blob, Graph, Node, in_phase, select
 from attention_transfer.caffe.layers import Layer
 from attention_transfer.caffe.sizes import with_known_sizes
-from attention_transfer.caffe.structure import Blob, Graph, Node
 
 CONVOLUTIONS = {"Convolution", "DepthwiseConvolution", "ConvolutionDepthwise"}
 WEIGHTED = {*CONVOLUTIONS, "Deconvolution"}
@@ -140,7 +139,7 @@ def survey_teacher(net: Any, student: Network) -> Network:
 
 
 def _network(role: str, net: Any, view: Any, phase: str, channels: int | None) -> Network:
-    view = select_state(view, phase)
+    view = in_phase(view, phase)
     trial = try_out(with_known_sizes(view, channels), phase)
     graph = Graph(view, trial.shapes)
     if graph.unwritten:
@@ -150,14 +149,6 @@ def _network(role: str, net: Any, view: Any, phase: str, channels: int | None) -
             f"layer {layer.name!r}."
         )
     return Network(role, net, graph, _image(graph, role), trial.layers)
-
-
-def select_state(net: Any, phase: str) -> Any:
-    """A copy of a net with all its layers, in the state of this phase."""
-    copy = schema.NetParameter()
-    copy.CopyFrom(net)
-    copy.state.phase = schema.TRAIN if phase == "TRAIN" else schema.TEST
-    return copy
 
 
 def _image(graph: Graph, role: str) -> Blob:
