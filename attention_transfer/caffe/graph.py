@@ -83,7 +83,7 @@ class Blob:
 
     name: str
     producer: Node | None
-    users: list[tuple[Node, int]] = field(default_factory=list)
+    users: list[tuple[Node, int]] = field(default_factory=list, repr=False)
 
 
 @dataclass(eq=False)
@@ -97,8 +97,8 @@ class Node:
 
     index: int
     spec: Any
-    inputs: list[Blob]
-    outputs: list[Blob] = field(default_factory=list)
+    inputs: list[Blob] = field(repr=False)
+    outputs: list[Blob] = field(default_factory=list, repr=False)
 
     @property
     def name(self) -> str:

@@ -84,10 +84,9 @@ def make_plan(net: Net, wanted: Sequence[str] = ()) -> Plan:
     if not outputs:  # sums with a loss weight are losses only beside something else
         outputs = _ends(layers, graph, _losses(net, graph, weighted=False))
     below = graph.below(outputs)
-    needed = [node for node in graph.nodes if node in below]
-    computing = [node for node in needed if not layers[node.index].is_source]
-    read = list(dict.fromkeys(blob for node in computing for blob in node.inputs))
-    inputs = [blob for blob in read if blob.producer in needed and blob.producer not in computing]
+    computing = [node for node in graph.nodes if node in below and not layers[node.index].is_source]
+    read = dict.fromkeys(blob for node in computing for blob in node.inputs)
+    inputs = [blob for blob in read if blob.producer and layers[blob.producer.index].is_source]
     dropped = [node.index for node in graph.nodes if node not in below]
     if not computing:
         raise ValueError(

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attention_transfer.caffe.conversion import pieces
 from attention_transfer.caffe.conversion.emit import WIDTH, Call, Code, Site, Tensors, batch_norm, emit
 from attention_transfer.caffe.conversion.names import Names, class_name, quoted
 from attention_transfer.caffe.conversion.plan import Plan
-from attention_transfer.caffe.layers import Layer
+from attention_transfer.caffe.layers import Layer, pieces
 
 IMPORTED = ("F", "Path", "Tensor", "load", "load_file", "math", "nn", "parts", "self", "torch")
 

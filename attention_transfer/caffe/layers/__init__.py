@@ -13,6 +13,7 @@ from attention_transfer.caffe.layers import (
     forks,
     loss,
     normalization,
+    pieces,
     pooling,
     python,
     score,
@@ -22,7 +23,7 @@ from attention_transfer.caffe.layers.base import REGISTRY, Layer
 
 __all__ = [
     "FORKS", "REGISTRY", "Layer", "Unknown", "activation", "arithmetic", "convolution", "count_blobs", "data",
-    "forks", "loss", "new_layer", "normalization", "pooling", "python", "score", "shape",
+    "forks", "loss", "new_layer", "normalization", "pieces", "pooling", "python", "score", "shape",
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention_transfer.caffe import schema
+from attention_transfer.caffe.layers import pieces
 from attention_transfer.caffe.layers.base import Layer, register
 from attention_transfer.caffe.layers.rules import with_slope
 
@@ -70,7 +71,7 @@ class Threshold(Layer):
     """1 above the threshold, else 0; no gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x > self.spec.threshold_param.threshold).to(x.dtype)
+        return pieces.above(x, self.spec.threshold_param.threshold)
 
 
 @register("Dropout")
@@ -117,7 +118,7 @@ class Exp(Layer):
     def forward(self, x: Tensor) -> Tensor:
         param = self.spec.exp_param
         log_base = 1.0 if param.base == -1 else math.log(param.base)
-        return torch.exp(x * (log_base * param.scale)) * math.exp(log_base * param.shift)
+        return pieces.exponential(x, log_base * param.scale, math.exp(log_base * param.shift))
 
     def setup(self, x: Tensor) -> None:
         _check_base(self, self.spec.exp_param.base)
@@ -133,7 +134,7 @@ class Log(Layer):
     def forward(self, x: Tensor) -> Tensor:
         param = self.spec.log_param
         inverse = 1.0 if param.base == -1 else 1 / math.log(param.base)
-        value = torch.log(x * param.scale + param.shift) * inverse
+        value = pieces.logarithm(x, param.scale, param.shift, inverse)
         if not self.in_place:
             return value
         return with_slope(x, value, inverse * param.scale / (value * param.scale + param.shift))

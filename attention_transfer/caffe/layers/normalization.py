@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attention_transfer.caffe import schema
+from attention_transfer.caffe.layers import pieces
 from attention_transfer.caffe.layers.base import Layer, register
 
 
@@ -110,8 +111,7 @@ class LRN(Layer):
         param = self.spec.lrn_param
         size, half = param.local_size, param.local_size // 2
         if param.norm_region == param.WITHIN_CHANNEL:
-            mean = F.avg_pool2d(x * x, size, 1, half)
-            return x * (1 + param.alpha * mean) ** -param.beta
+            return pieces.respond_within(x, size, param.alpha, param.beta)
         squares = F.pad((x * x)[:, None], (0, 0, 0, 0, half, half))
         mean = F.avg_pool3d(squares, (size, 1, 1), stride=1)[:, 0]
         return x * (param.k + param.alpha * mean) ** -param.beta

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attention_transfer.caffe.layers.base import Layer, register
+from attention_transfer.caffe.layers.pieces import count_windows, max_pool, max_pool_places, mean_pool
 
-LOWEST = torch.finfo(torch.float32).min  # the maximum over nothing, in every precision
 MAX, AVE = 0, 1
 
 Pair = tuple[int, int]
@@ -48,68 +46,33 @@ class Pooling(Layer):
             raise self.error("a pad smaller than the kernel", f"{self.pad} and {self.kernel}")
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        hw = (x.shape[2], x.shape[3])
-        if self.spec.pooling_param.global_pooling:
-            kernel, stride = hw, (1, 1)
-        else:
+        hw, kernel, stride = (x.shape[2], x.shape[3]), (x.shape[2], x.shape[3]), (1, 1)
+        everywhere = self.spec.pooling_param.global_pooling
+        if not everywhere:
             kernel, stride = self.kernel, self.stride
-        axes = zip(hw, kernel, stride, self.pad, strict=True)
-        sizes = [count_windows(*axis, clip=any(self.pad)) for axis in axes]
-        if min(sizes) < 1:
+        geometry = list(zip(hw, kernel, stride, self.pad, strict=True))
+        counts = [count_windows(*axis, drop=any(self.pad)) for axis in geometry]
+        if min(counts) < 1:
             raise self.error("a kernel that fits into its bottom", f"{kernel} for {hw}")
-        plain = all(_is_plain(*axis) for axis in zip(hw, kernel, stride, self.pad, sizes, strict=True))
+        window = kernel, stride, self.pad
+        plain = all(_is_plain(*axis, count) for axis, count in zip(geometry, counts, strict=True))
         if self.spec.pooling_param.pool == AVE:
-            return self._mean(x, kernel, stride, sizes, plain)
-        if plain:
-            if len(self.tops) == 1:
-                return F.max_pool2d(x, kernel, stride, self.pad, ceil_mode=True)
-            values, places = F.max_pool2d(x, kernel, stride, self.pad, ceil_mode=True, return_indices=True)
-            return values, places.to(x.dtype)
-        return self._largest(x, kernel, stride, sizes)
-
-    def _mean(self, x: Tensor, kernel: Pair, stride: Pair, sizes: list[int], plain: bool) -> Tensor:
-        if self.spec.pooling_param.global_pooling:
-            return x.mean((2, 3), keepdim=True)
-        if plain:
-            return F.avg_pool2d(x, kernel, stride, self.pad, ceil_mode=True)
-        sums = F.avg_pool2d(self._framed(x, kernel, stride, sizes, 0.0), kernel, stride, divisor_override=1)
-        areas = [self._extents(x, axis, kernel, stride, sizes) for axis in (0, 1)]
-        return sums / (areas[0][:, None] * areas[1])
-
-    def _largest(
-        self, x: Tensor, kernel: Pair, stride: Pair, sizes: list[int]
-    ) -> Tensor | tuple[Tensor, ...]:
-        framed = self._framed(x, kernel, stride, sizes, LOWEST)
-        values, places = F.max_pool2d(framed, kernel, stride, return_indices=True)
+            if everywhere:
+                return x.mean((2, 3), keepdim=True)
+            return F.avg_pool2d(x, *window, ceil_mode=True) if plain else mean_pool(x, *window)
         if len(self.tops) == 1:
-            return values
-        row, column = places // framed.shape[3] - self.pad[0], places % framed.shape[3] - self.pad[1]
-        inside = (row >= 0) & (row < x.shape[2]) & (column >= 0) & (column < x.shape[3])
-        return values, torch.where(inside, row * x.shape[3] + column, -1).to(x.dtype)
-
-    def _framed(self, x: Tensor, kernel: Pair, stride: Pair, sizes: list[int], value: float) -> Tensor:
-        """`x` with so much around it that exactly the wanted windows fit; cut where none reaches."""
-        needed = [(n - 1) * s + k for n, s, k in zip(sizes, stride, kernel, strict=True)]
-        behind = [need - pad - size for need, pad, size in zip(needed, self.pad, x.shape[2:], strict=True)]
-        return F.pad(x, (self.pad[1], behind[1], self.pad[0], behind[0]), value=value)
-
-    def _extents(self, x: Tensor, axis: int, kernel: Pair, stride: Pair, sizes: list[int]) -> Tensor:
-        start = torch.arange(sizes[axis], device=x.device) * stride[axis] - self.pad[axis]
-        end = (start + kernel[axis]).clamp(max=x.shape[2 + axis] + self.pad[axis])
-        return (end - start).to(x.dtype)
-
-
-def count_windows(size: int, kernel: int, stride: int, pad: int, *, clip: bool) -> int:
-    """How many windows there are along an axis; with `clip`, none that begins in the padding behind."""
-    count = math.ceil((size + 2 * pad - kernel) / stride) + 1
-    return count - 1 if clip and (count - 1) * stride >= size + pad else count
+            return F.max_pool2d(x, *window, ceil_mode=True) if plain else max_pool(x, *window)
+        if not plain:
+            return max_pool_places(x, *window)
+        values, places = F.max_pool2d(x, *window, ceil_mode=True, return_indices=True)
+        return values, places.to(x.dtype)
 
 
 def _is_plain(size: int, kernel: int, stride: int, pad: int, count: int) -> bool:
     """Whether torch's own ceil_mode, which always drops such a window, makes the same ones."""
     return (
         2 * pad <= kernel
-        and count == count_windows(size, kernel, stride, pad, clip=True)
+        and count == count_windows(size, kernel, stride, pad, drop=True)
         and size + 2 * pad >= kernel
     )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attention_transfer._reading import parse_json
+from attention_transfer.caffe.layers import pieces
 from attention_transfer.caffe.layers.base import Layer, register
 
 MODES = ("SUM", "BATCH_SIZE")
@@ -62,9 +63,7 @@ class Python(Layer):
     def forward(self, *bottoms: Tensor) -> Tensor:
         if self.spec.python_param.layer == "AttentionLoss":
             return self._loss(*bottoms)
-        (x,) = bottoms
-        squares = x.flatten(1).square().sum(1) + self.eps
-        return x / squares.sqrt().view(-1, *[1] * (x.dim() - 1))
+        return pieces.unit(bottoms[0], self.eps)
 
     def _loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         if student[0].numel() != teacher[0].numel():

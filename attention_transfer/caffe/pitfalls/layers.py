@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attention_transfer.caffe.graph import Node, tests_always
 from attention_transfer.caffe.layers import FORKS
-from attention_transfer.caffe.layers.pooling import count_windows
+from attention_transfer.caffe.layers.pieces import count_windows
 from attention_transfer.caffe.pitfalls.rules import Blame, Case, named, pitfall
 
 OWN_TOP = "Give it a top of its own name."
@@ -161,7 +161,7 @@ def _has_empty_window(case: Case, node: Node) -> bool:
     for side, size in (("h", shape[2]), ("w", shape[3])):
         kernel = getattr(given, f"kernel_{side}") or given.kernel_size
         stride = getattr(given, f"stride_{side}") or given.stride
-        if kernel and stride and (count_windows(size, kernel, stride, 0, clip=False) - 1) * stride >= size:
+        if kernel and stride and (count_windows(size, kernel, stride, 0, drop=False) - 1) * stride >= size:
             return True
     return False
 

@@ -7,7 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -110,30 +110,11 @@ class Built:
         return solver
 
 
-def build(
-    student: Path_ | Any,
-    teacher: Path_ | Any,
-    *,
-    pairs: str | Iterable[tuple[str, str]] = "auto",
-    form: Literal["caffe", "paper"] = "caffe",
-    p: int = 2,
-    beta: float | None = None,
-    normalize: Literal["ssd", "python"] = "ssd",
-    solver: Path_ | Any = None,
-    student_weights: Path_ | Any = None,
-    teacher_weights: Path_ | Any = None,
-    channels: int | None = None,
-) -> Built:
-    """One net in which a student learns its task, and to look where a frozen teacher looks.
+@dataclass(frozen=True)
+class Options:
+    """How `build` joins two nets.
 
-    The student's layers stay as they are, for both phases; one without a loss gets a label and a
-    cross-entropy. The layers of the teacher that a pair needs get new names, take the images of the student,
-    are frozen, and are there in TRAIN phase only, as are the branches and losses. Maps of unequal size
-    are made equal by average pooling of the larger map, and by a Crop where they differ by one row or column.
-    Mistakes that the nets bring are warned about.
-
-    Args:
-        student, teacher: prototxts of nets for training or deployment, or NetParameters.
+    Attributes:
         pairs: (student's blob, teacher's blob) for each pair of layers to compare, also as "a:b,c:d". A
             blob's name means what its last in-place layer leaves. "auto" pairs the ends of stages of equal
             resolution, as `networks.stage_ends` finds them.
@@ -150,19 +131,73 @@ def build(
         channels: of the images, where neither the weights nor the data, nor the prototxts, tell.
 
     Raises:
+        ValueError: if one is out of its range.
+    """
+
+    pairs: str | Iterable[tuple[str, str]] = "auto"
+    form: Literal["caffe", "paper"] = "caffe"
+    p: int = 2
+    beta: float | None = None
+    normalize: Literal["ssd", "python"] = "ssd"
+    solver: Path_ | Any = None
+    student_weights: Path_ | Any = None
+    teacher_weights: Path_ | Any = None
+    channels: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("form", FORMS), ("normalize", NORMALIZES)):
+            if getattr(self, name) not in known:
+                expected = f"{name} {' or '.join(map(repr, known))}"
+                raise ValueError(f"build: expected {expected}, got {getattr(self, name)!r}.")
+        if self.p not in SQUARINGS:
+            raise ValueError(
+                f"build: expected p 1, 2 or 4, got {self.p}. Other powers have NaN gradients in Caffe where "
+                "an activation is 0."
+            )
+        if self.beta is not None and not 0 < self.beta < math.inf:
+            raise ValueError(f"build: expected beta > 0, got {self.beta}. Leave it out for the default.")
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"build: expected channels of 1 or more, got {self.channels}.")
+
+    @property
+    def weight(self) -> float:
+        """Of each pair's term."""
+        if self.beta is not None:
+            return self.beta
+        # between these two forms the size of the map does not count
+        return 1.0 if self.form == "paper" else convert_beta(1.0, source="paper", target="caffe", hw=(1, 1))
+
+
+def build(
+    student: Path_ | Any, teacher: Path_ | Any, options: Options | None = None, **changes: Any
+) -> Built:
+    """One net in which a student learns its task, and to look where a frozen teacher looks.
+
+    The student's layers stay as they are, for both phases; one without a loss gets a label and a
+    cross-entropy. The layers of the teacher that a pair needs get new names, take the images of the student,
+    are frozen, and are there in TRAIN phase only, as are the branches and losses. Maps of unequal size
+    are made equal by average pooling of the larger map, and by a Crop where they differ by one row or column.
+    Mistakes that the nets bring are warned about.
+
+    Args:
+        student, teacher: prototxts of nets for training or deployment, or NetParameters.
+        options: how; see `Options`.
+        changes: fields of the options, by name.
+
+    Raises:
         ValueError: if a net, a pair or weights do not fit, in one line.
         OSError: if a file cannot be read.
     """
-    _check_options(form, p, beta, normalize)
-    stored = _stored(student_weights), _stored(teacher_weights)
+    options = replace(options or Options(), **changes)
+    stored = _stored(options.student_weights), _stored(options.teacher_weights)
     nets = _read(student), _read(teacher)
     for each, weights in zip(nets, stored, strict=True):
         settle_meaning(each.layer, weights)
-    channels, notes = _channels(nets, stored, channels)
+    channels, notes = _channels(nets, stored, options.channels)
     ours = survey_student(nets[0], channels)
     theirs = survey_teacher(nets[1], ours)
     _compare_images(ours, theirs)
-    asked = suggest_blobs(ours, theirs) if pairs == "auto" else _parse_pairs(pairs)
+    asked = suggest_blobs(ours, theirs) if options.pairs == "auto" else _parse_pairs(options.pairs)
     taps = [(ours.tap(mine), theirs.tap(other)) for mine, other in asked]
     net = _copy(ours.net)
     net.ClearField("force_backward")
@@ -173,40 +208,28 @@ def build(
     prefix = _free_prefix(["teacher_"], _names(net), _names(theirs.net))
     frozen, renamed = _frozen(theirs, [tap for _, tap in taps], prefix, ours.image.name)
     net.layer.extend(frozen)
-    built = [_pair(ours, theirs, mine, other, renamed[other]) for mine, other in taps]
-    style = _Style(form, p, _default_beta(form) if beta is None else beta, normalize)
-    net.layer.extend(style.branches(built, _names(net)))
+    pairs = [_pair(ours, theirs, mine, other, renamed[other]) for mine, other in taps]
+    net.layer.extend(_branches(options, pairs, _names(net)))
     net.name = f"{net.name or 'student'}_with_attention_transfer"
     merged = _merged_weights(net, frozen, prefix, stored, channels)
     comment = f"Made by `attention-transfer caffe build`: student {ours.title}, teacher {theirs.title}."
-    settings = _solver(solver, ours)
-    for finding in check(net, settings, channels=channels):  # what is built here is clean by construction
+    solver = _solver(options.solver, ours)
+    notes += _check_built(net, solver, channels)
+    return Built(net, solver, merged, _sources(options), pairs, notes, comment)
+
+
+def _check_built(net: Any, solver: Any, channels: int | None) -> list[str]:
+    """Warn of mistakes that the nets brought, as what is built here is clean by construction; and notes."""
+    notes = []
+    for finding in check(net, solver, channels=channels):
         said = f"{finding.message} {finding.mend}"
         if finding.note:
             notes.append(said)
         else:
-            warnings.warn(f"build: the nets brought {finding.pitfall} with them. {said}", stacklevel=2)
+            warnings.warn(f"build: the nets brought {finding.pitfall} with them. {said}", stacklevel=3)
     if detecting := sorted({layer.type for layer in net.layer} & SSDS_OWN):
         notes.append(f"{', '.join(detecting)}: in the SSD fork alone; `caffe train` cannot run this net.")
-    return Built(net, settings, merged, style.sources(), built, notes, comment)
-
-
-def _check_options(form: str, p: int, beta: float | None, normalize: str) -> None:
-    for name, value, known in (("form", form, FORMS), ("normalize", normalize, NORMALIZES)):
-        if value not in known:
-            raise ValueError(f"build: expected {name} {' or '.join(map(repr, known))}, got {value!r}.")
-    if p not in SQUARINGS:
-        raise ValueError(
-            f"build: expected p 1, 2 or 4, got {p}. Other powers have NaN gradients in Caffe where an "
-            "activation is 0."
-        )
-    if beta is not None and not 0 < beta < float("inf"):
-        raise ValueError(f"build: expected beta > 0, got {beta}. Leave it out for the default.")
-
-
-def _default_beta(form: str) -> float:
-    # between these two forms the size of the map does not count
-    return 1.0 if form == "paper" else convert_beta(1.0, source="paper", target="caffe", hw=(1, 1))
+    return notes
 
 
 def _parse_pairs(pairs: str | Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -251,15 +274,14 @@ def _channels(
     Raises:
         ValueError: if the weights take others than the data have.
     """
-    if stated is not None and stated < 1:
-        raise ValueError(f"build: expected channels of 1 or more, got {stated}.")
     data = [layer for layer in nets[0].layer if layer.type in OWN_PARAMS]
     if not data:
         return None, []
+    files = {layer.data_param.source for layer in data} | {"is_color", "is_color: false"}
     told = next((told for layer in data if (told := told_channels(layer))), None)
     taken = taken_channels(nets[0], "TRAIN", stored[0])
     teachers = taken_channels(nets[1], "TRAIN", stored[1]) or taken_channels(nets[1], "TEST", stored[1])
-    if stated is None and taken and told and taken != told[0] and told[1] in _sources(data):
+    if stated is None and taken and told and taken != told[0] and told[1] in files:
         raise ValueError(
             f"build: expected images of {taken} channels, as the student's weights take, got {told[0]} in "
             f"{told[1]}. Take the weights of this net, or its data."
@@ -273,10 +295,6 @@ def _channels(
     ]
     count, why = next((count, why) for count, why in found if count)
     return count, [f"images of {count} channel{'s' if count > 1 else ''}, {why}."]
-
-
-def _sources(data: Iterable[Any]) -> set[str]:
-    return {layer.data_param.source for layer in data} | {"is_color", "is_color: false"}
 
 
 # ------------------------------------------------------------------------------------------ student, teacher
@@ -465,106 +483,102 @@ class _Cropping(NamedTuple):
     learns: bool
 
 
-@dataclass(frozen=True)
-class _Style:
-    """How the branches look."""
+def _branches(options: Options, pairs: Sequence[BuiltPair], taken: set[str]) -> list[Any]:
+    """The layers of all pairs, with names that are free."""
+    numbered = [(pair, str(n) if len(pairs) > 1 else "") for n, pair in enumerate(pairs, start=1)]
+    own = [layer.name for pair, number in numbered for layer in _of_pair(options, pair, number, "")]
+    prefix = _free_prefix(["", "at_"], taken, own)
+    return [layer for pair, number in numbered for layer in _of_pair(options, pair, number, prefix)]
 
-    form: str
-    p: int
-    beta: float
-    normalize: str
 
-    def branches(self, pairs: Sequence[BuiltPair], taken: set[str]) -> list[Any]:
-        """The layers of all pairs, with names that are free."""
-        numbered = [(pair, str(n) if len(pairs) > 1 else "") for n, pair in enumerate(pairs, start=1)]
-        own = [layer.name for pair, number in numbered for layer in self._of_pair(pair, number, "")]
-        prefix = _free_prefix(["", "at_"], taken, own)
-        return [layer for pair, number in numbered for layer in self._of_pair(pair, number, prefix)]
+def _of_pair(options: Options, pair: BuiltPair, number: str, prefix: str) -> list[Any]:
+    layers, ends = [], []
+    taps = {"s": pair.student, "t": pair.teacher}
+    for side, tap in taps.items():
+        factors = pair.pooled[1] if pair.pooled and pair.pooled[0] == side else None
+        crop = None
+        if pair.cropped and pair.cropped[0] == side:
+            crop = _Cropping(taps["t" if side == "s" else "s"], pair.cropped[1], side == "s")
+        branch = _map(options, tap, f"{prefix}%s_{side}{number}", factors, crop)
+        layers += branch
+        ends.append(branch[-1].top[0])
+    loss = _loss(options, f"{prefix}at_loss{number}")
+    loss.bottom.extend(ends)
+    loss.propagate_down.extend([True, False])
+    return [*layers, loss]
 
-    def _of_pair(self, pair: BuiltPair, number: str, prefix: str) -> list[Any]:
-        layers, ends = [], []
-        taps = {"s": pair.student, "t": pair.teacher}
-        for side, tap in taps.items():
-            factors = pair.pooled[1] if pair.pooled and pair.pooled[0] == side else None
-            crop = None
-            if pair.cropped and pair.cropped[0] == side:
-                crop = _Cropping(taps["t" if side == "s" else "s"], pair.cropped[1], side == "s")
-            branch = self._map(tap, f"{prefix}%s_{side}{number}", factors, crop)
-            layers += branch
-            ends.append(branch[-1].top[0])
-        loss = self._loss(f"{prefix}at_loss{number}")
-        loss.bottom.extend(ends)
-        loss.propagate_down.extend([True, False])
-        return [*layers, loss]
 
-    def _map(
-        self,
-        tap: str,
-        name: str,
-        factors: tuple[int, int] | None,
-        crop: _Cropping | None,
-    ) -> list[Any]:
-        """From an activation to its map; one to be pooled or cropped keeps its two axes until it is."""
-        chain = [(name % "abs", "AbsVal")]
-        chain += [(name % power, "Power") for power in ("pow", "pow4")[: SQUARINGS[self.p]]]
-        chain += [(name % "map", "Convolution")]
-        chain += [(name % "pool", "Pooling")] if factors else []
-        chain += [(name % "crop", "Crop")] if crop else []
-        flat = (name % "flat", "Reshape")
-        chain = [*chain, flat] if factors or crop else [flat, *chain]
-        chain += [(name % "norm", "Normalize" if self.normalize == "ssd" else "Python")]
-        layers = []
-        for own, kind in chain:
-            layer = schema.LayerParameter(name=own, type=kind, bottom=[tap], top=[own])
-            layer.include.add(phase=schema.TRAIN)
-            self._fill_in(layer, factors)
-            if kind == "Crop" and crop:
-                layer.bottom.append(crop.reference)
-                layer.propagate_down.extend([crop.learns, False])
-                layer.crop_param.axis = 2
-                layer.crop_param.offset.extend(crop.offsets)
-            layers.append(layer)
-            tap = own
-        return layers
+def _map(
+    options: Options,
+    tap: str,
+    name: str,
+    factors: tuple[int, int] | None,
+    crop: _Cropping | None,
+) -> list[Any]:
+    """From an activation to its map; one to be pooled or cropped keeps its two axes until it is."""
+    chain = [(name % "abs", "AbsVal")]
+    chain += [(name % power, "Power") for power in ("pow", "pow4")[: SQUARINGS[options.p]]]
+    chain += [(name % "map", "Convolution")]
+    chain += [(name % "pool", "Pooling")] if factors else []
+    chain += [(name % "crop", "Crop")] if crop else []
+    flat = (name % "flat", "Reshape")
+    chain = [*chain, flat] if factors or crop else [flat, *chain]
+    chain += [(name % "norm", "Normalize" if options.normalize == "ssd" else "Python")]
+    layers = []
+    for own, kind in chain:
+        layer = schema.LayerParameter(name=own, type=kind, bottom=[tap], top=[own])
+        layer.include.add(phase=schema.TRAIN)
+        _fill_in(layer, factors)
+        if kind == "Crop" and crop:
+            layer.bottom.append(crop.reference)
+            layer.propagate_down.extend([crop.learns, False])
+            layer.crop_param.axis = 2
+            layer.crop_param.offset.extend(crop.offsets)
+        layers.append(layer)
+        tap = own
+    return layers
 
-    def _fill_in(self, layer: Any, factors: tuple[int, int] | None) -> None:
-        if layer.type == "Reshape":
-            layer.reshape_param.shape.dim.extend([0, 0, -1, 1])
-        elif layer.type == "Power":
-            layer.power_param.power = 2
-        elif layer.type == "Convolution":
-            layer.param.add(lr_mult=0, decay_mult=0)
-            given = layer.convolution_param
-            given.num_output, given.bias_term = 1, False
-            given.kernel_size.append(1)
-            given.weight_filler.type, given.weight_filler.value = "constant", 1
-        elif layer.type == "Pooling" and factors:
-            given = layer.pooling_param
-            given.pool = given.AVE
-            given.kernel_h = given.stride_h = factors[0]
-            given.kernel_w = given.stride_w = factors[1]
-        elif layer.type == "Normalize":
-            layer.param.add(lr_mult=0, decay_mult=0)
-            given = layer.norm_param
-            given.across_spatial = given.channel_shared = True
-            given.scale_filler.type, given.scale_filler.value = "constant", 1
-        elif layer.type == "Python":
-            _set_python(layer, "attention_normalize", "Normalize", {"eps": 1e-10})
 
-    def _loss(self, name: str) -> Any:
-        loss = schema.LayerParameter(name=name, type="EuclideanLoss", top=[name], loss_weight=[self.beta])
-        loss.include.add(phase=schema.TRAIN)
-        if self.form == "paper":
-            loss.type, loss.loss_weight[0] = "Python", 1
-            settings = {"beta": self.beta, "normalization": "BATCH_SIZE"}
-            _set_python(loss, "attention_loss", "AttentionLoss", settings)
-        return loss
+def _fill_in(layer: Any, factors: tuple[int, int] | None) -> None:
+    if layer.type == "Reshape":
+        layer.reshape_param.shape.dim.extend([0, 0, -1, 1])
+    elif layer.type == "Power":
+        layer.power_param.power = 2
+    elif layer.type == "Convolution":
+        layer.param.add(lr_mult=0, decay_mult=0)
+        given = layer.convolution_param
+        given.num_output, given.bias_term = 1, False
+        given.kernel_size.append(1)
+        given.weight_filler.type, given.weight_filler.value = "constant", 1
+    elif layer.type == "Pooling" and factors:
+        given = layer.pooling_param
+        given.pool = given.AVE
+        given.kernel_h = given.stride_h = factors[0]
+        given.kernel_w = given.stride_w = factors[1]
+    elif layer.type == "Normalize":
+        layer.param.add(lr_mult=0, decay_mult=0)
+        given = layer.norm_param
+        given.across_spatial = given.channel_shared = True
+        given.scale_filler.type, given.scale_filler.value = "constant", 1
+    elif layer.type == "Python":
+        _set_python(layer, "attention_normalize", "Normalize", {"eps": 1e-10})
 
-    def sources(self) -> dict[str, str]:
-        """The Python layers in use, by the name of their file."""
-        used = {"attention_loss": self.form == "paper", "attention_normalize": self.normalize == "python"}
-        names = [f"{module}.py" for module, there in used.items() if there]
-        return {name: (PYCAFFE / name).read_text(encoding="utf-8") for name in names}
+
+def _loss(options: Options, name: str) -> Any:
+    loss = schema.LayerParameter(name=name, type="EuclideanLoss", top=[name], loss_weight=[options.weight])
+    loss.include.add(phase=schema.TRAIN)
+    if options.form == "paper":
+        loss.type, loss.loss_weight[0] = "Python", 1
+        settings = {"beta": options.weight, "normalization": "BATCH_SIZE"}
+        _set_python(loss, "attention_loss", "AttentionLoss", settings)
+    return loss
+
+
+def _sources(options: Options) -> dict[str, str]:
+    """The Python layers in use, by the name of their file."""
+    used = {"attention_loss": options.form == "paper", "attention_normalize": options.normalize == "python"}
+    names = [f"{module}.py" for module, there in used.items() if there]
+    return {name: (PYCAFFE / name).read_text(encoding="utf-8") for name in names}
 
 
 def _set_python(layer: Any, module: str, name: str, settings: dict[str, Any]) -> None:

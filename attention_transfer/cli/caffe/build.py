@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from attention_transfer._colours import print_safely
 from attention_transfer._tables import format_table
@@ -15,6 +16,27 @@ if TYPE_CHECKING:
 
 
 def run(arguments: list[str]) -> None:
+    flags = parse(_parser(), arguments)
+    from attention_transfer.caffe import build
+    from attention_transfer.caffe.surgery.joining import Options
+
+    options = Options(**{field.name: flags[field.name] for field in fields(Options)})
+    built = build(flags.student, flags.teacher, options)
+    files = built.write(flags.output, force=flags.force)
+    notes = [f"note: {note}" for note in built.notes]
+    print_safely(_table(built.pairs), "", *notes, *(f"wrote {file}" for file in files), "", sep="\n")
+    weights = f" --weights {flags.output.with_suffix('.caffemodel')}" if built.weights is not None else ""
+    print_safely(f"Next: {PROGRAM} caffe train --solver {files[1]}{weights}")
+    print_safely(f"In Caffe: caffe train --solver {files[1]}{weights}")
+    if built.sources:
+        print_safely(f"with PYTHONPATH={flags.output.parent} and a Caffe built WITH_PYTHON_LAYER.")
+    if flags.teacher_weights is None:
+        print_safely(
+            "The teacher has no weights yet: give --weights those of a trained one, under its new names."
+        )
+
+
+def _parser() -> Any:
     usage = f"{PROGRAM} caffe build --student s.prototxt --teacher t.prototxt -o at_train.prototxt"
     parser = verb_parser("caffe build", usage, VERBS["build"])
     parser.add_argument("--student", type=Path, required=True, help="The student's prototxt.")
@@ -55,34 +77,7 @@ def run(arguments: list[str]) -> None:
         help="The net; other files go beside it.",
     )
     parser.add_argument("--force", action="store_true", help="Overwrite files that are already there.")
-    flags = parse(parser, arguments)
-    from attention_transfer.caffe import build
-
-    built = build(
-        flags.student,
-        flags.teacher,
-        pairs=flags.pairs,
-        form=flags.form,
-        p=flags.p,
-        beta=flags.beta,
-        normalize=flags.normalize,
-        solver=flags.solver,
-        student_weights=flags.student_weights,
-        teacher_weights=flags.teacher_weights,
-        channels=flags.channels,
-    )
-    files = built.write(flags.output, force=flags.force)
-    notes = [f"note: {note}" for note in built.notes]
-    print_safely(_table(built.pairs), "", *notes, *(f"wrote {file}" for file in files), "", sep="\n")
-    weights = f" --weights {flags.output.with_suffix('.caffemodel')}" if built.weights is not None else ""
-    print_safely(f"Next: {PROGRAM} caffe train --solver {files[1]}{weights}")
-    print_safely(f"In Caffe: caffe train --solver {files[1]}{weights}")
-    if built.sources:
-        print_safely(f"with PYTHONPATH={flags.output.parent} and a Caffe built WITH_PYTHON_LAYER.")
-    if flags.teacher_weights is None:
-        print_safely(
-            "The teacher has no weights yet: give --weights those of a trained one, under its new names."
-        )
+    return parser
 
 
 def _table(pairs: list[BuiltPair]) -> str:

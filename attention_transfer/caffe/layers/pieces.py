@@ -1,6 +1,6 @@
-"""What torch has no module for: each of these is copied, where it is used, into the file of a converted net.
+"""What torch has no module for: layers compute by it, and `convert` copies it into a converted net.
 
-So they know nothing but torch, and fit into 88 columns.
+So it knows nothing but torch, and fits into 88 columns.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def max_pool(
     pad: tuple[int, int],
 ) -> Tensor:
     """Max pooling over windows that may hang over the edge."""
-    lowest = torch.finfo(torch.float32).min
+    lowest = torch.finfo(torch.float32).min  # over nothing, in every precision
     return F.max_pool2d(framed(x, kernel, stride, pad, lowest), kernel, stride)
 
 
