@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from attention_transfer.caffe import Net, convert, read_caffemodel, schema, to_caffemodel
-from attention_transfer.caffe.conversion import GradientWarning
+from attention_transfer.caffe.converting import GradientWarning
 from attention_transfer.caffe.files.caffemodel import blob_array, write_binary
 from attention_transfer.caffe.files.prototxt import parse_net
 from attention_transfer.cli import main
@@ -38,7 +38,7 @@ CASES = [
 ONLY_LOSSES = ("accuracy", "euclidean", "hinge", "sigmoid_ce", "softmax_loss")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
-pytestmark = pytest.mark.filterwarnings("ignore::attention_transfer.caffe.conversion.GradientWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::attention_transfer.caffe.converting.GradientWarning")
 
 _numbers = itertools.count()
 
@@ -617,7 +617,7 @@ def test_other_gradients_are_the_same(kind: str, settings: str, tmp_path: Path) 
 
 
 def test_a_type_that_does_not_convert_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from attention_transfer.caffe.conversion import emit
+    from attention_transfer.caffe.converting import emit
 
     monkeypatch.delitem(emit.EMITTERS, "TanH")
     with pytest.raises(ValueError, match="layer 'layer': expected a type that converts, got 'TanH'"):

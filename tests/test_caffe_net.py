@@ -18,6 +18,7 @@ from torch import Tensor
 from attention_transfer import Taps
 from attention_transfer.caffe import Net, fusion
 from attention_transfer.caffe.files.prototxt import parse_net
+from attention_transfer.caffe.layers import count_blobs
 from attention_transfer.caffe.schema import ParamSpec
 from attention_transfer.functional import raw_energy
 
@@ -69,6 +70,7 @@ def test_case(case: str, dtype: torch.dtype) -> None:
     if meta["kind"] == "stochastic":
         pytest.skip("random numbers: see test_dropout_keeps_and_scales")
     tolerance = meta["tolerance"][str(dtype).removeprefix("torch.")]
+    assert all(count_blobs(layer.spec) == len(layer.blobs) for layer in net.layers)
     blobs = net(inputs)
     if meta["has_loss"] and net.loss.requires_grad:
         net.loss.backward()

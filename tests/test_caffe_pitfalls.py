@@ -14,11 +14,11 @@ import pytest
 from conftest import SHARED
 
 from attention_transfer.caffe import Net, check, schema, write_prototxt
+from attention_transfer.caffe.checking import Finding
 from attention_transfer.caffe.files.prototxt import layer_lines
 from attention_transfer.caffe.graph import Graph
 from attention_transfer.caffe.layers import REGISTRY
 from attention_transfer.caffe.layers.base import UnsupportedError
-from attention_transfer.caffe.pitfalls import Finding
 from attention_transfer.caffe.schema import text_format
 from attention_transfer.cli import main
 

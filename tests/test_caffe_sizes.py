@@ -16,9 +16,9 @@ from torch import Tensor
 
 from attention_transfer import attention_map
 from attention_transfer.caffe import Net, build, check, convert, read_net, schema, write_prototxt
+from attention_transfer.caffe.building.networks import survey_student
 from attention_transfer.caffe.files.caffemodel import write_binary
 from attention_transfer.caffe.files.prototxt import parse_net
-from attention_transfer.caffe.surgery.networks import survey_student
 from attention_transfer.cli import main
 
 

@@ -28,13 +28,14 @@ from attention_transfer.caffe import (
     schema,
     write_prototxt,
 )
+from attention_transfer.caffe.building.networks import resolution_ends, survey_student
+from attention_transfer.caffe.building.options import Options
 from attention_transfer.caffe.files.caffemodel import array_blob, write_binary
 from attention_transfer.caffe.files.prototxt import parse_net, read_solver
-from attention_transfer.caffe.surgery.networks import stage_ends, survey_student
 from attention_transfer.cli import main
 
 REFERENCE = SHARED / "reference" / "caffe"
-PYCAFFE = Path(at.__file__).parent / "caffe" / "surgery" / "pycaffe"
+PYCAFFE = Path(at.__file__).parent / "caffe" / "building" / "pycaffe"
 
 
 # ------------------------------------------------------------------------------------ nets of the reference
@@ -342,6 +343,15 @@ def test_the_term_is_that_of_the_package(form: Any, p: int) -> None:
     torch.testing.assert_close(term, want, rtol=1e-6, atol=0)
 
 
+def test_options_may_be_a_record_or_keywords() -> None:
+    nets = plain((4, 6)), plain((5, 8))
+    record = Options(form="paper", p=4)
+    one, two, three = build(*nets, record), build(*nets, form="paper", p=4), build(*nets, record, p=2)
+    assert one.net == two.net != three.net == build(*nets, form="paper").net
+    with pytest.raises(TypeError, match="unexpected keyword argument 'fomr'"):
+        build(*nets, fomr="paper")
+
+
 def test_without_beta_both_forms_pull_alike_where_maps_are_at_their_usual_distance() -> None:
     paper, caffe = (build(plain((4,)), plain((5,)), form=form) for form in ("paper", "caffe"))
     assert json.loads(paper.net.layer[-1].python_param.param_str)["beta"] == 1
@@ -474,7 +484,7 @@ def residual(name: str, bottom: str, outputs: int, stride: int = 1) -> str:
 
 
 def ends_of(text: str, size: int = 32) -> list[str]:
-    return list(stage_ends(survey_student(parse_net(source("data", 1, 3, size, size) + text))).values())
+    return list(resolution_ends(survey_student(parse_net(source("data", 1, 3, size, size) + text))).values())
 
 
 def test_the_end_of_a_stage_is_its_last_block() -> None:

@@ -12,13 +12,13 @@ from attention_transfer.cli.caffe import VERBS
 from attention_transfer.cli.parsing import PROGRAM, parse, verb_parser
 
 if TYPE_CHECKING:
-    from attention_transfer.caffe.surgery.joining import BuiltPair
+    from attention_transfer.caffe.building.branches import BuiltPair
 
 
 def run(arguments: list[str]) -> None:
     flags = parse(_parser(), arguments)
     from attention_transfer.caffe import build
-    from attention_transfer.caffe.surgery.joining import Options
+    from attention_transfer.caffe.building.options import Options
 
     options = Options(**{field.name: flags[field.name] for field in fields(Options)})
     built = build(flags.student, flags.teacher, options)

@@ -57,14 +57,14 @@ def _is_safetensors(path: str) -> bool:
 
 
 def _forth(flags: Any) -> None:
-    from attention_transfer.caffe import conversion
+    from attention_transfer.caffe import converting
 
     folder = Path(flags.out)
-    written = [conversion.SOURCE, conversion.WEIGHTS, *([conversion.ONNX] if flags.onnx else [])]
+    written = [converting.SOURCE, converting.WEIGHTS, *([converting.ONNX] if flags.onnx else [])]
     _refuse_to_replace([folder / name for name in written], flags.force)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{VERB}: expected a folder after -o, got {folder}, which is a file.")
-    done = conversion.convert_net(
+    done = converting.convert_net(
         flags.net, flags.weights, folder, phase=flags.phase, output=flags.output, onnx=flags.onnx
     )
     for line in done.differences():
@@ -81,7 +81,7 @@ def _back(flags: Any) -> None:
     if path.suffix != ".caffemodel":
         raise UsageError(f"{VERB}: expected -o NAME.caffemodel for weights in safetensors, got {path}.")
     _refuse_to_replace([path], flags.force)
-    from attention_transfer.caffe.conversion import to_caffemodel
+    from attention_transfer.caffe.converting import to_caffemodel
     from attention_transfer.caffe.files.caffemodel import write_binary
 
     stored = to_caffemodel(flags.net, flags.weights, phase=flags.phase)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from attention_transfer._files import write_atomically
 from attention_transfer._onnx import require_onnx
-from attention_transfer.caffe.conversion.back import to_caffemodel as to_caffemodel
-from attention_transfer.caffe.conversion.export import USER, agree, as_onnx, as_tuple
-from attention_transfer.caffe.conversion.plan import Plan, make_plan, net_without_data
-from attention_transfer.caffe.conversion.source import Source, state_of, write_source
+from attention_transfer.caffe.converting.back import to_caffemodel as to_caffemodel
+from attention_transfer.caffe.converting.export import USER, agree, as_onnx, as_tuple
+from attention_transfer.caffe.converting.selection import Selection, net_without_data, select_layers
+from attention_transfer.caffe.converting.source import Source, state_of, write_source
 from attention_transfer.caffe.files.caffemodel import read_caffemodel
 from attention_transfer.caffe.graph import Blob
 from attention_transfer.caffe.net import Net, Phase
@@ -107,17 +107,17 @@ def convert_net(
     if onnx:
         require_onnx(USER)
     net = _read(prototxt, weights, phase)
-    plan = make_plan(net, [output] if isinstance(output, str) else output)
-    source = write_source(plan, net.dtype)
+    selection = select_layers(net, [output] if isinstance(output, str) else output)
+    source = write_source(selection, net.dtype)
     folder = Path(folder)
-    examples, blobs = _trial(plan, net.dtype)
+    examples, blobs = _trial(selection, net.dtype)
     model = _instance(folder / SOURCE, source, net.dtype)
-    _compare(plan, source, model, examples, blobs)
+    _compare(selection, source, model, examples, blobs)
     files: dict[str, bytes | str] = {SOURCE: source.text, WEIGHTS: _packed(model)}
     if onnx:
         # in float32: onnxruntime lacks much in doubles
         inputs = dict(zip(source.inputs, (x.float() for x in examples), strict=True))
-        files[ONNX] = as_onnx(model.float(), inputs, source.outputs, plan.share)
+        files[ONNX] = as_onnx(model.float(), inputs, source.outputs, selection.share)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(folder / name, content)
@@ -162,7 +162,7 @@ def _packed(model: nn.Module) -> bytes:
     return safetensors_torch.save({key: value.clone() for key, value in model.state_dict().items()})
 
 
-def _trial(plan: Plan, dtype: torch.dtype) -> tuple[list[Tensor], dict[Blob, Tensor]]:
+def _trial(selection: Selection, dtype: torch.dtype) -> tuple[list[Tensor], dict[Blob, Tensor]]:
     """Random inputs, and the blobs that the net makes of them.
 
     They are two samples, if the net can do with fewer than it declares.
@@ -170,24 +170,24 @@ def _trial(plan: Plan, dtype: torch.dtype) -> tuple[list[Tensor], dict[Blob, Ten
     Raises:
         ValueError: if the blobs would not fit into memory.
     """
-    shapes = [plan.shape(blob) for blob in plan.inputs]
+    shapes = [selection.shape(blob) for blob in selection.inputs]
     for few in (True, False):
         generator = torch.Generator().manual_seed(0)
         sizes = [(min(shape[0], 2), *shape[1:]) if few and shape else shape for shape in shapes]
-        _check_memory(plan, math.prod(sizes[0]) / max(math.prod(shapes[0]), 1), dtype)
+        _check_memory(selection, math.prod(sizes[0]) / max(math.prod(shapes[0]), 1), dtype)
         examples = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
         try:
-            return examples, _blobs(plan, examples)
+            return examples, _blobs(selection, examples)
         except (RuntimeError, ValueError):  # such as a Reshape to a fixed batch
             if not few:
                 raise
     raise AssertionError
 
 
-def _check_memory(plan: Plan, share: float, dtype: torch.dtype) -> None:
-    shapes = plan.net.shapes
-    names = {name for index in plan.layers for name in plan.net.layers[index].tops}
-    entries = sum(math.prod(shapes[name]) for name in (*names, *(blob.name for blob in plan.inputs)))
+def _check_memory(selection: Selection, share: float, dtype: torch.dtype) -> None:
+    shapes = selection.net.shapes
+    names = {name for index in selection.layers for name in selection.net.layers[index].tops}
+    entries = sum(math.prod(shapes[name]) for name in (*names, *(blob.name for blob in selection.inputs)))
     needed = int(entries * share * dtype.itemsize)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
@@ -198,23 +198,27 @@ def _check_memory(plan: Plan, share: float, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def _blobs(plan: Plan, examples: Sequence[Tensor]) -> dict[Blob, Tensor]:
-    plan.net.eval()
-    blobs = dict(zip(plan.inputs, examples, strict=True))
-    for index in plan.layers:
-        node = plan.graph.nodes[index]
-        tops = plan.net.layers[index](*(blobs[blob] for blob in node.inputs))
+def _blobs(selection: Selection, examples: Sequence[Tensor]) -> dict[Blob, Tensor]:
+    selection.net.eval()
+    blobs = dict(zip(selection.inputs, examples, strict=True))
+    for index in selection.layers:
+        node = selection.graph.nodes[index]
+        tops = selection.net.layers[index](*(blobs[blob] for blob in node.inputs))
         blobs.update(zip(node.outputs, tops if isinstance(tops, tuple) else (tops,), strict=True))
     return blobs
 
 
 @torch.no_grad()
 def _compare(
-    plan: Plan, source: Source, model: nn.Module, examples: Sequence[Tensor], blobs: Mapping[Blob, Tensor]
+    selection: Selection,
+    source: Source,
+    model: nn.Module,
+    examples: Sequence[Tensor],
+    blobs: Mapping[Blob, Tensor],
 ) -> None:
-    tolerance = 1e-4 if plan.net.dtype == torch.float32 else 1e-9
-    for mine, blob in zip(as_tuple(model(*examples)), plan.outputs, strict=True):
-        if not agree(mine, blobs[blob], tolerance, plan.share):
+    tolerance = 1e-4 if selection.net.dtype == torch.float32 else 1e-9
+    for mine, blob in zip(as_tuple(model(*examples)), selection.outputs, strict=True):
+        if not agree(mine, blobs[blob], tolerance, selection.share):
             raise ValueError(
                 f"convert: expected the module to give the net's {blob.name!r}, got other numbers "
                 f"in {source.name}. Please report the prototxt: this is a bug."

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from attention_transfer.caffe.checking.rules import Blame, Case, named, pitfall
 from attention_transfer.caffe.graph import Node, tests_always
 from attention_transfer.caffe.layers import FORKS
 from attention_transfer.caffe.layers.pieces import count_windows
-from attention_transfer.caffe.pitfalls.rules import Blame, Case, named, pitfall
 
 OWN_TOP = "Give it a top of its own name."
 RECTIFIERS = {"AbsVal", "ReLU", "PReLU"}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from attention_transfer.caffe.checking.attention import Attention
 from attention_transfer.caffe.graph import Graph, Node
-from attention_transfer.caffe.pitfalls.attention import Attention
 
 
 @dataclass(eq=False)

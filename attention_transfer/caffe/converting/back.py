@@ -14,9 +14,9 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from attention_transfer._reading import first_line, read_bytes
-from attention_transfer.caffe.conversion.emit import Tensors
-from attention_transfer.caffe.conversion.plan import make_plan, net_without_data
-from attention_transfer.caffe.conversion.source import write_source
+from attention_transfer.caffe.converting.emit import Tensors
+from attention_transfer.caffe.converting.selection import net_without_data, select_layers
+from attention_transfer.caffe.converting.source import write_source
 from attention_transfer.caffe.layers import Layer
 from attention_transfer.caffe.net import Net, Phase
 
@@ -55,7 +55,7 @@ def to_caffemodel(
     if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
         net.double()
     if any(key.endswith("running_var") for key in tensors) or tensors.keys() != _own(net).keys():
-        entries = write_source(make_plan(net), net.dtype).tensors
+        entries = write_source(select_layers(net), net.dtype).tensors
     else:
         entries = _own(net)
     _fill(entries, tensors)

@@ -13,12 +13,12 @@ from typing import Any
 
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.assembly import Trial, try_out
+from attention_transfer.caffe.checking import branches, layers, teachers  # noqa: F401 (they enter their rules)
+from attention_transfer.caffe.checking.rules import RULES, Blame, Case
+from attention_transfer.caffe.checking.spelling import Misspelt, parse_leniently
 from attention_transfer.caffe.files import prototxt as files
 from attention_transfer.caffe.graph import Graph
 from attention_transfer.caffe.layers.base import LayerError, UnsupportedError
-from attention_transfer.caffe.pitfalls import branches, layers, teachers  # noqa: F401 (they enter their rules)
-from attention_transfer.caffe.pitfalls.rules import RULES, Blame, Case
-from attention_transfer.caffe.pitfalls.spelling import Misspelt, parse_leniently
 from attention_transfer.caffe.schema import text_format
 from attention_transfer.caffe.sizes import untold, with_known_sizes
 

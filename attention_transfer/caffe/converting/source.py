@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attention_transfer.caffe.conversion.emit import WIDTH, Call, Code, Site, Tensors, batch_norm, emit
-from attention_transfer.caffe.conversion.names import Names, class_name, quoted
-from attention_transfer.caffe.conversion.plan import Plan
+from attention_transfer.caffe.converting.emit import WIDTH, Call, Code, Site, Tensors, batch_norm, emit
+from attention_transfer.caffe.converting.names import Names, class_name, quoted
+from attention_transfer.caffe.converting.selection import Selection
 from attention_transfer.caffe.layers import Layer, pieces
 
 IMPORTED = ("F", "Path", "Tensor", "load", "load_file", "math", "nn", "parts", "self", "torch")
@@ -38,7 +38,7 @@ LOAD = '''def load(folder: str | Path = Path(__file__).parent) -> {name}:
 
 @dataclass
 class Source:
-    """What becomes of a plan.
+    """What becomes of a selection of layers.
 
     Attributes:
         text: the file.
@@ -56,13 +56,13 @@ class Source:
     differing: dict[str, list[str]] = field(default_factory=dict)
 
 
-def write_source(plan: Plan, dtype: torch.dtype) -> Source:
+def write_source(selection: Selection, dtype: torch.dtype) -> Source:
     """The source of a net, and what its state dict is made of.
 
     Raises:
         ValueError: if a layer cannot be written as PyTorch code.
     """
-    writer = _Writer(plan)
+    writer = _Writer(selection)
     source = writer.source
     body = writer.body()
     cast = ".double()" if dtype == torch.float64 else ""
@@ -74,17 +74,19 @@ def write_source(plan: Plan, dtype: torch.dtype) -> Source:
 
 
 class _Writer:
-    """Goes through the layers of a plan once, and keeps what each part of the file needs."""
+    """Goes through the selected layers once, and keeps what each part of the file needs."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, selection: Selection) -> None:
+        self.selection = selection
         fixed = {*IMPORTED, *_PIECES}
-        name = class_name(plan.net.proto.name, fixed)
+        name = class_name(selection.net.proto.name, fixed)
         attributes = Names("layer", [*dir(nn.Module()), *nn.Module().__dict__])
-        self._attributes = [attributes.new(layer.name) for layer in plan.net.layers]  # whatever is left out
+        self._attributes = [
+            attributes.new(layer.name) for layer in selection.net.layers
+        ]  # whatever is left out
         self._locals = Names("blob", {*fixed, name, *dir(builtins)})
         self._blobs: dict[str, str] = {}
-        inputs = [self._blob(blob.name) for blob in plan.inputs]
+        inputs = [self._blob(blob.name) for blob in selection.inputs]
         self._made: list[str] = []
         self._ties: list[str] = []
         self._frozen: list[str] = []
@@ -94,7 +96,7 @@ class _Writer:
         self.source = Source(name, inputs, [])
         for index, code in self._codes():
             self._add(index, code)
-        self.source.outputs = [self._blob(blob.name) for blob in plan.outputs]
+        self.source.outputs = [self._blob(blob.name) for blob in selection.outputs]
 
     def _blob(self, name: str) -> str:
         if name not in self._blobs:
@@ -104,17 +106,17 @@ class _Writer:
     def _codes(self) -> Iterator[tuple[int, Code]]:
         """The code of each layer; a BatchNorm takes a Scale that belongs to it along."""
         merged: set[int] = set()
-        for index in self.plan.layers:
-            layer = self.plan.net.layers[index]
+        for index in self.selection.layers:
+            layer = self.selection.net.layers[index]
             if index in merged:
                 continue
             scale = self._scale_of(index) if layer.type == "BatchNorm" else None
             if scale is not None:
                 merged.add(scale)
-            yield index, self._code(index, None if scale is None else self.plan.net.layers[scale])
+            yield index, self._code(index, None if scale is None else self.selection.net.layers[scale])
 
     def _code(self, index: int, scale: Layer | None) -> Code:
-        layer, shapes = self.plan.net.layers[index], self.plan.net.shapes
+        layer, shapes = self.selection.net.layers[index], self.selection.net.shapes
         bottoms = [self._blob(name) for name in layer.bottoms]
         tops = [self._blob(name) for name in (scale or layer).tops]
         site = Site(layer, self._attributes[index], bottoms, tops, [shapes[name] for name in layer.bottoms])
@@ -122,11 +124,11 @@ class _Writer:
 
     def _scale_of(self, index: int) -> int | None:
         """The Scale whose factor and bias a BatchNorm can take over."""
-        plan, (norm,) = self.plan, self.plan.graph.nodes[index].outputs
-        users = [user.index for user, _ in norm.users if user.index in plan.layers]
-        if len(users) != 1 or norm in plan.outputs:
+        selection, (norm,) = self.selection, self.selection.graph.nodes[index].outputs
+        users = [user.index for user, _ in norm.users if user.index in selection.layers]
+        if len(users) != 1 or norm in selection.outputs:
             return None
-        layer: Any = plan.net.layers[users[0]]
+        layer: Any = selection.net.layers[users[0]]
         fits = (
             layer.type == "Scale"
             and len(layer.bottoms) == 1
@@ -136,7 +138,7 @@ class _Writer:
         return users[0] if fits else None
 
     def _add(self, index: int, code: Code) -> None:
-        layer = self.plan.net.layers[index]
+        layer = self.selection.net.layers[index]
         if code.module is not None:
             self._made += code.module.lines(f"self.{code.attribute}", 8)
             self._note_tensors(code)
@@ -151,13 +153,13 @@ class _Writer:
 
     def _comment(self, index: int) -> str:
         """The shape of what a layer gives, where it is another than the bottom's."""
-        layer, shapes = self.plan.net.layers[index], self.plan.net.shapes
+        layer, shapes = self.selection.net.layers[index], self.selection.net.shapes
         shape = shapes[layer.tops[0]]
         changed = len(layer.tops) == 1 and (not layer.bottoms or shape != shapes[layer.bottoms[0]])
         return f"  # {self._shape(shape)}" if changed else ""
 
     def _shape(self, shape: tuple[int, ...]) -> str:
-        batches = {self.plan.shape(blob)[:1] for blob in self.plan.inputs}
+        batches = {self.selection.shape(blob)[:1] for blob in self.selection.inputs}
         sizes = [str(size) for size in shape]
         if len(batches) == 1 and shape[:1] in batches:
             sizes[:1] = ["b"]
@@ -192,25 +194,28 @@ class _Writer:
         return "\n".join([*lines, "", *self._signature(), *self._steps, *self._returned()])
 
     def _dropped(self) -> list[str]:
-        layers = [self.plan.net.layers[index] for index in self.plan.dropped]
+        layers = [self.selection.net.layers[index] for index in self.selection.dropped]
         named = [f"{quoted(layer.name)} ({quoted(layer.type)[1:-1]})" for layer in layers]
         return [f"# Left out, as no output needs it: {name}" for name in named]
 
     def _fed(self) -> list[str]:
         """How the data layers treated the images, which is now up to the caller."""
         lines = []
-        for node in dict.fromkeys(blob.producer for blob in self.plan.inputs):
+        for node in dict.fromkeys(blob.producer for blob in self.selection.inputs):
             if node is not None and node.spec.HasField("transform_param"):
                 text = " ".join(str(node.spec.transform_param).split())
                 lines.append(f"# Caffe transformed what {quoted(node.name)} reads: {quoted(text)}")
         return lines
 
     def _docstring(self) -> list[str]:
-        plan = self.plan
+        selection = self.selection
         lines = ['    """A net of Caffe.', "", "    In, and out:"]
-        for names, blobs in ((self.source.inputs, plan.inputs), (self.source.outputs, plan.outputs)):
+        for names, blobs in (
+            (self.source.inputs, selection.inputs),
+            (self.source.outputs, selection.outputs),
+        ):
             lines += [
-                f"        {name}: {self._shape(plan.shape(blob))}"
+                f"        {name}: {self._shape(selection.shape(blob))}"
                 for name, blob in zip(names, blobs, strict=True)
             ]
             lines.append("")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from attention_transfer.caffe.checking.rules import Blame, Case, named, pitfall
 from attention_transfer.caffe.graph import Node, tests_always
-from attention_transfer.caffe.pitfalls.rules import Blame, Case, named, pitfall
 
 FREEZE = "Give each of their blobs a `param { lr_mult: 0 decay_mult: 0 }`"
 CUT = "`propagate_down: true propagate_down: false` on the loss that compares the maps"

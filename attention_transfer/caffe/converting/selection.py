@@ -22,7 +22,7 @@ DECIDING = ("ArgMax", "Threshold")
 
 
 @dataclass
-class Plan:
+class Selection:
     """What is converted of a net.
 
     Attributes:
@@ -72,7 +72,7 @@ def net_without_data(prototxt: Any, phase: Phase, stored: Sequence[Any] = ()) ->
         return Net(known, phase=phase)
 
 
-def make_plan(net: Net, wanted: Sequence[str] = ()) -> Plan:
+def select_layers(net: Net, wanted: Sequence[str] = ()) -> Selection:
     """Choose the layers that the blobs `wanted` need; by default, all blobs that no layer but a loss reads.
 
     Raises:
@@ -93,7 +93,7 @@ def make_plan(net: Net, wanted: Sequence[str] = ()) -> Plan:
             "convert: expected layers that compute something besides losses, got none in "
             f"{net.proto.name or 'the net'!r}. Is it the right phase?"
         )
-    return Plan(net, graph, [node.index for node in computing], inputs, outputs, dropped)
+    return Selection(net, graph, [node.index for node in computing], inputs, outputs, dropped)
 
 
 def _gives_places(layer: Layer) -> bool:

@@ -1,4 +1,4 @@
-"""What surgery needs to know of a student or a teacher: its images, its blobs, and the ends of its stages."""
+"""What `build` needs to know of a student or a teacher: its images, its blobs, and the ends of its stages."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def suggest_blobs(student: Network, teacher: Network) -> list[tuple[str, str]]:
     Raises:
         ValueError: if shapes are not known, or no resolution is common to both.
     """
-    ours, theirs = stage_ends(student), stage_ends(teacher)
+    ours, theirs = resolution_ends(student), resolution_ends(teacher)
     pairs = []
     for size, name in ours.items():
         near = [other for other in theirs if other not in ours and _differ_by_one(size, other)]
@@ -194,7 +194,7 @@ def _differ_by_one(size: tuple[int, int], other: tuple[int, int]) -> bool:
     return max(abs(one - two) for one, two in zip(size, other, strict=True)) == 1
 
 
-def stage_ends(network: Network) -> dict[tuple[int, int], str]:
+def resolution_ends(network: Network) -> dict[tuple[int, int], str]:
     """The last blob of each resolution (h, w) larger than 1x1, in order, by the rules of `pairs.stage_ends`.
 
     The end of a stage is its last block, an Eltwise or Concat with the activation behind it; without blocks,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from attention_transfer.caffe.checking.attention import Branch
+from attention_transfer.caffe.checking.layers import counts, watches
+from attention_transfer.caffe.checking.rules import Blame, Case, named, pitfall
 from attention_transfer.caffe.graph import Blob, Node
-from attention_transfer.caffe.pitfalls.attention import Branch
-from attention_transfer.caffe.pitfalls.layers import counts, watches
-from attention_transfer.caffe.pitfalls.rules import Blame, Case, named, pitfall
 
 FREEZE = "Add `param { lr_mult: 0 decay_mult: 0 }`."
 FLATTENING = ("Reshape", "Flatten")

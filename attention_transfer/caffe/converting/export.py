@@ -76,7 +76,7 @@ def agree(got: Tensor, want: Tensor, tolerance: float, share: float) -> bool:
     """Whether two tensors differ by no more than `tolerance` times the largest entry; NaN equals NaN.
 
     Args:
-        share: of the entries, from 0 to 1, must agree; see `Plan.share`.
+        share: of the entries, from 0 to 1, must agree; see `Selection.share`.
     """
     if got.shape != want.shape:
         return False

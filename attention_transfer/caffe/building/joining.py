@@ -2,52 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from attention_transfer._files import write_atomically
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.assembly import try_out
+from attention_transfer.caffe.building.branches import BuiltPair, make_branches, pair_up, python_sources
+from attention_transfer.caffe.building.naming import all_names, free_name, free_prefix
+from attention_transfer.caffe.building.networks import Network, suggest_blobs, survey_student, survey_teacher
+from attention_transfer.caffe.building.options import File, Options
+from attention_transfer.caffe.checking import check
 from attention_transfer.caffe.files.caffemodel import blob_shape, read_caffemodel, same_shape, write_binary
 from attention_transfer.caffe.files.prototxt import read_net, read_solver, write_prototxt
 from attention_transfer.caffe.graph import Blob, Node
 from attention_transfer.caffe.layers import SSDS_OWN, count_blobs
 from attention_transfer.caffe.layers.forks import settle_meaning
-from attention_transfer.caffe.pitfalls import check
 from attention_transfer.caffe.sizes import OWN_PARAMS, USUAL, taken_channels, told_channels, with_known_sizes
-from attention_transfer.caffe.surgery.networks import Network, suggest_blobs, survey_student, survey_teacher
-from attention_transfer.functional import convert_beta
 
-Path_ = str | PathLike[str]
-PYCAFFE = Path(__file__).with_name("pycaffe")
-SQUARINGS = {1: 0, 2: 1, 4: 2}  # by p
-FORMS, NORMALIZES = ("caffe", "paper"), ("ssd", "python")
 DEFAULT_NAME = "at_train.prototxt"
-
-
-@dataclass(frozen=True)
-class BuiltPair:
-    """Two blobs whose maps are compared.
-
-    Attributes:
-        student, teacher: names in the built net, with the shapes of the blobs, None where they are not known.
-        pooled: which of the two maps is pooled to the size of the other, and by what factors (h, w).
-        cropped: which is cropped by a row or column, after that, and what is left out (h, w) before the rest.
-    """
-
-    student: str
-    teacher: str
-    student_shape: tuple[int, ...] | None
-    teacher_shape: tuple[int, ...] | None
-    pooled: tuple[str, tuple[int, int]] | None = None
-    cropped: tuple[str, tuple[int, int]] | None = None
 
 
 @dataclass
@@ -71,7 +48,7 @@ class Built:
     notes: list[str]
     _comment: str = field(default="", repr=False)
 
-    def write(self, path: Path_, *, force: bool = False) -> list[Path]:
+    def write(self, path: File, *, force: bool = False) -> list[Path]:
         """Write the net to `path`, and beside it STEM_solver.prototxt, STEM.caffemodel and the Python layers.
 
         The solver names the net as `path` does, so Caffe is to be started in the directory that a relative
@@ -110,67 +87,7 @@ class Built:
         return solver
 
 
-@dataclass(frozen=True)
-class Options:
-    """How `build` joins two nets.
-
-    Attributes:
-        pairs: (student's blob, teacher's blob) for each pair of layers to compare, also as "a:b,c:d". A
-            blob's name means what its last in-place layer leaves. "auto" pairs the ends of stages of equal
-            resolution, as `networks.stage_ends` finds them.
-        form: "caffe", a EuclideanLoss with loss weight beta; or "paper", a Python layer with beta / 2 times
-            the mean distance over samples, which equals this package's form "paper".
-        p: 1, 2 or 4, the power of the activations; 4 is two squarings, since one Power layer of 4 has NaN
-            gradients.
-        beta: weight of each pair's term. Without one, 1 for the form "paper", which did best in this
-            project's first trial, and for "caffe" what pulls as hard, by `convert_beta`: 1.25.
-        normalize: "ssd", the Normalize layer of the SSD fork; or "python", a Python layer for any Caffe.
-        solver: a solver to take over, with this net in the place of its own; without one, SGD as is usual.
-        student_weights: where the student starts, a .caffemodel or NetParameter.
-        teacher_weights: the trained teacher.
-        channels: of the images, where neither the weights nor the data, nor the prototxts, tell.
-
-    Raises:
-        ValueError: if one is out of its range.
-    """
-
-    pairs: str | Iterable[tuple[str, str]] = "auto"
-    form: Literal["caffe", "paper"] = "caffe"
-    p: int = 2
-    beta: float | None = None
-    normalize: Literal["ssd", "python"] = "ssd"
-    solver: Path_ | Any = None
-    student_weights: Path_ | Any = None
-    teacher_weights: Path_ | Any = None
-    channels: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, known in (("form", FORMS), ("normalize", NORMALIZES)):
-            if getattr(self, name) not in known:
-                expected = f"{name} {' or '.join(map(repr, known))}"
-                raise ValueError(f"build: expected {expected}, got {getattr(self, name)!r}.")
-        if self.p not in SQUARINGS:
-            raise ValueError(
-                f"build: expected p 1, 2 or 4, got {self.p}. Other powers have NaN gradients in Caffe where "
-                "an activation is 0."
-            )
-        if self.beta is not None and not 0 < self.beta < math.inf:
-            raise ValueError(f"build: expected beta > 0, got {self.beta}. Leave it out for the default.")
-        if self.channels is not None and self.channels < 1:
-            raise ValueError(f"build: expected channels of 1 or more, got {self.channels}.")
-
-    @property
-    def weight(self) -> float:
-        """Of each pair's term."""
-        if self.beta is not None:
-            return self.beta
-        # between these two forms the size of the map does not count
-        return 1.0 if self.form == "paper" else convert_beta(1.0, source="paper", target="caffe", hw=(1, 1))
-
-
-def build(
-    student: Path_ | Any, teacher: Path_ | Any, options: Options | None = None, **changes: Any
-) -> Built:
+def build(student: File | Any, teacher: File | Any, options: Options | None = None, **changes: Any) -> Built:
     """One net in which a student learns its task, and to look where a frozen teacher looks.
 
     The student's layers stay as they are, for both phases; one without a loss gets a label and a
@@ -205,17 +122,17 @@ def build(
         notes.append(_cut_off(net, ours, [tap for tap, _ in taps]))
     else:
         net.layer.extend(_task(ours))
-    prefix = _free_prefix(["teacher_"], _names(net), _names(theirs.net))
+    prefix = free_prefix(["teacher_"], all_names(net), all_names(theirs.net))
     frozen, renamed = _frozen(theirs, [tap for _, tap in taps], prefix, ours.image.name)
     net.layer.extend(frozen)
-    pairs = [_pair(ours, theirs, mine, other, renamed[other]) for mine, other in taps]
-    net.layer.extend(_branches(options, pairs, _names(net)))
+    pairs = [pair_up(ours, theirs, mine, other, renamed[other]) for mine, other in taps]
+    net.layer.extend(make_branches(options, pairs, all_names(net)))
     net.name = f"{net.name or 'student'}_with_attention_transfer"
     merged = _merged_weights(net, frozen, prefix, stored, channels)
     comment = f"Made by `attention-transfer caffe build`: student {ours.title}, teacher {theirs.title}."
     solver = _solver(options.solver, ours)
     notes += _check_built(net, solver, channels)
-    return Built(net, solver, merged, _sources(options), pairs, notes, comment)
+    return Built(net, solver, merged, python_sources(options), pairs, notes, comment)
 
 
 def _check_built(net: Any, solver: Any, channels: int | None) -> list[str]:
@@ -259,7 +176,7 @@ def _compare_images(ours: Network, theirs: Network) -> None:
         )
 
 
-def _stored(weights: Path_ | Any) -> list[Any]:
+def _stored(weights: File | Any) -> list[Any]:
     """The weights that are given, one NetParameter or none."""
     if weights is None:
         return []
@@ -333,8 +250,8 @@ def _task(student: Network) -> list[Any]:
             f"build: expected a student with a loss, a Softmax, or one output, got the outputs "
             f"{', '.join(unread)}. Add its loss."
         )
-    taken, scores = _names(student.net), graph.last[(softmax or unread)[-1]]
-    label, loss = (_free_name(name, taken) for name in ("label", "loss"))
+    taken, scores = all_names(student.net), graph.last[(softmax or unread)[-1]]
+    label, loss = (free_name(name, taken) for name in ("label", "loss"))
     batch, _, *places = graph.shape(scores) or (1, 1)
     source = schema.LayerParameter(name=label, type="Input", top=[label])
     source.input_param.shape.add(dim=[batch, 1, *places] if math.prod(places) > 1 else [batch])
@@ -388,208 +305,10 @@ def _freeze(node: Node, renamed: dict[Blob, str], prefix: str) -> Any:
     return spec
 
 
-def _names(net: Any) -> set[str]:
-    """All names of layers, blobs and parameters."""
-    found = {layer.name for layer in net.layer} | {param.name for layer in net.layer for param in layer.param}
-    return found | {name for layer in net.layer for name in (*layer.bottom, *layer.top)}
-
-
-def _free_prefix(candidates: Sequence[str], taken: set[str], names: Iterable[str]) -> str:
-    """The first prefix, with a number if need be, that makes names that are not taken."""
-    stem = candidates[-1].rstrip("_")
-    numbered = (f"{stem}{number}_" for number in itertools.count(2))
-    names = set(names)
-    for prefix in itertools.chain(candidates, numbered):
-        if not {prefix + name for name in names} & taken:
-            return prefix
-    raise AssertionError("numbers do not end")
-
-
-def _free_name(name: str, taken: set[str]) -> str:
-    return _free_prefix(["", "at_"], taken, [name]) + name
-
-
-# ------------------------------------------------------------------------------------------------ branches
-
-
-def _pair(ours: Network, theirs: Network, mine: Blob, other: Blob, renamed: str) -> BuiltPair:
-    shapes = ours.graph.shape(mine), theirs.graph.shape(other)
-    if shapes[0] is None or shapes[1] is None:
-        warnings.warn(
-            f"build: the shapes of {mine.name!r} and {other.name!r} cannot be told from here; they must be "
-            "equal in height and width.",
-            stacklevel=3,
-        )
-        return BuiltPair(mine.name, renamed, *shapes)
-    sizes = shapes[0][2:], shapes[1][2:]
-    if sizes[0] == sizes[1]:
-        return BuiltPair(mine.name, renamed, *shapes)
-    student_larger = all(one >= other for one, other in zip(*sizes, strict=True))
-    large, small = sizes if student_larger else sizes[::-1]
-    factors = (_factor(large[0], small[0]), _factor(large[1], small[1]))
-    if 0 in factors:
-        raise ValueError(
-            f"build: expected maps of which one is, but for a row or column, a whole multiple of the other, "
-            f"got {mine.name!r} of {'x'.join(map(str, sizes[0]))} and {other.name!r} of "
-            f"{'x'.join(map(str, sizes[1]))}. Tap layers of equal stride."
-        )
-    side = "s" if student_larger else "t"
-    pooled = None if factors == (1, 1) else (side, factors)
-    cropped = None
-    if any(-(-size // factor) > least for size, factor, least in zip(large, factors, small, strict=True)):
-        rasters = ours.raster(mine), theirs.raster(other)
-        cropped = side, _offsets(large, small, factors, *(rasters if student_larger else rasters[::-1]))
-    return BuiltPair(mine.name, renamed, *shapes, pooled, cropped)
-
-
-def _factor(large: int, small: int) -> int:
-    """What to pool an axis by, to get one of the size `small`, or one more; 0 if nothing does.
-
-    Sizes that differ by one, at the finer one's resolution, belong to one and the same stride.
-    """
-    if large < small:
-        return 0
-    if large % small == 0:
-        return large // small
-    factor = 1 if large - small == 1 else round(large / small)
-    return factor if abs(large - factor * small) == 1 else 0
-
-
-Raster = list[tuple[float, float]] | None
-
-
-def _offsets(
-    large: Sequence[int], small: Sequence[int], factors: Sequence[int], finer: Raster, coarser: Raster
-) -> tuple[int, int]:
-    """For each axis, whether the first or the last of one position too many is left out: what lies closer."""
-    offsets = []
-    for axis, (size, least, factor) in enumerate(zip(large, small, factors, strict=True)):
-        surplus = -(-size // factor) - least
-        if not surplus or finer is None or coarser is None:
-            offsets.append(0)
-            continue
-        step, start = finer[axis]
-        start += step * (factor - 1) / 2
-        apart = [abs(start + place * factor * step - coarser[axis][1]) for place in range(surplus + 1)]
-        offsets.append(apart.index(min(apart)))
-    return offsets[0], offsets[1]
-
-
-class _Cropping(NamedTuple):
-    """How a map is cropped: to the size of which blob, what is left out before it, and whether it learns."""
-
-    reference: str
-    offsets: tuple[int, int]
-    learns: bool
-
-
-def _branches(options: Options, pairs: Sequence[BuiltPair], taken: set[str]) -> list[Any]:
-    """The layers of all pairs, with names that are free."""
-    numbered = [(pair, str(n) if len(pairs) > 1 else "") for n, pair in enumerate(pairs, start=1)]
-    own = [layer.name for pair, number in numbered for layer in _of_pair(options, pair, number, "")]
-    prefix = _free_prefix(["", "at_"], taken, own)
-    return [layer for pair, number in numbered for layer in _of_pair(options, pair, number, prefix)]
-
-
-def _of_pair(options: Options, pair: BuiltPair, number: str, prefix: str) -> list[Any]:
-    layers, ends = [], []
-    taps = {"s": pair.student, "t": pair.teacher}
-    for side, tap in taps.items():
-        factors = pair.pooled[1] if pair.pooled and pair.pooled[0] == side else None
-        crop = None
-        if pair.cropped and pair.cropped[0] == side:
-            crop = _Cropping(taps["t" if side == "s" else "s"], pair.cropped[1], side == "s")
-        branch = _map(options, tap, f"{prefix}%s_{side}{number}", factors, crop)
-        layers += branch
-        ends.append(branch[-1].top[0])
-    loss = _loss(options, f"{prefix}at_loss{number}")
-    loss.bottom.extend(ends)
-    loss.propagate_down.extend([True, False])
-    return [*layers, loss]
-
-
-def _map(
-    options: Options,
-    tap: str,
-    name: str,
-    factors: tuple[int, int] | None,
-    crop: _Cropping | None,
-) -> list[Any]:
-    """From an activation to its map; one to be pooled or cropped keeps its two axes until it is."""
-    chain = [(name % "abs", "AbsVal")]
-    chain += [(name % power, "Power") for power in ("pow", "pow4")[: SQUARINGS[options.p]]]
-    chain += [(name % "map", "Convolution")]
-    chain += [(name % "pool", "Pooling")] if factors else []
-    chain += [(name % "crop", "Crop")] if crop else []
-    flat = (name % "flat", "Reshape")
-    chain = [*chain, flat] if factors or crop else [flat, *chain]
-    chain += [(name % "norm", "Normalize" if options.normalize == "ssd" else "Python")]
-    layers = []
-    for own, kind in chain:
-        layer = schema.LayerParameter(name=own, type=kind, bottom=[tap], top=[own])
-        layer.include.add(phase=schema.TRAIN)
-        _fill_in(layer, factors)
-        if kind == "Crop" and crop:
-            layer.bottom.append(crop.reference)
-            layer.propagate_down.extend([crop.learns, False])
-            layer.crop_param.axis = 2
-            layer.crop_param.offset.extend(crop.offsets)
-        layers.append(layer)
-        tap = own
-    return layers
-
-
-def _fill_in(layer: Any, factors: tuple[int, int] | None) -> None:
-    if layer.type == "Reshape":
-        layer.reshape_param.shape.dim.extend([0, 0, -1, 1])
-    elif layer.type == "Power":
-        layer.power_param.power = 2
-    elif layer.type == "Convolution":
-        layer.param.add(lr_mult=0, decay_mult=0)
-        given = layer.convolution_param
-        given.num_output, given.bias_term = 1, False
-        given.kernel_size.append(1)
-        given.weight_filler.type, given.weight_filler.value = "constant", 1
-    elif layer.type == "Pooling" and factors:
-        given = layer.pooling_param
-        given.pool = given.AVE
-        given.kernel_h = given.stride_h = factors[0]
-        given.kernel_w = given.stride_w = factors[1]
-    elif layer.type == "Normalize":
-        layer.param.add(lr_mult=0, decay_mult=0)
-        given = layer.norm_param
-        given.across_spatial = given.channel_shared = True
-        given.scale_filler.type, given.scale_filler.value = "constant", 1
-    elif layer.type == "Python":
-        _set_python(layer, "attention_normalize", "Normalize", {"eps": 1e-10})
-
-
-def _loss(options: Options, name: str) -> Any:
-    loss = schema.LayerParameter(name=name, type="EuclideanLoss", top=[name], loss_weight=[options.weight])
-    loss.include.add(phase=schema.TRAIN)
-    if options.form == "paper":
-        loss.type, loss.loss_weight[0] = "Python", 1
-        settings = {"beta": options.weight, "normalization": "BATCH_SIZE"}
-        _set_python(loss, "attention_loss", "AttentionLoss", settings)
-    return loss
-
-
-def _sources(options: Options) -> dict[str, str]:
-    """The Python layers in use, by the name of their file."""
-    used = {"attention_loss": options.form == "paper", "attention_normalize": options.normalize == "python"}
-    names = [f"{module}.py" for module, there in used.items() if there]
-    return {name: (PYCAFFE / name).read_text(encoding="utf-8") for name in names}
-
-
-def _set_python(layer: Any, module: str, name: str, settings: dict[str, Any]) -> None:
-    layer.python_param.module, layer.python_param.layer = module, name
-    layer.python_param.param_str = json.dumps(settings)
-
-
 # ---------------------------------------------------------------------------------------- solver, weights
 
 
-def _solver(given: Path_ | Any, student: Network) -> Any:
+def _solver(given: File | Any, student: Network) -> Any:
     """The solver that is given, or SGD with momentum 0.9, without a net of its own."""
     if given is None:
         return _usual_solver(student)
@@ -678,7 +397,7 @@ def _check_record(record: Any, layer: Any, role: str) -> None:
         )
 
 
-def _read(net: Path_ | Any) -> Any:
+def _read(net: File | Any) -> Any:
     return _copy(net) if isinstance(net, schema.NetParameter) else read_net(net)
 
 
