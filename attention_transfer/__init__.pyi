@@ -11,6 +11,7 @@ from . import taps as taps
 from . import terms as terms
 from . import training as training
 from . import visualize as visualize
+from ._errors import InputError as InputError
 from .distiller import Distiller as Distiller
 from .distiller import InputTransform as InputTransform
 from .distiller import Output as Output

@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 from types import ModuleType
 
+from attention_transfer._errors import MissingPackageError
+
 
 def require(package: str, *, extra: str, user: str, name: str | None = None) -> ModuleType:
     """Import `package`, which belongs to the optional dependency group `extra`, on behalf of `user`.
@@ -34,8 +36,8 @@ def check_installed(*packages: str, extra: str, user: str) -> None:
             raise _missing(package, extra, user)
 
 
-def _missing(package: str, extra: str, user: str) -> ImportError:
-    return ImportError(
+def _missing(package: str, extra: str, user: str) -> MissingPackageError:
+    return MissingPackageError(
         f"{user}: needs the package {package}, which is not installed. "
         f'Run: pip install "attention-transfer[{extra}]"'
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attention_transfer._errors import InputError
 from attention_transfer._extras import require
 from attention_transfer._quiet import muted
 
@@ -52,7 +53,7 @@ def to_onnx(
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        raise ValueError(f"{user}: expected a module that torch can export, got: {root_of(error)}") from None
+        raise InputError(f"{user}: expected a module that torch can export, got: {root_of(error)}") from None
     assert program is not None
     proto = program.model_proto
     for node in (*proto.graph.node, *(node for function in proto.functions for node in function.node)):

@@ -8,6 +8,8 @@ from typing import Any
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from attention_transfer._errors import InputError
+
 Place = int | str | Callable[[Any], Any]
 """Where logits are in an output: an index, a key, the name of an attribute, or a function of the output."""
 
@@ -73,7 +75,7 @@ def check_finite(finite: Bool[Tensor, " n"], *, user: str, model: str) -> None:
     """
     bad = (~finite).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(
+        raise InputError(
             f"{user}: expected finite logits from {model}, got NaN or infinite ones for {len(bad):,} of "
             f"{len(finite):,} images, the first of which is number {bad[0] + 1:,}. Look at the weights, "
             "and at these images: such logits tell no class."
@@ -97,7 +99,7 @@ def logits_of(
     if logits is None:
         wanted = "(b, k)" if dense is False else "(b, k) or (b, k, h, w)"
         wanted += "" if place is None else f" at {place!r}"
-        raise ValueError(
+        raise InputError(
             f"{user}: expected a model that gives logits {wanted}, got {_contents(output)}. {remedy}"
         )
     return logits

@@ -12,6 +12,7 @@ import io
 import re
 from typing import IO, TYPE_CHECKING, Any
 
+from ._errors import InputError
 from ._extras import require
 from ._reading import first_line
 
@@ -38,7 +39,7 @@ TURNS = {
 }  # what undoes an orientation
 
 
-class DeepError(ValueError):
+class DeepError(InputError):
     """An image of more than 8 bits a channel; the message is its mode."""
 
 
@@ -54,21 +55,21 @@ def open_picture(data: bytes, *, extra: str, user: str, upright: bool = True) ->
     try:
         image = _without_bomb_warning(pillow, io.BytesIO(data))
         if image is None:
-            raise ValueError(f"none of {', '.join(FORMATS)}")
+            raise InputError(f"none of {', '.join(FORMATS)}")
         limit, pixels = pillow.MAX_IMAGE_PIXELS, image.width * image.height
         if limit is not None and pixels > limit:
             raise pillow.DecompressionBombError(f"{pixels:,} pixels, limit {limit:,}")
         _refuse_deep(image)
         image.load()
         if image.mode not in MODES:
-            raise ValueError(f"the colour space {image.mode}")
+            raise InputError(f"the colour space {image.mode}")
         return _turned(pillow, image) if upright else image
     except DeepError:
         raise
     except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
-        raise ValueError(f"too large to decode safely ({first_line(error)})") from None
+        raise InputError(f"too large to decode safely ({first_line(error)})") from None
     except Exception as error:  # a broken file makes Pillow's decoders raise almost anything
-        raise ValueError(first_line(error)) from None
+        raise InputError(first_line(error)) from None
 
 
 def convert(image: Image, channels: int) -> Image:

@@ -13,6 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from ._errors import InputError
 from ._extras import require
 
 LARGEST = 64 << 20  # bytes of a text file: the metrics of 100,000 epochs take a third of it
@@ -79,7 +80,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if limit is not None and size > limit:
-            raise ValueError(f"more than {limit:,} bytes")
+            raise InputError(f"more than {limit:,} bytes")
         return file.read(-1 if limit is None else limit)
 
 
@@ -93,11 +94,11 @@ def read_text(path: Path, limit: int = LARGEST) -> str:
     with open_file(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise ValueError(f"more than {limit:,} bytes")
+        raise InputError(f"more than {limit:,} bytes")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text: byte {error.start:,} is {data[error.start]:#04x}") from None
+        raise InputError(f"not UTF-8 text: byte {error.start:,} is {data[error.start]:#04x}") from None
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -109,17 +110,17 @@ def parse_json(text: str | bytes) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_without_twins)
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise InputError("nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"not JSON: {one_line(error)}") from None
+        raise InputError(f"not JSON: {one_line(error)}") from None
     if _depth_exceeds(value, DEEPEST):
-        raise ValueError("nested too deeply")
+        raise InputError("nested too deeply")
     return value
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if again := _first_twin([name for name, _ in pairs]):
-        raise ValueError(f"{shown(pairs[again][0])} is there twice")
+        raise InputError(f"{shown(pairs[again][0])} is there twice")
     return dict(pairs)
 
 
@@ -156,13 +157,13 @@ def parse_yaml(text: str) -> list[Any]:
     """
     yaml = require("yaml", extra="train", user="parse_yaml", name="pyyaml")
     if len(text) > LARGEST_YAML:
-        raise ValueError(f"more than {LARGEST_YAML:,} characters")
+        raise InputError(f"more than {LARGEST_YAML:,} characters")
     try:
         _check_events(yaml, text)
         return list(yaml.load_all(text, Loader=_strict_loader(yaml)))
     # PyYAML lets out what int(), datetime() and the like raise: ValueError, TypeError, KeyError, ...
     except Exception as error:
-        raise ValueError(f"not plain YAML: {one_line(error)}") from None
+        raise InputError(f"not plain YAML: {one_line(error)}") from None
 
 
 def is_deceptive(number: str) -> bool:
@@ -176,18 +177,18 @@ def _strict_loader(yaml: Any) -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if again := _first_twin([key.value for key in keys]):
-                raise ValueError(f"line {_line(keys[again])}: {shown(keys[again].value)} is there twice")
+                raise InputError(f"line {_line(keys[again])}: {shown(keys[again].value)} is there twice")
             if merged := [key for key in keys if key.tag == "tag:yaml.org,2002:merge"]:
-                raise ValueError(f"line {_line(merged[0])}: <<: write the fields themselves")
+                raise InputError(f"line {_line(merged[0])}: <<: write the fields themselves")
             return super().construct_mapping(node, deep)
 
     def number(loader: Any, node: Any) -> Any:
         if is_deceptive(node.value):
-            raise ValueError(f"line {_line(node)}: {node.value}: write a plain number, or quote it as text")
+            raise InputError(f"line {_line(node)}: {node.value}: write a plain number, or quote it as text")
         return getattr(yaml.SafeLoader, f"construct_yaml_{node.tag.rpartition(':')[2]}")(loader, node)
 
     def date(loader: Any, node: Any) -> Any:
-        raise ValueError(f"line {_line(node)}: the date {node.value}: quote it as text")
+        raise InputError(f"line {_line(node)}: the date {node.value}: quote it as text")
 
     for kind, construct in (("int", number), ("float", number), ("timestamp", date)):
         Strict.add_constructor(f"tag:yaml.org,2002:{kind}", construct)
@@ -202,11 +203,11 @@ def _check_events(yaml: Any, text: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"the alias *{event.anchor}: write the value itself")
+            raise InputError(f"the alias *{event.anchor}: write the value itself")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
-            raise ValueError("nested too deeply")
+            raise InputError("nested too deeply")
 
 
 def parse_csv(text: str) -> tuple[list[str], list[dict[str, str]]]:
@@ -218,12 +219,12 @@ def parse_csv(text: str) -> tuple[list[str], list[dict[str, str]]]:
     try:
         header, *lines = list(csv.reader(io.StringIO(text, newline=""), strict=True)) or [[]]
     except csv.Error as error:
-        raise ValueError(f"not CSV: {one_line(error)}") from None
+        raise InputError(f"not CSV: {one_line(error)}") from None
     if not header or len(set(header)) < len(header):
-        raise ValueError("no header of different names")
+        raise InputError("no header of different names")
     for number, line in enumerate(lines, start=2):
         if len(line) != len(header):
-            raise ValueError(f"{len(line)} cells in row {number}, not {len(header)}")
+            raise InputError(f"{len(line)} cells in row {number}, not {len(header)}")
     return header, [dict(zip(header, line, strict=True)) for line in lines]
 
 

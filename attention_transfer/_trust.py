@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from attention_transfer._errors import InputError
 from attention_transfer._hints import did_you_mean
 
 VARIABLE = "ATTENTION_TRANSFER_TRUST"
@@ -45,7 +46,7 @@ def trusting(*names: str) -> Iterator[None]:
     """
     for name in names:
         if not is_factory(name):
-            raise ValueError(
+            raise InputError(
                 f"trusting: expected the name of a factory, package.module:name, got {name!r:.80}. "
                 "All other models may be named without."
             )
@@ -68,7 +69,7 @@ def check_trusted(name: object, place: object) -> None:
     """
     if is_factory(name) and name not in trusted():
         module = str(name).partition(":")[0]
-        raise ValueError(
+        raise InputError(
             f"trust: expected {place} to name no code, got the factory {name}, which would run the module "
             f"{module}. If that is yours, pass --trust {name} or set ${VARIABLE}; "
             "in Python, `with trusting(...)`."
@@ -88,7 +89,7 @@ def load_factory(name: str, user: str) -> Callable[..., Any]:
         # a package that the user's module needs is another matter, and keeps its own message
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
-        raise ValueError(
+        raise InputError(
             f"{user}: expected an importable module before the colon of {name}, found no {error.name}. "
             "Install it, or put its folder on PYTHONPATH."
         ) from None
@@ -96,7 +97,7 @@ def load_factory(name: str, user: str) -> Callable[..., Any]:
     if not callable(factory):
         near = did_you_mean(attribute, [key for key, value in vars(module).items() if callable(value)])
         found = "nothing of that name" if factory is None else f"a {type(factory).__name__}"
-        raise ValueError(
+        raise InputError(
             f"{user}: expected a function or class {attribute} in {module_name}, found {found}. "
             f"{near or 'Check the name after the colon.'}"
         )

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from . import kernels
 from ._channels import wrong_channels
+from ._errors import InputError, InputTypeError
 from ._outputs import Place, logits_of, rivals
 from ._untouched import untouched
 from .functional import (
@@ -195,7 +196,7 @@ class Distiller(nn.Module):
             if term.needs_teacher and term.needs_input_gradient and reading.input_gradient is None:
                 lacks.append("input_gradient")
             if term.needs_teacher and lacks:
-                raise ValueError(
+                raise InputError(
                     f'Distiller: expected a teacher reading with what the term "{term.name}" reads, got one '
                     f"without {', '.join(lacks)}. Add it, or let the Distiller run the teacher."
                 )
@@ -222,7 +223,7 @@ class Distiller(nn.Module):
     def _ask_teacher(self, x: Images, y: Tensor, energies: list[Energy], keep_features: bool) -> Reading:
         if self.teacher is None:
             asking = [term for term in self._terms() if term.needs_teacher]
-            raise ValueError(
+            raise InputError(
                 f"Distiller: expected a teacher for {asking}, got None. Pass one to the Distiller, "
                 "or its reading of these images to each call: distiller(x, y, teacher=reading)."
             )
@@ -251,7 +252,7 @@ class Distiller(nn.Module):
         for term in terms:
             contributions = term.contributions(seen)
             if twice := addends.keys() & contributions.keys():
-                raise ValueError(f"Distiller: two terms contribute {sorted(twice)}. Give one another name=.")
+                raise InputError(f"Distiller: two terms contribute {sorted(twice)}. Give one another name=.")
             addends |= contributions
         return addends
 
@@ -293,7 +294,7 @@ class Distiller(nn.Module):
             return
         if not any(term.needs_teacher for term in self._terms()):
             names = ", ".join(term.name for term in self._terms()) or "no terms"
-            raise ValueError(
+            raise InputError(
                 f"preflight: expected a term that learns from the teacher, got {names}: the teacher would "
                 "teach nothing. Add one, such as AttentionTransfer(beta=1.0), or pass None as the teacher."
             )
@@ -351,7 +352,7 @@ class Distiller(nn.Module):
         """
         known = [term.name for term in self._terms()]
         if unknown := [name for name in weights if name not in known]:
-            raise ValueError(f"settle: expected names among {known}, got {unknown[0]!r}.")
+            raise InputError(f"settle: expected names among {known}, got {unknown[0]!r}.")
         for term in self._terms():
             term.full_weight = weights.get(term.name, term.full_weight)
             term.settled |= term.name in weights
@@ -388,7 +389,7 @@ class Distiller(nn.Module):
     def _check_apart(self, teacher: nn.Module) -> None:
         own = {id(parameter) for parameter in self.student.parameters()}
         if any(id(parameter) in own for parameter in teacher.parameters()):
-            raise ValueError(
+            raise InputError(
                 "Distiller: expected a teacher apart from the student, got shared parameters, which freezing "
                 "the teacher would freeze. Pass copy.deepcopy(student) to distil a model into itself."
             )
@@ -399,12 +400,12 @@ class Distiller(nn.Module):
         if not (isinstance(pairs, str) and pairs == "auto"):
             return _pairs(pairs)
         if self.teacher is None:
-            raise ValueError(
+            raise InputError(
                 f'Distiller: expected a teacher for {list(self.terms)} with pairs="auto", got None. Pass the '
                 "teacher; or, where its readings come from elsewhere, name the layers."
             )
         if example_input is None:
-            raise ValueError(
+            raise InputError(
                 'Distiller: expected example_input with pairs="auto", got None. Pass a batch of images, '
                 "or name the layers: pairs=[(student layer, teacher layer), ...]."
             )
@@ -532,9 +533,9 @@ def _check_model(role: str, model: object) -> None:
         remedy = (
             "Call it" if isinstance(model, type) else "Build it, such as by build_model(name), or wrap it"
         )
-        raise TypeError(f"Distiller: expected the {role} as a torch.nn.Module, got {what}. {remedy}.")
+        raise InputTypeError(f"Distiller: expected the {role} as a torch.nn.Module, got {what}. {remedy}.")
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
-        raise ValueError(
+        raise InputError(
             f"Distiller: expected a {role} whose parameters have their shapes, got lazy ones. "
             "Run it on a batch first."
         )
@@ -542,12 +543,12 @@ def _check_model(role: str, model: object) -> None:
 
 def _check_teacher_options(transform: object, dtype: object) -> None:
     if transform is not None and not callable(transform):
-        raise TypeError(
+        raise InputTypeError(
             f"Distiller: expected teacher_transform as a function of images, got {transform!r}. "
             "Pass one, such as InputTransform."
         )
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
+        raise InputError(
             "Distiller: expected teacher_dtype as torch.float32, torch.bfloat16, torch.float16 or None, got "
             f"{dtype!r}. For another type, convert the teacher: teacher.to(dtype)."
         )
@@ -555,18 +556,18 @@ def _check_teacher_options(transform: object, dtype: object) -> None:
 
 def _check_images(what: str, x: object, at_pairs: bool) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(
+        raise InputTypeError(
             f"Distiller: expected {what} as a tensor (b, c, h, w), got {type(x).__name__}. "
             "Stack images by torch.stack, and pass a tensor alone."
         )
     if at_pairs and x.dim() != 4:
-        raise ValueError(
+        raise InputError(
             f"Distiller: expected {what} (b, c, h, w) for terms at layer pairs, got {tuple(x.shape)}. Add "
             "the axis of the batch by x[None], or take video frame by frame; for other signals use terms "
             "that compare logits."
         )
     if not x.dim() or not len(x):
-        raise ValueError(
+        raise InputError(
             f"Distiller: expected {what} with one image or more, got {tuple(x.shape)}. Leave out empty "
             "batches."
         )
@@ -582,7 +583,7 @@ def _terms(terms: Term | Iterable[Term]) -> list[Term]:
             got, remedy = repr(term), "Pass one such as AttentionTransfer(beta=1.0)"
             if isinstance(term, type):
                 got, remedy = f"the class {term.__name__}", f"Call it: {term.__name__}(...)"
-            raise TypeError(f"Distiller: expected terms as instances of Term, got {got}. {remedy}.")
+            raise InputTypeError(f"Distiller: expected terms as instances of Term, got {got}. {remedy}.")
     return terms
 
 
@@ -597,7 +598,7 @@ def _pairs(pairs: Pair | Iterable[Pair | tuple[str, str]]) -> list[Pair]:
         if not isinstance(pair, Pair):
             halves = re.split(r"\s*(?:<-|:)\s*", pair if isinstance(pair, str) else "")
             names = tuple(halves) if len(halves) == 2 else ("student.layer", "teacher.layer")
-            raise ValueError(
+            raise InputError(
                 "Distiller: expected pairs as a list of Pair or (student layer, teacher layer), got "
                 f'{pair!r}. Pass pairs=[{names}], or "auto".'
             )
@@ -621,7 +622,7 @@ def _answer(model: nn.Module, x: Tensor, role: str) -> Any:
     except (RuntimeError, ValueError) as error:
         if x.dim() == 4 and (message := wrong_channels(model, x.shape[1:], user="Distiller", role=role)):
             alone = " Or let teacher_transform= convert them." if role == "teacher" else ""
-            raise ValueError(message + alone) from error
+            raise InputError(message + alone) from error
         own = _first_floating(model)
         if isinstance(error, ValueError) or own is None or isinstance(error, torch.OutOfMemoryError):
             raise
@@ -638,7 +639,7 @@ def _answer(model: nn.Module, x: Tensor, role: str) -> Any:
             expected, got, remedy = f"of {own.dtype}", f"{x.dtype}", f"Pass x.to({own.dtype})"
         else:
             raise
-        raise ValueError(
+        raise InputError(
             f"Distiller: expected images {expected}, as the {role} is, got {got}, with which it fails: "
             f"{str(error).splitlines()[0].rstrip('.')}. {remedy}."
         ) from error
@@ -653,7 +654,7 @@ def _pull(term: Term, seen: Observation, share: float) -> float:
 def _check_pulls(terms: Sequence[Term], pulls: Sequence[float]) -> None:
     for term, pull in zip(terms, pulls, strict=True):
         if not pull:
-            raise ValueError(
+            raise InputError(
                 f'balance: expected a gradient of the term "{term.name}" at the layer pairs, got none. '
                 'Give it a weight in place of "auto", and see what `preflight` says of it.'
             )
@@ -673,7 +674,7 @@ def _by_side(layout: Layouts | tuple[Layouts, Layouts], pairs: Sequence[Pair]) -
     names = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
     for name in [name for side in sides if not isinstance(side, str) for name in side]:
         if name not in (known := [*names[0], *names[1]]):
-            raise ValueError(
+            raise InputError(
                 f"Distiller: expected layout= for layers of the pairs, got one for {name!r}. They are "
                 f"{', '.join(dict.fromkeys(known)) or 'none'}."
             )

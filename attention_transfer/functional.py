@@ -19,6 +19,7 @@ from torch.autograd.forward_ad import make_dual, unpack_dual
 
 from . import kernels
 from ._choices import Form, Mapping, Side
+from ._errors import InputError, InputTypeError
 from ._outputs import logits_of
 from .kernels import reference
 from .kernels.reference import accumulation_dtype, l2_norm, power_of_two_near, unit
@@ -52,7 +53,7 @@ def attention_map(
     _check_features("attention_map", "features", features)
     _check_energy_options("attention_map", p, mapping)
     if norm not in (None, 2):
-        raise ValueError(f"attention_map: expected norm=2 or norm=None, got {norm!r}.")
+        raise InputError(f"attention_map: expected norm=2 or norm=None, got {norm!r}.")
     if norm is None:
         # float64 loses nothing that the result can hold, neither of the powers nor of their derivatives
         wide = features if features.device.type == "mps" else features.double()
@@ -197,7 +198,7 @@ def convert_beta(
     for form in (source, target):
         _check_choice("convert_beta", "form", form, Form)
     if beta < 0 or min(hw) < 1:
-        raise ValueError(f"convert_beta: expected beta >= 0 and h, w >= 1, got beta {beta} and hw {hw}.")
+        raise InputError(f"convert_beta: expected beta >= 0 and h, w >= 1, got beta {beta} and hw {hw}.")
     distance = _mean_distance(*batch) if isinstance(batch, tuple) else TYPICAL_DISTANCE
     # d(term)/dD of each form with beta = 1, over that of "caffe", which is D/b
     pull = {"caffe": 1.0, "code": 2 / math.prod(hw), "paper": 1 / (2 * distance)}
@@ -222,13 +223,13 @@ def distillation_loss(
             not positive.
     """
     if student_logits.ndim not in (2, 4) or student_logits.shape != teacher_logits.shape:
-        raise ValueError(
+        raise InputError(
             f"distillation_loss: expected logits of equal shape, (b, k) or (b, k, h, w), got student "
             f"{tuple(student_logits.shape)} and teacher {tuple(teacher_logits.shape)}. Distillation needs "
             f"the same classes on both sides; attention transfer does not."
         )
     if not (is_number(temperature) and temperature > 0):
-        raise ValueError(f"distillation_loss: expected temperature > 0, got {temperature!r}.")
+        raise InputError(f"distillation_loss: expected temperature > 0, got {temperature!r}.")
     dtype = accumulation_dtype(student_logits.dtype)
     log_student, log_teacher = (
         F.log_softmax(logits.to(dtype).movedim(1, -1).flatten(0, -2) / temperature, dim=1)
@@ -263,7 +264,7 @@ def class_targets(
     check_labels_are_a_tensor(labels, user)
     batch, _, *pixels = logits.shape
     if labels.device != logits.device:
-        raise ValueError(
+        raise InputError(
             f"{user}: expected labels on {logits.device}, where the logits are, got {labels.device}. "
             f'Pass labels.to("{logits.device}").'
         )
@@ -275,11 +276,11 @@ def class_targets(
     if whole and shape in ((batch, *pixels), (batch, 1, *pixels)):
         return labels.reshape(batch, *pixels).long()
     if pixels:
-        raise ValueError(
+        raise InputError(
             f"{user}: expected labels of shape {(batch, *pixels)}, as the student's logits have, got {shape} "
             f"of {labels.dtype}. Bring labels or logits to one size; classes are whole numbers."
         )
-    raise ValueError(
+    raise InputError(
         f"{user}: expected an integer label for each of {batch} rows of logits, got {labels.dtype} of shape "
         f"{shape}. Give the class numbers of the batch, or probabilities of shape {tuple(logits.shape)}."
     )
@@ -294,7 +295,7 @@ def check_both_distributed(user: str, what: str, first: Tensor, second: Tensor) 
     """Raise TypeError, in the name of `user`, if one of two tensors alone is a DTensor."""
     if is_distributed(first) != is_distributed(second):
         kinds = " and ".join(type(each).__name__ for each in (first, second))
-        raise TypeError(
+        raise InputTypeError(
             f"{user}: expected {what} as DTensor or neither, got {kinds}. "
             "Call full_tensor() of the one, or distribute the other over the same mesh."
         )
@@ -303,7 +304,7 @@ def check_both_distributed(user: str, what: str, first: Tensor, second: Tensor) 
 def check_labels_are_a_tensor(labels: object, user: str) -> None:
     """Raise TypeError, in the name of `user`, unless they are."""
     if not isinstance(labels, Tensor):
-        raise TypeError(
+        raise InputTypeError(
             f"{user}: expected labels as a tensor, got {type(labels).__name__}. Pass torch.tensor(labels)."
         )
 
@@ -411,7 +412,7 @@ def input_gradient(
             or holds an operation that cannot be differentiated twice.
     """
     if not x.is_floating_point():
-        raise ValueError(
+        raise InputError(
             f"input_gradient: expected floating images, got {x.dtype}. Normalise them first, as for training."
         )
     if create_graph:
@@ -429,7 +430,7 @@ def leaf(x: Float[Tensor, "b c h w"], user: str) -> Float[Tensor, "b c h w"]:
         ValueError: in the name of `user`, inside a transform of torch.func, which forbids it.
     """
     if torch._C._are_functorch_transforms_active():
-        raise ValueError(
+        raise InputError(
             f"{user}: expected to be outside of torch.func's transforms, as torch.autograd takes the input "
             "gradient, got a call inside of one. Use backward(), torch.autograd.grad or make_dual."
         )
@@ -463,7 +464,7 @@ def input_gradient_of(
         loss = cross_entropy(logits, labels, reduction="sum")
         gradient = _by_input(user, loss, x, create_graph)
     if gradient is None:
-        raise ValueError(
+        raise InputError(
             f"{user}: expected logits that depend on x, got none that do. Run the model on this very x, "
             "without detach() or no_grad() inside."
         )
@@ -478,7 +479,7 @@ def _by_input(user: str, loss: Tensor, x: Tensor, create_graph: bool) -> Tensor 
     except RuntimeError as error:
         if "checkpoint" not in str(error):
             raise
-        raise ValueError(
+        raise InputError(
             f"{user}: expected a model that can be differentiated by its input, got reentrant checkpointing. "
             "Pass use_reentrant=False to torch.utils.checkpoint."
         ) from error
@@ -488,7 +489,7 @@ def check_double_backward(model: nn.Module, user: str) -> None:
     """Raise ValueError, in the name of `user`, if the model or a part of it is compiled."""
     for name, module in model.named_modules():
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
-            raise ValueError(
+            raise InputError(
                 f"{user}: expected an eager model, for compiled code cannot be differentiated twice, got "
                 f"{f'the compiled module {name!r}' if name else 'a compiled model'}. "
                 "Pass the model as it was before torch.compile."
@@ -506,7 +507,7 @@ _DEAD_ENDS = {
 def _check_twice_differentiable(user: str, gradient: Tensor) -> None:
     found = "a gradient cut off from its graph" if gradient.grad_fn is None else _dead_end(gradient.grad_fn)
     if found:
-        raise ValueError(
+        raise InputError(
             f"{user}: expected a model that can be differentiated twice, got {found}. "
             "Use plain PyTorch operations in its place; for fused attention, "
             "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
@@ -606,7 +607,7 @@ def resize_maps(maps: Float[Tensor, "b h w"], size: Sequence[int]) -> Float[Tens
 def _mean_distance(student: Tensor, teacher: Tensor) -> float:
     distance = 2 * float(attention_transfer_loss(student, teacher, beta=1.0, form="paper"))
     if not 0 < distance < math.inf:
-        raise ValueError(
+        raise InputError(
             f"convert_beta: expected a batch whose maps differ, got a mean distance of {distance}."
         )
     return distance
@@ -621,13 +622,13 @@ def _weighted_pairs(
     students = [student] if isinstance(student, Tensor) else list(student)
     teachers = [teacher] if isinstance(teacher, Tensor) else list(teacher)
     if len(students) != len(teachers) or not students:
-        raise ValueError(
+        raise InputError(
             f"{function}: expected as many student as teacher activations, at least one, got "
             f"{len(students)} and {len(teachers)}."
         )
     factors = [1.0] * len(students) if weights is None else list(weights)
     if len(factors) != len(students):
-        raise ValueError(
+        raise InputError(
             f"{function}: expected a weight for each of {len(students)} pairs, got {len(factors)}."
         )
     return zip(factors, students, teachers, strict=True)
@@ -636,13 +637,13 @@ def _weighted_pairs(
 def _check_floating(function: str, what: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{function}: expected {what} as a floating tensor, got {got}.")
+        raise InputTypeError(f"{function}: expected {what} as a floating tensor, got {got}.")
 
 
 def _check_features(function: str, what: str, features: Tensor) -> None:
     _check_floating(function, what, features)
     if features.ndim != 4 or 0 in features.shape:
-        raise ValueError(
+        raise InputError(
             f"{function}: expected {what} of shape (b, c, h, w) with no empty axis, got "
             f"{tuple(features.shape)}. Taps brings tokens (b, n, c) and (b, h, w, c) to that order."
         )
@@ -656,7 +657,7 @@ def _check_pair(function: str, student: Tensor, teacher: Tensor, resize: Side | 
 
 def _check_channels(function: str, student: Tensor, teacher: Tensor) -> None:
     if student.shape[1] != teacher.shape[1]:
-        raise ValueError(
+        raise InputError(
             f"{function}: expected equal channels, got student {student.shape[1]} and teacher "
             f"{teacher.shape[1]}. Bring the student's to the teacher's by a learnt 1x1 convolution, "
             "as ActivationTransfer does."
@@ -666,12 +667,12 @@ def _check_channels(function: str, student: Tensor, teacher: Tensor) -> None:
 def _check_sizes(function: str, student: Sequence[int], teacher: Sequence[int], resize: Side | None) -> None:
     """(b, h, w) of both sides."""
     if student[0] != teacher[0]:
-        raise ValueError(
+        raise InputError(
             f"{function}: expected equal batch sizes, got student {student[0]} and teacher {teacher[0]}. "
             "Feed both the same images."
         )
     if resize is None and student[1:] != teacher[1:]:
-        raise ValueError(
+        raise InputError(
             f"{function}: expected equal (h, w), got student {tuple(student[1:])} and teacher "
             f'{tuple(teacher[1:])}. Tap layers of equal stride, or pass resize="student".'
         )
@@ -680,7 +681,7 @@ def _check_sizes(function: str, student: Sequence[int], teacher: Sequence[int], 
 def _check_graph(user: str, logits: Tensor, x: Tensor) -> None:
     if not x.requires_grad or not logits.requires_grad:
         what = "logits without a graph" if x.requires_grad else "an x that does not require grad"
-        raise ValueError(
+        raise InputError(
             f"{user}: expected logits computed from an x that requires grad, got {what}. "
             "Run the model on x.detach().requires_grad_() outside no_grad() and inference_mode()."
         )
@@ -691,14 +692,14 @@ def _check_gradients(function: str, beta: float, **gradients: Tensor) -> None:
     for name, gradient in gradients.items():
         _check_floating(function, name, gradient)
         if gradient.ndim != 4 or 0 in gradient.shape:
-            raise ValueError(
+            raise InputError(
                 f"{function}: expected {name} of shape (b, c, h, w) with no empty axis, got "
                 f"{tuple(gradient.shape)}. `input_gradient` gives it."
             )
     shapes = {name: tuple(gradient.shape) for name, gradient in gradients.items()}
     if len(set(shapes.values())) > 1:
         got = " and ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(
+        raise InputError(
             f"{function}: expected gradients of equal shape, got {got}. Take both by the same images, before "
             "any transform that one of the models needs."
         )
@@ -706,7 +707,7 @@ def _check_gradients(function: str, beta: float, **gradients: Tensor) -> None:
 
 def _check_energy_options(function: str, p: float, mapping: str) -> None:
     if not (is_number(p) and 1 <= p <= LARGEST_P):
-        raise ValueError(f"{function}: expected 1 <= p <= {LARGEST_P:g}, got {p!r}.")
+        raise InputError(f"{function}: expected 1 <= p <= {LARGEST_P:g}, got {p!r}.")
     _check_choice(function, "mapping", mapping, Mapping)
 
 
@@ -728,7 +729,7 @@ def check_term_options(function: str, beta: float, form: str, resize: str | None
 
 def _check_beta(function: str, beta: float) -> None:
     if not (is_number(beta) and 0 <= beta < math.inf):
-        raise ValueError(f"{function}: expected a finite beta >= 0, got {beta!r}.")
+        raise InputError(f"{function}: expected a finite beta >= 0, got {beta!r}.")
 
 
 def is_number(value: object) -> bool:
@@ -738,4 +739,4 @@ def is_number(value: object) -> bool:
 
 def _check_choice(function: str, option: str, value: str, choices: object) -> None:
     if value not in get_args(choices):
-        raise ValueError(f"{function}: expected {option} as one of {list(get_args(choices))}, got {value!r}.")
+        raise InputError(f"{function}: expected {option} as one of {list(get_args(choices))}, got {value!r}.")

@@ -23,6 +23,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from . import taps
 from ._channels import wrong_channels
+from ._errors import InputError, InputTypeError
 from ._outputs import find_logits
 from ._reading import first_line
 from ._untouched import untouched
@@ -52,10 +53,12 @@ class Pair:
     def __post_init__(self) -> None:
         for name in (self.student, self.teacher):
             if not isinstance(name, str):
-                raise TypeError(f"Pair: expected the names of two modules, got {name!r}. Pass dotted names.")
+                raise InputTypeError(
+                    f"Pair: expected the names of two modules, got {name!r}. Pass dotted names."
+                )
         number = isinstance(self.weight, Real)
         if not (number and math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f"Pair: expected a weight >= 0, got {self.weight!r}. Leave it out for 1.")
+            raise InputError(f"Pair: expected a weight >= 0, got {self.weight!r}. Leave it out for 1.")
 
     def __str__(self) -> str:
         weight = "" if self.weight == 1 else f" (weight {self.weight:g})"
@@ -117,7 +120,7 @@ def suggest_pairs(
     at_level = {stage.level: stage for stage in theirs.stages}
     pairs = [Pair(stage.name, at_level[stage.level].name) for stage in ours.stages if stage.level in at_level]
     if not pairs:
-        raise ValueError(
+        raise InputError(
             "suggest_pairs: expected stages of equal relative resolution, got strides "
             f"{_strides(ours.stages)} in the student and {_strides(theirs.stages)} in the teacher. Name the "
             'layers, pairs=[Pair("student.layer", "teacher.layer")], with resize="student" or "teacher" for '
@@ -182,7 +185,7 @@ def _stored_survey(stages: Sequence[Stage]) -> _Survey:
 def _survey(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Survey:
     if not isinstance(images, Tensor) or images.dim() != 4 or not len(images):
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(
+        raise InputError(
             f"{user}: expected images (b, c, h, w), got {got}. Pass a batch, e.g. x[:2], or x[None] of one "
             "image; take video frame by frame."
         )
@@ -191,13 +194,13 @@ def _survey(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Surve
     blocks = [trace.before_norm(block) for block in _repeated_blocks(trace)] if len(ends) == 1 else []
     stages = trace.stages(blocks[-1:] or _outermost(ends, trace.root))
     if not stages:
-        raise ValueError(
+        raise InputError(
             f"{user}: expected the {role} to have maps larger than 1x1, got none for a "
             f"{images.shape[-2]}x{images.shape[-1]} input. Pass a larger example input, or name the layers."
         )
     unread = [call for call in trace.root.walk() if call.is_unread]
     if len(unread) > len(trace.root.weighted()) and not any(end.is_block for end in ends):
-        raise ValueError(
+        raise InputError(
             f"{user}: expected the {role} to have blocks that return maps, got {len(unread)} layers whose "
             f"output cannot be read as one for a {images.shape[-2]}x{images.shape[-1]} input, such as "
             f"{_way_to_read(unread[-1])}"
@@ -434,7 +437,7 @@ def _trace(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Trace:
         name for name, module in taps.named_modules(model) if isinstance(module, torch.jit.ScriptModule)
     ]
     if scripted:
-        raise ValueError(
+        raise InputError(
             f"{user}: expected a {role} of Python modules, got TorchScript at {scripted[0] or 'its root'}, "
             "which shows nobody its layers' outputs. Pass the model as it was before torch.jit."
         )
@@ -453,15 +456,15 @@ def _trace(model: nn.Module, images: Tensor, *, user: str, role: str) -> _Trace:
             model(images)
         except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
             if images.dim() == 4 and (said := wrong_channels(model, images.shape[1:], user=user, role=role)):
-                raise ValueError(said) from error
-            raise ValueError(
+                raise InputError(said) from error
+            raise InputError(
                 f"{user}: expected a {role} that runs on images of shape {tuple(images.shape)}, got "
                 f"{type(error).__name__}: {first_line(error)}. "
                 "Pass example_input= (teacher_input=) of the size and channels it was built for."
             ) from error
     assert recorder.root is not None
     if not any(True for call in recorder.root.children for _ in call.module.parameters()):
-        raise ValueError(
+        raise InputError(
             f"{user}: expected a {role} that calls its layers as modules, got {type(model).__name__}, which "
             "calls none with weights, as an exported program does. Pass the model as it was before that."
         )

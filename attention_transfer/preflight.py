@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ._errors import InputError
 from ._reading import first_line
 from ._untouched import untouched
 from .functional import cross_entropy, is_distributed, map_spread
@@ -74,7 +75,7 @@ def check_order(side: str, found: Mapping[str, Finding]) -> list[str]:
     wrong = {name: finding for name, finding in found.items() if not finding.in_order}
     for name, finding in wrong.items():
         if not finding.told:
-            raise ValueError(_out_of_order(side, name, finding))
+            raise InputError(_out_of_order(side, name, finding))
     return _warn(
         [
             f"the {side}'s map at {name} does not follow the image: {_share_of(each)}. Is it read as meant?"
@@ -123,7 +124,7 @@ def statistics_kept(teacher: nn.Module | None) -> Iterator[None]:
         changed = sorted(before.keys() ^ after.keys())
         changed += [name for name in before if name in common and not torch.equal(before[name], after[name])]
     if changed:
-        raise ValueError(
+        raise InputError(
             f"preflight: expected a teacher that a forward pass leaves as it is, got changed buffers "
             f"{_list(changed)}. Give it layers that heed eval(), or it drifts while the student learns."
         )
@@ -201,7 +202,7 @@ def _rounding(layer: Float[Tensor, "b c ..."]) -> float:
 
 def _check_student(student: nn.Module) -> None:
     if not any(parameter.requires_grad for parameter in student.parameters()):
-        raise ValueError(
+        raise InputError(
             "preflight: expected a student with trainable parameters, got none that requires a gradient. "
             "Call student.requires_grad_(True), or freeze only part of it."
         )
@@ -212,13 +213,13 @@ def _check_teacher(teacher: nn.Module | None) -> None:
         return
     trainable = [name for name, parameter in teacher.named_parameters() if parameter.requires_grad]
     if trainable:
-        raise ValueError(
+        raise InputError(
             f"preflight: expected a frozen teacher, got {_list(trainable)} with requires_grad=True. "
             "Call teacher.requires_grad_(False); only the student learns."
         )
     training = [name or "the teacher itself" for name, module in teacher.named_modules() if module.training]
     if training:
-        raise ValueError(
+        raise InputError(
             f"preflight: expected a teacher in evaluation mode, got {_list(training)} in training mode, "
             "where dropout is on and BatchNorm statistics move even under no_grad. Call teacher.eval()."
         )
@@ -227,12 +228,12 @@ def _check_teacher(teacher: nn.Module | None) -> None:
 def _check_outputs(seen: Observation, classes: int | None) -> None:
     width = seen.student.logits.shape[1]
     if classes is not None and width != classes:
-        raise ValueError(
+        raise InputError(
             f"preflight: expected a student with an output for each of {classes} classes, got {width}. Let "
             "it return its logits, rather than features, first or alone."
         )
     if width == 1:
-        raise ValueError(
+        raise InputError(
             "preflight: expected a student of two outputs or more, got 1, whose cross-entropy is always 0. "
             "Build the student with num_classes=2."
         )
@@ -245,10 +246,10 @@ def _check_labels(seen: Observation) -> None:
         return
     labels = _counted(labels)
     if not labels.numel():
-        raise ValueError("preflight: expected labels that count, got none. Pass another batch.")
+        raise InputError("preflight: expected labels that count, got none. Pass another batch.")
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0 or highest >= classes:
-        raise ValueError(
+        raise InputError(
             f"preflight: expected labels from 0 to {classes - 1}, as the student has {classes} outputs, got "
             f"{lowest} to {highest}. Build the student with num_classes={highest + 1} or mend the labels."
         )
@@ -257,7 +258,7 @@ def _check_labels(seen: Observation) -> None:
 def _check_probabilities(labels: Float[Tensor, "b k ..."]) -> None:
     sums = labels.sum(1)
     if not (labels.isfinite().all() and (labels >= 0).all() and ((sums - 1).abs() < SUM_TOLERANCE).all()):
-        raise ValueError(
+        raise InputError(
             "preflight: expected floating labels as probabilities of classes, which sum to 1, got numbers "
             f"from {labels.min().item():.3g} on with sums from {sums.min().item():.3g} to "
             f"{sums.max().item():.3g}. Divide by their sum, or give class numbers; several classes an image "
@@ -275,7 +276,7 @@ def _check_finite(seen: Observation, x: Tensor) -> None:
             tensors[f"the {side}'s input gradient"] = reading.input_gradient
     for what, tensor in tensors.items():
         if bad := int((~tensor.isfinite()).sum()):
-            raise ValueError(
+            raise InputError(
                 f"preflight: expected finite numbers, got {bad} NaN or infinite entries in {what}. "
                 "Look at the input's normalisation, the weights, and the range of the precision in use."
             )
@@ -310,18 +311,18 @@ def _share_of(finding: Finding) -> str:
 def _check_features(seen: Observation) -> None:
     for pair, student in zip(seen.pairs, seen.student.features, strict=False):
         if not student.requires_grad:
-            raise ValueError(
+            raise InputError(
                 f"preflight: expected an activation with a gradient at the student's {pair.student}, got one "
                 f"without: the term would be dead. {_why_no_gradient(pair)}"
             )
         if student.shape[2:].numel() == 1:
-            raise ValueError(
+            raise InputError(
                 f"preflight: expected a map at the student's {pair.student}, got a single position, whose "
                 "map is 1 whatever the activation: the term is dead. Tap a layer before the pooling."
             )
     for pair, teacher in zip(seen.pairs, _layers(seen.teacher) if seen.teacher else (), strict=False):
         if not teacher.any():
-            raise ValueError(
+            raise InputError(
                 f"preflight: expected an activation to learn from at the teacher's {pair.teacher}, got zero "
                 "everywhere on all images: the term is dead. Look at the teacher's weights and its input."
             )
@@ -357,7 +358,7 @@ def _differentiate(name: str, addend: Float[Tensor, ""], parameters: Sequence[Te
     try:
         return torch.autograd.grad(addend, parameters, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
-        raise ValueError(
+        raise InputError(
             f"preflight: expected a term {name} that can be differentiated by the student's parameters, got: "
             f"{first_line(error)}. A term over input gradients differentiates twice: use an eager "
             "model of plain PyTorch operations."
@@ -368,13 +369,13 @@ def _check_gradient(name: str, addend: Tensor, overall: Gradients, at_pairs: Gra
     """A term is finite and reaches the student; one that works on layer pairs, through its layer."""
     reached = [gradient for gradient in (*overall, *(at_pairs or ())) if gradient is not None]
     if not (addend.isfinite() and all(gradient.isfinite().all() for gradient in reached)):
-        raise ValueError(
+        raise InputError(
             f"preflight: expected finite terms and gradients, got NaN or infinity from {name} (value "
             f"{addend.item():.3g}). Use a wider precision (bfloat16 or float32) or scale the loss."
         )
     left_out = name == "ce" and addend == 0  # on purpose: alpha 1 leaves labels no weight
     if not left_out and (not _alive(overall) or (at_pairs is not None and not _alive(at_pairs))):
-        raise ValueError(
+        raise InputError(
             f"preflight: expected every term to move the student, got no gradient from {name} (value "
             f"{addend.item():.3g}): the term is dead. {_why_dead(addend)}"
         )
@@ -391,7 +392,7 @@ def _check_differences(seen: Observation) -> None:
             if max(student, teacher) <= max(FLAT, *maps.rounding)
             else "Is the student a copy of the teacher?"
         )
-        raise ValueError(
+        raise InputError(
             f"preflight: expected maps that differ at the pair {maps.pair}, got maps that are equal to "
             f"rounding, with spreads of {student:.1e} and {teacher:.1e} (standard deviation over mean of the "
             f"energy): the term is dead. {why}"

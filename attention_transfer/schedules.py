@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import cast, get_args
 
 from ._choices import Schedule
+from ._errors import InputError
 from ._hints import did_you_mean
 
 MILESTONES = (0.3, 0.6, 0.8)  # of the training, where the paper's CIFAR recipe drops the learning rate
@@ -39,11 +40,11 @@ def schedule_factor(
     """
     schedule = _known(schedule, "schedule_factor", "schedule")
     if not 0 <= progress <= 1:
-        raise ValueError(
+        raise InputError(
             f"schedule_factor: expected progress from 0 to 1, got {progress}. Give the share that is done."
         )
     if not all(0 <= milestone <= 1 for milestone in milestones):
-        raise ValueError(
+        raise InputError(
             f"schedule_factor: expected milestones from 0 to 1, got {list(milestones)}. "
             "Give shares of the training, not epochs."
         )
@@ -70,14 +71,14 @@ def parse_schedules(text: str, terms: Iterable[str], *, user: str = "Recipe") ->
     for part in text.split(","):
         term, colon, schedule = (word.strip() for word in part.partition(":"))
         if not colon:
-            raise ValueError(
+            raise InputError(
                 f"{user}: expected schedules as one name or as term:name,term:name, got {text!r}. "
                 f'Write it such as "{next(iter(terms), "at")}:linear".'
             )
         if term not in terms:
             raise _unknown(user, f"schedules of terms among {terms}", term, terms)
         if term in named:
-            raise ValueError(f"{user}: expected each term once, got {term} twice in schedules {text!r}.")
+            raise InputError(f"{user}: expected each term once, got {term} twice in schedules {text!r}.")
         named[term] = _known(schedule, user, f"schedule of {term}")
     return dict.fromkeys(terms, cast(Schedule, "constant")) | named
 
@@ -89,5 +90,5 @@ def _known(schedule: str, user: str, what: str) -> Schedule:
     return cast(Schedule, schedule)
 
 
-def _unknown(user: str, expected: str, got: str, known: Sequence[str]) -> ValueError:
-    return ValueError(f"{user}: expected {expected}, got {got!r}. {did_you_mean(got, known)}".rstrip())
+def _unknown(user: str, expected: str, got: str, known: Sequence[str]) -> InputError:
+    return InputError(f"{user}: expected {expected}, got {got!r}. {did_you_mean(got, known)}".rstrip())

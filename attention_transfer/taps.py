@@ -37,6 +37,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ._errors import InputError, InputTypeError
 from .tokens import Tokens, rolled, tokens_around
 
 LAYOUTS = ("auto", "nchw", "nhwc", "tokens", "tokens+PREFIX+SUFFIX", "HxW", "HxW+PREFIX+SUFFIX")
@@ -71,7 +72,7 @@ def path_to(model: nn.Module, name: str) -> list[nn.Module]:
             continue  # a name as the wrapped model's own `named_modules()` spells it
         child = module._modules.get(part)
         if child is None:
-            raise ValueError(_unknown_name(model, name))
+            raise InputError(_unknown_name(model, name))
         module = unwrap(child)
         path.append(module)
     return path
@@ -472,9 +473,11 @@ class Taps:
         read: Read | None = None,
     ) -> None:
         if isinstance(names, str):
-            raise TypeError(f"Taps: expected a list of names, got the string {names!r}. Pass [{names!r}].")
+            raise InputTypeError(
+                f"Taps: expected a list of names, got the string {names!r}. Pass [{names!r}]."
+            )
         if len(set(names)) != len(names):
-            raise ValueError(f"Taps: expected each name once, got {list(names)}. Remove the repeated one.")
+            raise InputError(f"Taps: expected each name once, got {list(names)}. Remove the repeated one.")
         self._taps = [_parse(name, layout) for name in names]
         _check_layouts(self._taps, layout)
         _refuse_replicas(model)
@@ -563,7 +566,7 @@ class Taps:
     def _read_late(self, tap: _Tap, firing: _Firing, hw: tuple[int, int] | None, kinds: set[tuple]) -> Any:
         """The map of a firing, or what is read of it."""
         if firing.output is None:
-            raise ValueError(
+            raise InputError(
                 f"Taps.pop: expected {tap.name!r} to return a tensor, or a tuple or dict with one, got "
                 f"{firing.kind}. Tap another module."
             )
@@ -662,20 +665,20 @@ class Taps:
 
     def _select(self, tap: _Tap, calls: list[_Firing]) -> _Firing:
         if not calls:
-            raise ValueError(
+            raise InputError(
                 f"Taps.pop: expected {tap.name!r} to run once, got no call since the last pop(). Call "
                 "the model inside the `with` block, once before each pop(); tap a module that is called "
                 "(its branch may be off, or its weights used without calling it); a compiled model that was "
                 "first called before the taps were open may need torch._dynamo.reset()."
             )
         if tap.call is None and len(calls) > 1:
-            raise ValueError(
+            raise InputError(
                 f"Taps.pop: expected {tap.name!r} to run once in a forward pass, got {len(calls)} calls. "
                 f'Name one: "{tap.path}#0" to "{tap.path}#{len(calls) - 1}".'
             )
         index = tap.call or 0
         if index >= len(calls):
-            raise ValueError(
+            raise InputError(
                 f"Taps.pop: expected call {index} of {tap.path!r}, got {len(calls)} calls in the forward. "
                 f'The last is "{tap.path}#{len(calls) - 1}".'
             )
@@ -705,20 +708,20 @@ class Taps:
             return found[0]
         seen = f"got shape {shape} with {_describe_input(hw)}"
         if hw is None and len(shape) != 4:
-            raise ValueError(
+            raise InputError(
                 f"Taps.pop: expected a model of images (b, c, h, w), {seen}, at {tap.name!r}. Call the whole "
                 "model, with the axis of the batch; take video frame by frame; other signals have no maps."
             )
         if not found and len(shape) == 3 and tap.layout == "auto" and hw is not None:
             _refuse_tokens(tap, shape[1], hw, tokens_around(self._paths[tap.path]))
         if not found:
-            raise ValueError(
+            raise InputError(
                 f"Taps.pop: expected {tap.name!r} to return a map (b, c, h, w), (b, h, w, c) or tokens "
                 f"(b, n, c) as layout={tap.layout!r} says, {seen}. Tap a layer before pooling, "
                 "call the whole model, or pass another layout=."
             )
         options = " or ".join(_option(layout) for layout in found)
-        raise ValueError(
+        raise InputError(
             f"Taps.pop: expected one way to read {tap.name!r}, {seen}, which may be {options}. "
             f"Pass layout={{{tap.name!r}: {_option(found[0])!r}}} or the other, or call it "
             f'"{tap.name}@{_option(found[0])}".'
@@ -743,7 +746,7 @@ def _deferred() -> bool:
 def _check_intact(name: str, firing: _Firing, end_version: int) -> None:
     assert firing.output is not None
     if max(end_version, version(firing.output)) > firing.version:
-        raise ValueError(
+        raise InputError(
             f"Taps.pop: expected the output of {name!r} unchanged, got one that was overwritten in place "
             "after the tap, such as by ReLU(inplace=True). Tap that ReLU itself, or build the model with "
             "inplace=False."
@@ -760,7 +763,7 @@ def _parse(name: str, layout: str | Mapping[str, str]) -> _Tap:
     called, at, own = name.partition("@")
     path, hash_, call = called.partition("#")
     if hash_ and not call.isdecimal():
-        raise ValueError(f'Taps: expected "name#k" with a whole number k from 0, got {name!r}.')
+        raise InputError(f'Taps: expected "name#k" with a whole number k from 0, got {name!r}.')
     chosen = layout if isinstance(layout, str) else layout.get(name, "auto")
     return _Tap(name, path, int(call) if hash_ else None, own if at else chosen)
 
@@ -768,7 +771,7 @@ def _parse(name: str, layout: str | Mapping[str, str]) -> _Tap:
 def _check_layouts(taps: Sequence[_Tap], layout: str | Mapping[str, str]) -> None:
     for tap in taps:
         if tap.layout not in LAYOUTS[:3] and not TOKEN_LAYOUT.fullmatch(tap.layout):
-            raise ValueError(
+            raise InputError(
                 f"Taps: expected layout to be one of {', '.join(LAYOUTS)}, got {tap.layout!r} for "
                 f"{tap.name!r}."
             )
@@ -776,7 +779,7 @@ def _check_layouts(taps: Sequence[_Tap], layout: str | Mapping[str, str]) -> Non
     for name in layout if isinstance(layout, Mapping) else ():
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0) or ["nothing"]
-            raise ValueError(
+            raise InputError(
                 f"Taps: expected layout= for tapped names, got one for {name!r}. Near: {near[0]}."
             )
 
@@ -784,7 +787,7 @@ def _check_layouts(taps: Sequence[_Tap], layout: str | Mapping[str, str]) -> Non
 def _refuse_replicas(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
-            raise ValueError(
+            raise InputError(
                 f"Taps: expected a model that runs once a step, got DataParallel over "
                 f"{len(module.device_ids)} devices, which runs copies. Use DistributedDataParallel."
             )
@@ -808,7 +811,7 @@ def _refuse_tokens(tap: _Tap, n: int, hw: tuple[int, int], said: Tokens | None) 
         )
     expected = " or ".join(f"{h}x{w}" for h, w in grids)
     expected += "" if said.prefix is None else f" and {said.prefix} in front"
-    raise ValueError(
+    raise InputError(
         f"Taps.pop: expected {tap.name!r} to return tokens of a grid that {said.by} has, {expected}, got {n} "
         f"with {_describe_input(hw)}. {mend}"
     )

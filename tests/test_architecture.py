@@ -58,6 +58,7 @@ HELPERS = {
     "_channels",
     "_choices",
     "_colours",
+    "_errors",
     "_extras",
     "_files",
     "_hints",

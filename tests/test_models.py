@@ -240,7 +240,7 @@ def test_factories_are_called_with_what_they_take() -> None:
     [
         ("no_such_package.x:f", ValueError, r"found no no_such_package\. Install it"),
         ("attention_transfer.no_such:f", ValueError, r"found no attention_transfer\.no_such\. Install it"),
-        ("test_models:tinny", ValueError, r"found nothing of that name\. Near matches: tiny\.$"),
+        ("test_models:tinny", ValueError, r"found nothing of that name\. Did you mean tiny\?$"),
         ("test_models:constant", ValueError, r"found a int\. Check the name after the colon\.$"),
         (
             "test_models:returns_text",

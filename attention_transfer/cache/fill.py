@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from .._errors import InputError
 from ..data import Batches
 from .shards import Shard
 from .store import Cache
@@ -92,7 +93,7 @@ class Filler:
         for what, tensor in zip(["the logits", *names], [logits.half(), *maps], strict=True):
             bad = ~tensor.flatten(1).isfinite().all(1)
             if bad.any():
-                raise ValueError(
+                raise InputError(
                     f"cache: expected finite numbers from the teacher, got NaN or infinity in {what} for "
                     f"training image {int(rows[bad.cpu()][0])}. Build with --precision 32-true, or look at "
                     "its weights and at the normalisation it expects."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .._choices import Mapping, Stored
+from .._errors import InputError
 from .._files import write_atomically
 from .._reading import parse_json, read_text
 from ..pairs import Stage
@@ -114,19 +115,19 @@ class Manifest:
         try:
             values = parse_json(read_text(path))
         except ValueError:
-            raise ValueError(_foreign(path, "which is not JSON")) from None
+            raise InputError(_foreign(path, "which is not JSON")) from None
         if not isinstance(values, dict) or values.pop("kind", None) != KIND:
-            raise ValueError(_foreign(path, "which is something else"))
+            raise InputError(_foreign(path, "which is something else"))
         version = values.pop("format", None)
         if isinstance(version, int) and version > FORMAT:
-            raise ValueError(
+            raise InputError(
                 f"cache: expected format {FORMAT} in {path}, got {version}, written by version "
                 f"{values.get('version')}. Install that version of attention-transfer, or a later one."
             )
         try:
             return cls._from_json(values)
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
-            raise ValueError(_foreign(path, f"which is damaged ({error})")) from None
+            raise InputError(_foreign(path, f"which is damaged ({error})")) from None
 
     @classmethod
     def _from_json(cls, values: dict[str, Any]) -> Manifest:
@@ -137,35 +138,35 @@ class Manifest:
         manifest = cls(**{**values, **tuples, "layers": tuple(layers), "class_names": names})
         counts = [getattr(manifest, name) for name in _COUNTS]
         if not all(_is_count(count) for count in (*counts, len(layers))):
-            raise ValueError(f"{', '.join(_COUNTS)}: {counts}")
+            raise InputError(f"{', '.join(_COUNTS)}: {counts}")
         if manifest.views * math.ceil(manifest.images / manifest.shard_images) > MOST_FILES:
-            raise ValueError(f"more than {MOST_FILES:,} files")
+            raise InputError(f"more than {MOST_FILES:,} files")
         if manifest.dtype not in get_args(Stored) or manifest.mapping not in get_args(Mapping):
-            raise ValueError(f"dtype {manifest.dtype}, mapping {manifest.mapping}")
+            raise InputError(f"dtype {manifest.dtype}, mapping {manifest.mapping}")
         for stage in manifest.layers:
             if not isinstance(stage.name, str) or not _is_shape(stage.shape) or not _is_number(stage.stride):
-                raise ValueError(f"layer {stage.name}")
+                raise InputError(f"layer {stage.name}")
         if not _is_shape(manifest.shape):
-            raise ValueError(f"shape {manifest.shape}")
+            raise InputError(f"shape {manifest.shape}")
         numbers = (manifest.p, *manifest.mean, *manifest.std)
         if (
             not all(map(_is_number, numbers))
             or not len(manifest.mean) == len(manifest.std) == manifest.shape[0]
         ):
-            raise ValueError("p, mean and std")
+            raise InputError("p, mean and std")
         if not all(type(value) is int for value in (manifest.pad, manifest.view_seed)):
-            raise ValueError("pad and view_seed")
+            raise InputError("pad and view_seed")
         texts = (manifest.teacher, manifest.teacher_fingerprint, manifest.precision, manifest.data)
         if not all(isinstance(text, str) for text in (*texts, manifest.decoding)):
-            raise ValueError("teacher, precision, data and decoding")
+            raise InputError("teacher, precision, data and decoding")
         if names is not None and (
             len(names) != manifest.classes or not all(isinstance(n, str) for n in names)
         ):
-            raise ValueError("class_names")
+            raise InputError("class_names")
         if type(manifest.flip) is not bool:
-            raise ValueError("flip")
+            raise InputError("flip")
         if not isinstance(manifest.source, dict) or not isinstance(manifest.settings, dict):
-            raise ValueError("source and settings")
+            raise InputError("source and settings")
         return manifest
 
 

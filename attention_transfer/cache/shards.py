@@ -18,6 +18,7 @@ from jaxtyping import Int64, UInt8
 from safetensors.numpy import save
 from torch import Tensor
 
+from .._errors import InputError
 from .._files import write_atomically
 from .._reading import open_file, parse_json
 
@@ -112,7 +113,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     with open_file(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(path.stat().st_size, LONGEST_HEADER):
-            raise ValueError("a header longer than the file")
+            raise InputError("a header longer than the file")
         return parse_json(file.read(length)), 8 + length
 
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from .._errors import InputError
 from .._files import is_bookkeeping, remove_leftovers
 from ..data.stamps import Stamp
 from .manifest import FILE, Manifest
@@ -106,7 +107,7 @@ class Cache:
             ValueError: if there are not so many, the cache is unfinished, or a file is damaged or foreign.
         """
         if views > self.manifest.views:
-            raise ValueError(
+            raise InputError(
                 f"cache: expected {views} views in {self.folder}, got {self.manifest.views}. Pass --views "
                 f"{self.manifest.views}, or add some: {self.build_command} --views {views}"
             )
@@ -116,11 +117,11 @@ class Cache:
             f"{self.folder / shard.name} {fault}" for shard, fault in faults if fault not in (None, MISSING)
         ]
         if damaged:
-            raise ValueError(
+            raise InputError(
                 f"cache: {damaged[0]}. Build such files anew, the rest is kept: {self.build_command}"
             )
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"cache: {self.folder} is unfinished: {len(missing)} of {len(faults)} files are missing. "
                 f"Finish it: {self.build_command}"
             )
@@ -174,7 +175,7 @@ class Cache:
         stamp = Stamp.of(path)
         fault = shard.fault(self.folder, deep=self._compared.get(shard) != stamp)
         if fault:
-            raise ValueError(
+            raise InputError(
                 f"cache: {path} {fault}. Delete it, and build it anew, the rest is kept: {self.build_command}"
             )
         self._compared[shard] = stamp
@@ -204,7 +205,7 @@ def _merge(folder: Path, manifest: Manifest) -> Manifest:
         return manifest
     manifest = replace(manifest, shard_images=there.shard_images)
     if differences := there.differences(manifest):
-        raise ValueError(
+        raise InputError(
             f"cache: {folder} holds another cache ({'; '.join(differences)}). "
             "Go on with the settings it was begun with, or pass another --output."
         )

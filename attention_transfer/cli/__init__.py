@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from attention_transfer._colours import coloured, print_safely
+from attention_transfer._errors import InputError
 from attention_transfer._ranks import is_first_process, process_name
 from attention_transfer._reading import one_line
 from attention_transfer._tables import printable
@@ -123,13 +124,8 @@ def _overview() -> str:
 
 
 def _is_bad_input(error: Exception) -> bool:
-    """Whether an error is this package's answer to its input, or the system's refusal; else it is a bug."""
-    if isinstance(error, UsageError | OSError) or _is_about_a_name(error):
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
-    raised_here = bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
-    of_our_kind = isinstance(error, ValueError | TypeError | ImportError | FloatingPointError)
-    return of_our_kind and raised_here and re.match(r"[\w. ()]+: ", str(error)) is not None
+    """Whether an error answers the input, comes of the system, or is of a training that went astray."""
+    return isinstance(error, InputError | OSError | FloatingPointError) or _is_about_a_name(error)
 
 
 def _is_about_a_name(error: Exception) -> bool:

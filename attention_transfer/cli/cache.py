@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from attention_transfer._choices import Stored
 from attention_transfer._colours import print_safely
+from attention_transfer._errors import InputError
 from attention_transfer._ranks import is_first_process
 from attention_transfer._tables import format_table
 from attention_transfer.cli.memory import add_memory_flag, govern_memory
@@ -117,7 +118,7 @@ def _settings_of(folder: Path, views: int | None) -> dict[str, Any]:
     if not {*cache_fields(), "layers", "dtype"} <= settings.keys() or not (
         layers is None or (isinstance(layers, list) and all(isinstance(name, str) for name in layers))
     ):
-        raise ValueError(
+        raise InputError(
             f"cache: expected the settings that {folder} was begun with in its cache.json, got others. "
             "Go on with it by the flags that you built it with, and -o."
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from attention_transfer._errors import InputError
 from attention_transfer._machine import commit, device_name
 from attention_transfer._reading import one_line
 from attention_transfer._tables import format_table
@@ -47,7 +48,7 @@ def by_name(splits: Splits, card: ModelCard | None) -> Splits:
     """
     names = card.classes if card else None
     if strangers := unknown_classes(splits.classes, names):
-        raise ValueError(
+        raise InputError(
             f"evaluate: expected images of classes that the model knows, got {strangers}. It knows "
             f"{', '.join(names or ())[:200]}. Name the classes of the images as the model does."
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attention_transfer._colours import print_safely
+from attention_transfer._errors import InputError
 from attention_transfer._pictures import LARGEST, DeepError, convert, open_picture
 from attention_transfer._reading import read_bytes
 from attention_transfer.cli.parsing import PROGRAM, UsageError, parse, verb_parser
@@ -176,9 +177,9 @@ def _read_image(path: str, channels: int, size: int) -> Tensor:
     try:
         image = open_picture(read_bytes(path, LARGEST), extra="train", user="maps")
     except DeepError as error:
-        raise ValueError(
+        raise InputError(
             f"maps: expected 8 bits a channel in {path}, got mode {error}. Convert it."
         ) from None
     except ValueError as error:
-        raise ValueError(f"maps: {path} is not a readable image ({error}).") from None
+        raise InputError(f"maps: {path} is not a readable image ({error}).") from None
     return to_tensor(resize_and_crop(convert(image, channels), size))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attention_transfer._colours import print_safely
+from attention_transfer._errors import InputError
 from attention_transfer._extras import require
 from attention_transfer._hints import did_you_mean
 from attention_transfer._reading import is_deceptive, one_line
@@ -37,7 +38,7 @@ VERBS = {
 }
 
 
-class UsageError(ValueError):
+class UsageError(InputError):
     """A command line that does not parse."""
 
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
+from .._errors import InputError, InputTypeError
 from .views import Views
 
 
@@ -95,15 +96,17 @@ class Augment(nn.Module):
 
     def _check(self, images: Tensor, pad: int | None = None) -> None:
         if images.dtype != torch.uint8:
-            raise TypeError(f"Augment: expected uint8 images, got {images.dtype}. Pass pixels of 0 to 255.")
+            raise InputTypeError(
+                f"Augment: expected uint8 images, got {images.dtype}. Pass pixels of 0 to 255."
+            )
         if images.ndim != 4 or images.shape[1] != len(self.scale):
-            raise ValueError(
+            raise InputError(
                 f"Augment: expected images (b, {len(self.scale)}, h, w), got {tuple(images.shape)}. "
                 "Give mean and std one number a channel."
             )
         pad = self.pad if pad is None else pad
         if min(images.shape[2:]) <= pad:
-            raise ValueError(
+            raise InputError(
                 f"Augment: expected images larger than pad={pad}, got {tuple(images.shape[2:])}. "
                 "A reflection needs more pixels than it adds: pass a smaller pad."
             )
@@ -144,13 +147,13 @@ def _reflect(index: Int64[Tensor, "b n"], size: int) -> Int64[Tensor, "b n"]:
 
 def _check_settings(mean: Sequence[float], std: Sequence[float], pad: int) -> None:
     if len(mean) != len(std) or not mean:
-        raise ValueError(
+        raise InputError(
             f"Augment: expected mean and std of equal length, got {len(mean)} and {len(std)}. "
             "Give each one number a channel."
         )
     if min(std) <= 0:
-        raise ValueError(
+        raise InputError(
             f"Augment: expected positive std, got {tuple(std)}. A constant channel has none: use 1."
         )
     if pad < 0:
-        raise ValueError(f"Augment: expected pad >= 0, got {pad}. Pass pad=0 for no crop.")
+        raise InputError(f"Augment: expected pad >= 0, got {pad}. Pass pad=0 for no crop.")

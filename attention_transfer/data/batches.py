@@ -16,6 +16,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from .._errors import InputError
 from .._reading import one_line
 from .images import Images, StreamedImages
 from .order import Layout
@@ -139,7 +140,7 @@ class Batches:
         """
         expected = {"seed": self.seed, "length": len(self)}
         if state["position"] and any(state[key] != value for key, value in expected.items()):
-            raise ValueError(
+            raise InputError(
                 f"Batches.load_state_dict: expected a position among {len(self)} batches "
                 f"of seed {self.seed}, got one among {state['length']} of seed {state['seed']}. "
                 "Resume with the settings of the interrupted run."
@@ -222,7 +223,7 @@ class Batches:
         )
         for (images, error), chosen in zip(_or_the_reason(loader), rows, strict=True):
             if error:
-                raise ValueError(error)
+                raise InputError(error)
             if isinstance(images, np.ndarray):
                 _warn_of_pipes()
                 images = torch.from_numpy(images)
@@ -231,16 +232,16 @@ class Batches:
 
     def _check(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(
+            raise InputError(
                 f"Batches: expected batch_size >= 1, got {self.batch_size}. Pass a positive number."
             )
         if not 0 <= self.rank < self.world_size:
-            raise ValueError(
+            raise InputError(
                 f"Batches: expected 0 <= rank < world_size, got rank {self.rank} of {self.world_size}. "
                 "Ranks count from 0."
             )
         if len(self) == 0:
-            raise ValueError(
+            raise InputError(
                 f"Batches: expected at least one batch, got {len(self.images)} images for batches of "
                 f"{self.batch_size} x {self.world_size}. Pass a smaller batch_size, or drop_last=False."
             )

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from .._errors import InputError
 from .._extras import require
 from .._pictures import GREY_MODES, LARGEST, DeepError, convert, open_picture
 from .._reading import one_line, read_bytes
@@ -112,7 +113,7 @@ def _open(encoded: Encoded, row: int) -> Image:
     try:
         return open_picture(_read_bytes(encoded, row), extra="train", user="load_data")
     except DeepError as error:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected 8-bit images, got mode {error} in {encoded.name(row)}. "
             "Convert it to 8 bits a channel: which of its values are black and white, it does not say."
         ) from None
@@ -127,25 +128,25 @@ def _open(encoded: Encoded, row: int) -> Image:
         )
         name = encoded.name(row)
         what = f"{name} is {error}" if too_large else f"cannot decode {name} ({error})"
-        raise ValueError(f"load_data: {what}. {mend}") from None
+        raise InputError(f"load_data: {what}. {mend}") from None
 
 
 def _read_bytes(encoded: Encoded, row: int) -> bytes:
     try:
         data = encoded.read(row)
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"load_data: cannot read {encoded.name(row)} ({error.strerror or one_line(error)}). "
             "Check the file and its permissions."
         ) from None
     except ValueError as error:
         if str(error).startswith("load_data: "):
             raise
-        raise ValueError(
+        raise InputError(
             f"load_data: {encoded.name(row)} is too large to decode safely ({error}). Shrink it."
         ) from None
     if not data:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected an image, got no bytes in {encoded.name(row)}. Repair or remove it."
         )
     return data
@@ -196,8 +197,8 @@ def decode(encoded: Encoded, channels: int, image_size: int | None) -> UInt8[Ten
     return torch.from_numpy(pixels)
 
 
-def _several_sizes(first: str, size: tuple[int, int], other: str, other_size: tuple[int, int]) -> ValueError:
-    return ValueError(
+def _several_sizes(first: str, size: tuple[int, int], other: str, other_size: tuple[int, int]) -> InputError:
+    return InputError(
         f"load_data: expected images of one size, got {size[0]}x{size[1]} in {first} and "
         f"{other_size[0]}x{other_size[1]} in {other}. Pass image_size, such as image_size={min(size)}."
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .._errors import InputError
 from .._hints import did_you_mean
 from .._pictures import FORMATS, begins_as_picture
 from .._reading import check_regular, open_file
@@ -97,7 +98,7 @@ def scan_folder(path: Path, above: tuple[tuple[int, int], ...] = ()) -> Folder:
     """
     place = path.stat()
     if (place.st_dev, place.st_ino) in above:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected folders of images, got the link {path} to a folder that it lies "
             "in. Remove it."
         )
@@ -161,20 +162,20 @@ def _find_splits(root: Folder) -> tuple[dict[str, Folder], list[str]]:
         _check_unlike_splits(root)
         return {"train": root}, []
     if same := doubled(words):
-        raise ValueError(
+        raise InputError(
             f"load_data: expected one folder for each split in {root.path}, got {' and '.join(same)}, which "
             "both say the same. Rename one, or move it away."
         )
     if others:
         hint = did_you_mean(others[0], SPLIT_NAMES)
-        raise ValueError(
+        raise InputError(
             f"load_data: expected folders named after splits in {root.path}, such as {', '.join(words)}, got "
             f"also {_listed(others)}. {f'{hint} ' if hint else ''}"
             "Rename it to train, validation or test, or move it away."
         )
     splits = {SPLIT_NAMES[word]: _unwrapped(by_name[name])[0] for name, word in words.items()}
     if "train" not in splits:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected a 'train' folder in {root.path}, got only {sorted(words)}. "
             "Add one, or pass the folder of class folders itself."
         )
@@ -188,7 +189,7 @@ def _check_unlike_splits(root: Folder) -> None:
     inner = [{each.name for each in folder.holding} for folder in holding]
     if len(shared := set.intersection(*inner)) < 2:
         return
-    raise ValueError(
+    raise InputError(
         f"load_data: expected class folders in {root.path}, got {_listed([each.name for each in holding])}, "
         f"all of which hold folders called {_listed(sorted(shared))}. If they are splits, name them train, "
         "validation and test; if each is a data set, pass one; if they are classes, move the images up into "
@@ -203,12 +204,12 @@ def _listed(names: list[str]) -> str:
 
 def _check_classes(split: str, root: Folder, classes: list[str]) -> None:
     if not root.folders:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected class folders (or parquet files) in {root.path}, got none. "
             "Put the images of each class into a folder of its own, named after the class."
         )
     if strangers := sorted({folder.name for folder in root.folders} - set(classes)):
-        raise ValueError(
+        raise InputError(
             f"load_data: expected the class folders of the {split} split of {root.path} among those of "
             f"the training split ({', '.join(classes[:10])}), got also {', '.join(strangers)}. "
             "Rename or remove them."
@@ -223,7 +224,7 @@ def _read_split(root: Folder, classes: list[str]) -> RawSplit:
         images = sorted(path for each in folder.walk() for path in each.images)
         if not images:
             counts = _counts(_sum_left_out([folder]))
-            raise ValueError(
+            raise InputError(
                 f"load_data: expected images in the class folder {folder.path}, got none"
                 f"{f' that can be read: {counts}' if counts else ''}. Add some ({', '.join(FORMATS)}), or "
                 "remove the folder."

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float64, UInt8
 from torch import Tensor
 
+from .._errors import InputError
 from .._patterns import at_home, expand, is_pattern, is_url
 from .decode import NotGreyError, decode, read_image
 from .folder import IMAGE_SUFFIXES, read_folder
@@ -100,17 +101,17 @@ def default_pad(size: tuple[int, int]) -> int:
 
 def _check_arguments(validation: float, seed: int, max_train: int | None, image_size: int | None) -> None:
     if not 0 <= validation < 1:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected 0 <= validation < 1, got {validation}. Pass a share, such as 0.1."
         )
     if seed < 0:
-        raise ValueError(f"load_data: expected seed >= 0, got {seed}. Pass a non-negative integer.")
+        raise InputError(f"load_data: expected seed >= 0, got {seed}. Pass a non-negative integer.")
     if max_train is not None and max_train < 1:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected max_train >= 1, got {max_train}. Leave it out to use every image."
         )
     if image_size is not None and image_size < 1:
-        raise ValueError(f"load_data: expected image_size >= 1, got {image_size}. Pass pixels, such as 224.")
+        raise InputError(f"load_data: expected image_size >= 1, got {image_size}. Pass pixels, such as 224.")
 
 
 def find_source(
@@ -129,7 +130,7 @@ def find_source(
     if name in NAMES:
         return read_named(name, root=Path(root) if root else None, download=download, **columns)
     if is_url(name):
-        raise ValueError(
+        raise InputError(
             f"load_data: expected a folder or files on a disk of this machine, got {name}. "
             "Download it first, or mount the store and pass the folder: images are read by their place."
         )
@@ -164,7 +165,7 @@ def _shards_in(folder: Path) -> tuple[list[Path], list[str]]:
         elif loose is None and suffix in IMAGE_SUFFIXES:
             loose = path
     if parquet and files:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected parquet files or tar files in {folder}, got both ({parquet[0].name} and "
             f"{files[0].name}). Move one kind away, or pass a pattern, such as DIR/train-*.tar."
         )
@@ -173,7 +174,7 @@ def _shards_in(folder: Path) -> tuple[list[Path], list[str]]:
             f"left out, as beside parquet files: images, such as {loose}"
         ] if loose else []
     if files and loose:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected tar files or class folders in {folder}, got both ({files[0].name} and "
             f"{loose}). Move one of them away, or pass a pattern of the tar files, such as DIR/train-*.tar."
         )
@@ -185,7 +186,7 @@ def _shards_in(folder: Path) -> tuple[list[Path], list[str]]:
 def _refuse_compressed(folder: Path) -> None:
     zipped = (file for kind in ("*.tar.*", "*.tgz") for file in sorted(folder.rglob(kind)))
     if found := next(zipped, None):
-        raise ValueError(
+        raise InputError(
             f"load_data: expected tar files that are not compressed, got {found}. "
             "Decompress them: the images in them are compressed already, and are read by their place."
         )
@@ -201,7 +202,7 @@ def _read_files(
         return read_parquet(files, place, **columns)
     if kinds == {".tar"}:
         return read_tars(files, place, columns["label_column"])
-    raise ValueError(
+    raise InputError(
         f"load_data: expected a folder, .parquet files or .tar files, got {name}. "
         "Pass the folder that holds the data set."
     )
@@ -224,7 +225,7 @@ def _decode(source: Source, image_size: int | None) -> dict[str, Images]:
         found = {name: _decode_split(split, 3, image_size) for name, split in source.splits.items()}
     shapes = {name: images.shape for name, images in found.items()}
     if len(set(shapes.values())) > 1:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected images of one size in {source.place}, got (c, h, w) {shapes}. "
             "Pass image_size."
         )
@@ -249,14 +250,14 @@ def _resize(pixels: UInt8[Tensor, "n c h w"], image_size: int | None) -> Tensor:
 
 def _stream(source: Source, image_size: int | None) -> dict[str, StreamedImages]:
     if image_size is None:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected image_size for images streamed from {source.place}, got none. "
             "Pass image_size, such as image_size=224."
         )
     found = {}
     for name, split in source.splits.items():
         if isinstance(split.content, Tensor):
-            raise ValueError(
+            raise InputError(
                 f"load_data: {source.place} holds plain pixels, nothing to stream. Pass stream=False."
             )
         found[name] = StreamedImages(split.content, torch.arange(len(split.labels)), split.labels, image_size)
@@ -277,7 +278,7 @@ def _choose_test(
         return train, None, validation, ["no test split: the validation split it came with is the test split"]
     kept, taken = stratified_split(train.labels, TEST_FRACTION, TEST_KEY)
     if not len(taken):
-        raise ValueError(
+        raise InputError(
             f"load_data: expected a test split, or enough images to cut one off, got {len(train)}. "
             "Add images."
         )
@@ -295,7 +296,7 @@ def _choose_validation(
     kept, taken = stratified_split(pool.labels, fraction, seed, VALIDATION_STREAM)
     if not len(taken) or not len(kept):
         empty = "validation" if not len(taken) else "training"
-        raise ValueError(
+        raise InputError(
             f"load_data: validation={fraction} of {len(pool)} training images leaves an empty {empty} split. "
             "Pass another share, or validation=0 for no validation split."
         )
@@ -306,7 +307,7 @@ def _choose_subset(train: ImageSet, count: int | None, seed: int, classes: int) 
     if count is None or count >= len(train):
         return train
     if count < classes:
-        raise ValueError(
+        raise InputError(
             f"load_data: max_train={count} is less than one image for each of the {classes} classes. "
             f"Pass {classes} or more."
         )

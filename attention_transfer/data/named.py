@@ -14,6 +14,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from .._errors import InputError
 from .._extras import require
 from .._patterns import cache_folder
 from .._reading import check_regular, first_line, open_file
@@ -118,7 +119,7 @@ def _read_cifar(name: str, folder: Path) -> Source:
     try:
         parts = {"train": read(root=str(folder), train=True), "test": read(root=str(folder), train=False)}
     except RuntimeError as error:
-        raise ValueError(
+        raise InputError(
             f"load_data: cannot read {folder / TORCHVISION[name][1]} ({first_line(error)}). "
             "Remove the folder to download it again."
         ) from None
@@ -137,7 +138,7 @@ def _read_idx_folder(folder: Path, classes: list[str]) -> Source:
         images = read_idx(_gzipped_or_not(folder / f"{prefix}-images-idx3-ubyte"))
         labels = read_idx(_gzipped_or_not(folder / f"{prefix}-labels-idx1-ubyte"))
         if images.ndim != 3 or len(images) != len(labels):
-            raise ValueError(
+            raise InputError(
                 f"load_data: expected as many images as labels in {folder}, got {tuple(images.shape)} and "
                 f"{tuple(labels.shape)}. Copy or download the files again."
             )
@@ -180,8 +181,8 @@ def read_idx(path: Path) -> UInt8[Tensor, "..."]:
     return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy()).view(shape)
 
 
-def _not_idx(path: Path, detail: str) -> ValueError:
-    return ValueError(
+def _not_idx(path: Path, detail: str) -> InputError:
+    return InputError(
         f"load_data: {path} is not an idx array of bytes ({detail}). Copy or download the file again."
     )
 

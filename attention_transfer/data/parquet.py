@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from .._errors import InputError
 from .._extras import require
 from .._reading import first_line, parse_json
 from .decode import Stretches
@@ -174,7 +175,7 @@ def _agreed(names: dict[Path, list[str]]) -> list[str]:
     first, expected = next(iter(names.items()))
     for file, classes in names.items():
         if classes != expected:
-            raise ValueError(
+            raise InputError(
                 f"load_data: expected the classes of {first} ({', '.join(expected[:10])}) in {file} too, "
                 f"got {', '.join(classes[:10])}. Number the classes of all files alike."
             )
@@ -212,7 +213,7 @@ def _readable(path: Path) -> Iterator[None]:
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
-        raise ValueError(
+        raise InputError(
             f"load_data: cannot read {path} ({first_line(error)}). Copy or download the file again."
         ) from None
 
@@ -232,7 +233,7 @@ def _read_columns(
         batches.append(batch)
         held += batch.nbytes
         if held > limit:
-            raise ValueError(
+            raise InputError(
                 f"load_data: expected at most {limit:,} bytes of images and labels in {path}, got more: it "
                 "unfolds beyond measure. Write it with encoded images (JPEG, PNG), once each."
             )
@@ -270,12 +271,12 @@ def _choose_column(
     if wanted is not None and wanted not in schema.names:
         near = difflib.get_close_matches(wanted, schema.names)
         hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise ValueError(
+        raise InputError(
             f"load_data: no column {wanted!r} in {path}. {hint}Pass {argument}= one of: {columns}."
         )
     if wanted is None and len(candidates) != 1:
         found = "none" if not candidates else "several: " + ", ".join(candidates)
-        raise ValueError(
+        raise InputError(
             f"load_data: cannot tell the {argument} of {path} (found {found}). "
             f"Pass {argument}= one of: {columns}."
         )
@@ -304,7 +305,7 @@ def _leaf(field: pa.Field, path: Path) -> str:
         return f"{field.name}.bytes"
     if _is_binary(field.type):
         return field.name
-    raise ValueError(
+    raise InputError(
         f"load_data: expected encoded images in column {field.name!r} of {path}, got {_short(field.type)}. "
         "Pass the image_column that holds bytes, or structs of {bytes, path}."
     )
@@ -319,13 +320,13 @@ def _integers(column: pa.ChunkedArray, path: Path, name: str) -> Int64[Tensor, "
 
     if not pa.types.is_integer(column.type) or column.null_count:
         got = f"{column.null_count} empty cells" if pa.types.is_integer(column.type) else str(column.type)
-        raise ValueError(
+        raise InputError(
             f"load_data: expected integer labels in column {name!r} of {path}, got {got}. "
             "Pass the label_column that holds class numbers from 0."
         )
     numbers = column.to_numpy()
     if len(numbers) and int(numbers.max()) > torch.iinfo(torch.int64).max:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected class numbers in column {name!r} of {path}, got {int(numbers.max())}. "
             "Pass the label_column that holds class numbers from 0."
         )

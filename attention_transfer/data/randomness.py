@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Int64, UInt64
 from torch import Tensor
 
+from attention_transfer._errors import InputError
+
 GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -47,4 +49,4 @@ def _mix(word: UInt64[np.ndarray, "n m"]) -> UInt64[np.ndarray, "n m"]:
 
 def _check_key(user: str, key: tuple[int, ...]) -> None:
     if any(number < 0 for number in key):
-        raise ValueError(f"{user}: expected non-negative integers, got {key}. Choose a seed >= 0.")
+        raise InputError(f"{user}: expected non-negative integers, got {key}. Choose a seed >= 0.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from .._errors import InputError
 from .decode import Encoded
 from .split_names import SPLIT_NAMES, doubled, notes_of, split_of_file
 
@@ -52,7 +53,7 @@ def group_by_split(files: Sequence[Path], place: Path) -> tuple[dict[str, list[P
         groups[split_of_file(within.with_suffix("").as_posix())].append(file)
     nameless = groups.pop(None, [])
     if groups and nameless:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected every {nameless[0].suffix[1:]} file in {place} to be named after its "
             f"split, got {nameless[0].name}. "
             "Put train, validation or test into its name, or move it away."
@@ -60,7 +61,7 @@ def group_by_split(files: Sequence[Path], place: Path) -> tuple[dict[str, list[P
     words = {word: group for word, group in groups.items() if word}
     if same := doubled({word: word for word in words}):
         examples = " and ".join(words[word][0].name for word in same)
-        raise ValueError(
+        raise InputError(
             f"load_data: expected one name for each split in {place}, got {' and '.join(same)}, which say "
             f"the same ({examples}). Rename some, or move them away."
         )
@@ -76,7 +77,7 @@ def numbered_classes(splits: dict[str, RawSplit]) -> list[str]:
     """
     highest = max([0, *(int(split.labels.max()) for split in splits.values() if len(split.labels))])
     if highest >= MOST_CLASSES:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected labels that number the classes from 0, got {highest}. "
             "Number the classes anew."
         )
@@ -91,7 +92,7 @@ def check_source(source: Source) -> None:
             fewer than two classes, or another split has a class that training lacks.
     """
     if "train" not in source.splits:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected a training split in {source.place}, got only {sorted(source.splits)}. "
             "Name the training files or folder 'train'."
         )
@@ -99,7 +100,7 @@ def check_source(source: Source) -> None:
         _check_split(name, split.labels, len(source.classes), source.place)
     known = set(source.splits["train"].labels.tolist())
     if len(known) < 2:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected at least two classes in {source.place}, got {len(known)} "
             f"({', '.join(source.classes[label] for label in known)}). "
             "A classifier needs something to tell apart."
@@ -107,7 +108,7 @@ def check_source(source: Source) -> None:
     for name, split in source.splits.items():
         if strangers := set(split.labels.tolist()) - known:
             names = ", ".join(source.classes[label] for label in sorted(strangers))
-            raise ValueError(
+            raise InputError(
                 f"load_data: expected the {name} split of {source.place} to hold only classes of the "
                 f"training split, got also {names}. Add training images of them, or remove them."
             )
@@ -115,12 +116,12 @@ def check_source(source: Source) -> None:
 
 def _check_split(name: str, labels: Int64[Tensor, " n"], classes: int, place: str) -> None:
     if len(labels) == 0:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected images in the {name} split of {place}, got none. Check the path."
         )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected labels 0 to {classes - 1} in the {name} split of {place}, "
             f"got {low} to {high}. "
             "A label of -1 marks an unlabelled split: leave that split out."

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from .._errors import InputError
 from .._reading import check_regular
 
 
@@ -37,7 +38,7 @@ def check_unchanged(path: Path, stamp: Stamp, file: int | None = None) -> None:
         ValueError: if it was changed.
     """
     if Stamp.of(path if file is None else file) != stamp:
-        raise ValueError(
+        raise InputError(
             f"load_data: {path} was changed while its images were in use. "
             "Leave the data as it is during a run, and start again."
         )

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from .._colours import print_safely
+from .._errors import InputError
 from .._files import write_atomically
 from .._patterns import cache_folder
 from .._pictures import FORMATS, begins_as_picture
@@ -181,16 +182,16 @@ def _shards_of(rows: list[Any], arrays: dict[str, np.ndarray]) -> Iterator[tuple
     ends = np.flatnonzero(arrays["names"] == 0) + 1  # of names
     counts = [count for _, _, _, count in rows]
     if any(type(count) is not int or count < 1 for count in counts):
-        raise ValueError("no numbers of images")
+        raise InputError("no numbers of images")
     if arrays["names"].dtype != np.uint8 or any(arrays[name].dtype != np.int64 for name in NUMBERS):
-        raise ValueError("no whole numbers")
+        raise InputError("no whole numbers")
     if any(array.shape != (sum(counts),) for array in (ends, *(arrays[name] for name in NUMBERS))):
-        raise ValueError("not as many as there are images")
+        raise InputError("not as many as there are images")
     stops = np.cumsum(counts).tolist()
     for (key, size, changed, count), stop in zip(rows, stops, strict=True):
         offsets, sizes, labels = (arrays[name][stop - count : stop] for name in NUMBERS)
         if min(offsets.min(), sizes.min()) < 0 or (sizes > size - offsets).any():
-            raise ValueError("outside of the file")
+            raise InputError("outside of the file")
         start = ends[stop - count - 1] if stop > count else 0
         names = arrays["names"][start : ends[stop - 1]].tobytes()
         yield key, Shard(Stamp(size, changed), names, offsets, sizes, labels)
@@ -227,7 +228,7 @@ def scan(path: Path, label_field: str | None) -> Shard:
                 images[key] = _choose_by_content(path, others[key], file)
     images = dict(sorted(images.items(), key=lambda item: item[1].offset_data))
     if not images:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected images (KEY.jpg, KEY.png, ...) in {path}, got none. "
             "docs/large-data.md shows how to make shards."
         )
@@ -259,8 +260,8 @@ def _members(path: Path, file: io.FileIO) -> Iterator[tarfile.TarInfo]:
         raise _damaged(path, f"from byte {end:,} on there is something else than members")
 
 
-def _damaged(path: Path, detail: str) -> ValueError:
-    return ValueError(
+def _damaged(path: Path, detail: str) -> InputError:
+    return InputError(
         f"load_data: expected a whole, uncompressed tar file, got {path} ({detail}). "
         "Copy, download, unzip or make it again."
     )
@@ -271,8 +272,8 @@ def printable(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
-def _error(path: Path, name: str, expected: str, got: str, remedy: str) -> ValueError:
-    return ValueError(
+def _error(path: Path, name: str, expected: str, got: str, remedy: str) -> InputError:
+    return InputError(
         f"load_data: expected {expected}, got {got}: {path}, member {printable(name)}. {remedy}."
     )
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._errors import InputError
 from .._pictures import LARGEST
 from .._reading import open_descriptor
 from .decode import Stretches
@@ -60,7 +61,7 @@ class TarMembers:
         opened = self._open(file)
         check_unchanged(self.files[file], self.stamps[file], opened.number)
         if self.sizes[row] > LARGEST:
-            raise ValueError(f"more than {LARGEST:,} bytes")
+            raise InputError(f"more than {LARGEST:,} bytes")
         return os.pread(opened.number, int(self.sizes[row]), int(self.offsets[row]))
 
     def name(self, row: int) -> str:
@@ -140,12 +141,12 @@ def _named_classes(path: Path, numbers: list[str]) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
-        raise ValueError(
+        raise InputError(
             f"load_data: expected UTF-8 text in {path}, got something else. Save it so."
         ) from None
     names = [line.strip() for line in lines if line.strip()]
     if len(names) < len(numbers):
-        raise ValueError(
+        raise InputError(
             f"load_data: expected the names of classes 0 to {numbers[-1]} in {path}, a line each, got "
             f"{len(names)}. Add the others, or remove the file."
         )

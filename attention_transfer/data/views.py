@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from .._errors import InputError
 from .randomness import keyed_words
 
 
@@ -27,7 +28,7 @@ class Views:
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.seed < 0:
-            raise ValueError(
+            raise InputError(
                 f"Views: expected count >= 1 and seed >= 0, got {self.count} and {self.seed}. "
                 "Pass a number of views, such as 4."
             )

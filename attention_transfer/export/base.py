@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attention_transfer._choices import ExportFormat
+from attention_transfer._errors import InputError
 from attention_transfer._outputs import logits_of
 
 from .student import BATCHES, Student
@@ -73,7 +74,7 @@ def compare(written: Format, student: Student, path: Path) -> float:
         got, want = logits_of(predict(student.pixels[:batch]), user="export"), student.answers[:batch]
         difference = float((got - want).abs().max()) / largest if got.shape == want.shape else float("inf")
         if not difference <= written.tolerance:
-            raise ValueError(
+            raise InputError(
                 f"export: {written.name}: expected the student's logits to within {written.tolerance:g} of "
                 f"the largest, got a difference of {difference:.2g} for a batch of {batch}. Does the model "
                 f"draw random numbers in evaluation mode? If not, leave {written.name} out."

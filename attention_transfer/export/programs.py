@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from attention_transfer._errors import InputError
 from attention_transfer._extras import require
 from attention_transfer._files import write_atomically
 from attention_transfer._onnx import EXTRA, free_dimension, open_onnx, quiet, require_onnx, root_of, to_onnx
@@ -57,7 +58,7 @@ class TorchExport(Format):
             with quiet(), torch.no_grad():
                 program = torch.export.export(_program(student), (_example(student),), dynamic_shapes=shapes)
         except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as error:
-            raise ValueError(
+            raise InputError(
                 f"export: torch-export: expected a module that torch can export, got: {root_of(error)}"
             ) from None
         for node in program.graph.nodes:

@@ -10,6 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from attention_transfer._choices import ProgramInput
+from attention_transfer._errors import InputError
 from attention_transfer._outputs import logits_of
 from attention_transfer.data import Augment
 from attention_transfer.runs.run import Run
@@ -44,13 +45,13 @@ class Student:
         _ = run.recipe, run.result
         card = ModelCard.read(run.folder)
         if card is None:
-            raise ValueError(
+            raise InputError(
                 f"export: expected weights that say what they hold in {run.student_weights}, got some from "
                 f"elsewhere. Write the run's own anew: remove {run.result_file.name} and resume it."
             )
         student = cls(run, card, card.build(run.folder), input)
         if not student.answers.isfinite().all():
-            raise ValueError(
+            raise InputError(
                 f"export: expected finite logits of the student in {run.folder}, got NaN or infinity: "
                 "its training diverged. Train it again with a smaller --lr."
             )

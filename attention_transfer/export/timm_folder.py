@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from attention_transfer._errors import InputError
 from attention_transfer._extras import require
 from attention_transfer._files import write_atomically
 from attention_transfer.models import is_of_timm, size_options
@@ -34,7 +35,7 @@ class TimmFolder(Format):
     def check(self, student: Student) -> None:
         require("timm", extra="train", user="export: timm")
         if not is_of_timm(student.card.model):
-            raise ValueError(
+            raise InputError(
                 f"export: timm: expected a model of timm, got {student.card.model}, which timm does not "
                 "know. Leave timm out; onnx and torch-export need no code of the model."
             )

@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from .._errors import InputError
 from . import reference
 from .reference import accumulation_dtype
 
@@ -55,7 +56,7 @@ def use_backend(name: str) -> Iterator[None]:
         ImportError: inside the block, if the package that the backend needs is missing.
     """
     if name not in backends():
-        raise ValueError(f"use_backend: expected one of {backends()}, got {name!r}.")
+        raise InputError(f"use_backend: expected one of {backends()}, got {name!r}.")
     token = _requested.set(name)
     try:
         yield
@@ -100,7 +101,7 @@ def _backend(features: Tensor, p: float, mapping: str) -> ModuleType:
 def _require(name: str, features: Tensor, p: float, mapping: str) -> ModuleType:
     module = importlib.import_module(f"{__name__}.{name}")
     if reason := module.unsupported(features, p, mapping):
-        raise ValueError(f"energy: the backend {name!r} was asked for, but {reason}.")
+        raise InputError(f"energy: the backend {name!r} was asked for, but {reason}.")
     return module
 
 

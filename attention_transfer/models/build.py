@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._errors import InputError, InputTypeError
 from .._extras import require
 from .._reading import first_line
 from .._trust import FACTORY, load_factory
@@ -118,14 +119,14 @@ def _check_arguments(
     name: object, num_classes: object, in_channels: object, pretrained: object, weights: object
 ) -> None:
     if not isinstance(name, str):
-        raise TypeError(f'build_model: expected a name such as "wrn-16-1", got {type(name).__name__}.')
+        raise InputTypeError(f'build_model: expected a name such as "wrn-16-1", got {type(name).__name__}.')
     for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(
+            raise InputError(
                 f"build_model: expected {argument} of 1 or more, got {value!r}. Pass {argument}=10."
             )
     if pretrained and weights is not None:
-        raise ValueError(
+        raise InputError(
             f"build_model: expected one source of weights, got pretrained=True and weights={str(weights)!r}. "
             "Drop one of them."
         )
@@ -134,7 +135,7 @@ def _check_arguments(
 def _check_size(size: object) -> None:
     numbers = size if isinstance(size, tuple) else ()
     if size is not None and (len(numbers) != 2 or not all(type(n) is int and n >= 1 for n in numbers)):
-        raise ValueError(
+        raise InputError(
             f"build_model: expected image_size as a number of pixels or (height, width), got {size!r}. "
             "Pass image_size=224."
         )
@@ -146,14 +147,14 @@ def _find(name: str) -> tuple[Builder, str]:
         return _search(name), name
     if source == "timm":
         if not _timm_knows(plain_name):
-            raise ValueError(_unknown(name))
+            raise InputError(_unknown(name))
         return _build_timm, plain_name
     if source == "torchvision":
         if plain_name not in _torchvision_names():
-            raise ValueError(_unknown(name))
+            raise InputError(_unknown(name))
         return _build_torchvision, plain_name
     if not FACTORY.fullmatch(name):
-        raise ValueError(_unknown(name))
+        raise InputError(_unknown(name))
     return _build_by_factory, name
 
 
@@ -167,7 +168,7 @@ def _search(name: str) -> Builder:
     with contextlib.suppress(ImportError):
         if name in _torchvision_names():
             return _build_torchvision
-    raise ValueError(_unknown(name))
+    raise InputError(_unknown(name))
 
 
 def _unknown(name: str) -> str:
@@ -202,7 +203,7 @@ def _known_names() -> tuple[dict[str, list[str]], list[str]]:
 
 def _build_own(name: str, num_classes: int, in_channels: int, pretrained: bool, size: Size) -> nn.Module:
     if pretrained:
-        raise ValueError(_no_pretrained(name))
+        raise InputError(_no_pretrained(name))
     numbers = _WRN.fullmatch(name)
     if numbers:
         depth, width = int(numbers[1]), int(numbers[2])
@@ -257,7 +258,7 @@ def _build_timm(name: str, num_classes: int, in_channels: int, pretrained: bool,
     if not pretrained:
         return timm.create_model(name, **options)
     if not timm.get_pretrained_cfg(name).has_weights:
-        raise ValueError(_no_pretrained(f"timm:{name}"))
+        raise InputError(_no_pretrained(f"timm:{name}"))
     with _safe_download(f"timm:{name}"):
         return timm.create_model(name, pretrained=True, **options)
 
@@ -322,7 +323,7 @@ def _build_torchvision(
 
 def _load_torchvision_weights(model: nn.Module, name: str, available: Any) -> None:
     if not len(available):
-        raise ValueError(_no_pretrained(f"torchvision:{name}"))
+        raise InputError(_no_pretrained(f"torchvision:{name}"))
     with _safe_download(f"torchvision:{name}"):
         state = available.DEFAULT.get_state_dict(progress=False, check_hash=True)
     own = model.state_dict()
@@ -344,7 +345,7 @@ def _adapt_first_convolution(model: nn.Module, name: str, in_channels: int) -> N
     """Turn the first Conv2d of 3 input channels into one of `in_channels`."""
     found = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3]
     if not found:
-        raise ValueError(
+        raise InputError(
             f"build_model: expected a Conv2d with 3 input channels in torchvision:{name} to adapt to "
             f"in_channels={in_channels}, found none. Pass in_channels=3, or a package.module:factory."
         )
@@ -369,7 +370,7 @@ def _build_by_factory(
     factory = load_factory(name, "build_model")
     parameters = _parameters(factory, name)
     if pretrained and "pretrained" not in parameters:
-        raise ValueError(_no_pretrained(name))
+        raise InputError(_no_pretrained(name))
     offered: dict[str, Any] = {
         "num_classes": num_classes,
         "in_channels": in_channels,
@@ -378,7 +379,7 @@ def _build_by_factory(
     }
     model = factory(**{key: value for key, value in offered.items() if key in parameters})
     if not isinstance(model, nn.Module):
-        raise TypeError(
+        raise InputTypeError(
             f"build_model: expected a torch.nn.Module from {name}, got {type(model).__name__}. "
             "Return the model."
         )
@@ -395,7 +396,7 @@ def _parameters(factory: Callable[..., Any], name: str) -> dict[str, inspect.Par
     required = [p.name for p in parameters.values() if p.default is p.empty and p.kind not in optional]
     unknown = [argument for argument in required if argument not in FACTORY_ARGUMENTS]
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"build_model: expected a factory that requires at most {', '.join(FACTORY_ARGUMENTS)}, "
             f"got {name}, which requires {', '.join(unknown)}. Give them defaults."
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .._errors import InputError
 from .pickles import OutOfProportionError, Pickle
 
 LEGACY_PICKLES = (
@@ -36,15 +37,15 @@ def read_checkpoint(path: Path, *, mmap: bool = False) -> Any:
     except OSError:
         raise
     except pickle.UnpicklingError as error:
-        raise ValueError(_refused(path, str(error))) from error
+        raise InputError(_refused(path, str(error))) from error
     except OutOfProportionError as error:
-        raise ValueError(
+        raise InputError(
             f"load_weights: expected a checkpoint that takes no more than its size is worth, got {path}, "
             f"which {error}. {STATE_DICT_REMEDY}"
         ) from error
     # a damaged pickle can end in any exception at all: KeyError, struct.error, UnicodeDecodeError, ...
     except Exception as error:
-        raise ValueError(damaged(path, error)) from error
+        raise InputError(damaged(path, error)) from error
 
 
 def _check_proportion(path: Path) -> None:
@@ -74,10 +75,10 @@ def _pickle_in_archive(path: Path) -> bytes:
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"the entry {entry.filename:.80} is compressed")
+                raise InputError(f"the entry {entry.filename:.80} is compressed")
     reader = torch._C.PyTorchFileReader(str(path))
     if "constants.pkl" in reader.get_all_records():
-        raise ValueError("a TorchScript archive")
+        raise InputError("a TorchScript archive")
     return reader.get_record("data.pkl")
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from attention_transfer._errors import InputError
+
 NESTING_KEYS = ("state_dict", "model_state_dict", "model", "params")
 """Where checkpoints keep their state dict; looked up in this order, again inside what is found."""
 
@@ -52,7 +54,7 @@ class Stored:
         for prefix, inner in _dicts_in(checkpoint):
             for name, tensor in without_wrappers(tensors_of(inner)).items():
                 if prefix + name in tensors:
-                    raise ValueError(f"two tensors are called {(prefix + name)[:80]}")
+                    raise InputError(f"two tensors are called {(prefix + name)[:80]}")
                 tensors[prefix + name], dicts[prefix + name] = tensor, prefix
         return cls(tensors, _usual_prefix(checkpoint), dicts)
 
@@ -91,7 +93,7 @@ def tensors_of(state: Mapping[Any, Any]) -> dict[str, Tensor]:
     for name, value in state.items():
         if isinstance(name, str | int) and isinstance(value, Tensor):
             if str(name) in tensors:
-                raise ValueError(f"two tensors are called {name}")
+                raise InputError(f"two tensors are called {name}")
             tensors[str(name)] = value
     return tensors
 

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO, TypeVar
 
 import torch
 
+from attention_transfer._errors import InputError
+
 LARGEST = 64 << 20  # bytes of a pickle; that of 100,000 tensors takes 15 MB
 MOST_STEPS = 10_000_000
 DEEPEST = 64  # dicts, lists and tuples in each other; Lightning's checkpoints have 8
@@ -36,7 +38,7 @@ _ITEM_BYTES = {
 """Bytes of a number in each kind of storage."""
 
 
-class OutOfProportionError(ValueError):
+class OutOfProportionError(InputError):
     """A pickle would make more than it is worth, or what no checkpoint has."""
 
 
@@ -305,7 +307,7 @@ _T = TypeVar("_T")
 
 def _only(value: Any, kind: type[_T]) -> _T:
     if not isinstance(value, kind):
-        raise ValueError(f"{type(value).__name__.lower()} where {kind.__name__.lower()} belongs")
+        raise InputError(f"{type(value).__name__.lower()} where {kind.__name__.lower()} belongs")
     return value
 
 
@@ -320,7 +322,7 @@ def _items(value: Any) -> Sequence[Any]:
 
 def _count(value: Any) -> int:
     if not isinstance(value, int) or not 0 <= value < 1 << 62:
-        raise ValueError("a size that is none")
+        raise InputError("a size that is none")
     return value
 
 

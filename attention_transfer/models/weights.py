@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import Tensor, nn
 
+from .._errors import InputError
 from .._files import write_atomically
 from .._weights_path import split_prefix
 from .checkpoint import STATE_DICT_REMEDY, damaged, read_checkpoint
@@ -119,12 +120,12 @@ def load_weights(
     try:
         part = choose(targets, stored, strict, named if prefix is None else prefix)
     except UnclearError as unclear:
-        raise ValueError(_ask(path, kind, *unclear.args)) from None
+        raise InputError(_ask(path, kind, *unclear.args)) from None
     report = _compare(targets, stored, part, path)
     read = [*part.fitting, *(each.name for each in part.mismatched if not each.dtypes)]
     _check_plain({name: stored.tensors[part.prefix + name] for name in read}, path)
     if not _is_enough(report, strict):
-        raise ValueError(_explain(report, kind))
+        raise InputError(_explain(report, kind))
     fitting = {name: stored.tensors[part.prefix + name] for name in part.fitting}
     _check_tied(targets, fitting, path)
     converted = {name: _converted(name, tensor, targets[name], path) for name, tensor in fitting.items()}
@@ -172,7 +173,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, ValueError) as error:
-        raise ValueError(damaged(path, error)) from error
+        raise InputError(damaged(path, error)) from error
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -284,7 +285,7 @@ def _weights_file(path: Path) -> Path:
             f"got {path}, which does not exist. Check the path."
         )
     if not path.is_file():
-        raise ValueError(f"load_weights: expected a file, got {path}, which is not one. Check the path.")
+        raise InputError(f"load_weights: expected a file, got {path}, which is not one. Check the path.")
     return path
 
 
@@ -294,7 +295,7 @@ def _read(path: Path) -> Stored:
             return Stored.of(safetensors_torch.load_file(path))
         # besides its own error a KeyError for a dtype that it does not know, and torch's for odd shapes
         except Exception as error:
-            raise ValueError(damaged(path, error)) from error
+            raise InputError(damaged(path, error)) from error
     return _stored(read_checkpoint(path), path)
 
 
@@ -308,14 +309,14 @@ def _stored(checkpoint: object, path: Path) -> Stored:
     try:
         stored = Stored.of(checkpoint if isinstance(checkpoint, Mapping) else {})
     except ValueError as error:
-        raise ValueError(damaged(path, error)) from None
+        raise InputError(damaged(path, error)) from None
     if not stored.tensors:
         holds = (
             shorten(tuple(checkpoint))
             if isinstance(checkpoint, Mapping)
             else f"a {type(checkpoint).__name__}"
         )
-        raise ValueError(
+        raise InputError(
             f"load_weights: expected a state dict, plain or under one of {', '.join(NESTING_KEYS)}, "
             f"got {path}, which holds {holds or 'nothing'}. {STATE_DICT_REMEDY}"
         )
@@ -325,7 +326,7 @@ def _stored(checkpoint: object, path: Path) -> Stored:
 def _check_plain(tensors: Mapping[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
         if not is_plain(tensor):
-            raise ValueError(
+            raise InputError(
                 f"load_weights: expected dense tensors with their numbers, got {path}, where "
                 f"{shorten((name,))} is none. {STATE_DICT_REMEDY}"
             )
@@ -337,7 +338,7 @@ def _check_tied(targets: Mapping[str, Tensor], fitting: Mapping[str, Tensor], pa
     for name, tensor in fitting.items():
         other = first.setdefault(memory(targets[name]), name)
         if not are_alike(fitting[other], tensor):
-            raise ValueError(
+            raise InputError(
                 f"load_weights: expected one tensor in {path} for {shorten((other, name))}, which the model "
                 "ties, got two that differ. Untie them there, or save the file from a model that ties them."
             )
@@ -346,7 +347,7 @@ def _check_tied(targets: Mapping[str, Tensor], fitting: Mapping[str, Tensor], pa
 def _converted(name: str, tensor: Tensor, target: Tensor, path: Path) -> Tensor:
     converted = tensor if tensor.dtype == target.dtype else convert(tensor, target.dtype)
     if converted is None:
-        raise ValueError(
+        raise InputError(
             f"load_weights: expected numbers that {target.dtype} holds, got others, of {tensor.dtype}, in "
             f"{shorten((name,))} of {path}. Convert the model first: model.to({tensor.dtype})."
         )

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attention_transfer._errors import InputError
+
 
 class Block(nn.Module):
     """Pre-activation residual block, (b, c_in, h, w) -> (b, c_out, h/stride, w/stride), rounded up.
@@ -66,12 +68,12 @@ def check_depth_and_width(depth: int, width: int) -> None:
     """Raise ValueError unless (depth, width) names a wide residual network."""
     if depth < 10 or (depth - 4) % 6:
         below = max(10, depth - (depth - 4) % 6)
-        raise ValueError(
+        raise InputError(
             f"WideResNet: expected a depth of 6n + 4 (10, 16, 22, 28, 34, 40, ...), got {depth}. "
             f"Try wrn-{below}-{width} or wrn-{below + 6}-{width}."
         )
     if width < 1:
-        raise ValueError(f"WideResNet: expected a width of 1 or more, got {width}. Try wrn-{depth}-1.")
+        raise InputError(f"WideResNet: expected a width of 1 or more, got {width}. Try wrn-{depth}-1.")
 
 
 def initialise(model: nn.Module) -> None:

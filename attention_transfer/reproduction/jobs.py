@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 
+from attention_transfer._errors import InputError
 from attention_transfer._files import write_atomically
 from attention_transfer.cache import Cache
 from attention_transfer.models.weights import file_fingerprint
@@ -255,7 +256,7 @@ def _check_teachers(library: Library, setting: Setting, trainings: dict[tuple[st
             found[teacher] = file_fingerprint(weights)
         theirs = job.run.result.get("teacher_fingerprint")
         if theirs not in (None, found[teacher]):
-            raise ValueError(
+            raise InputError(
                 f"reproduce: {job.key} learnt from a teacher of fingerprint {theirs}, got {found[teacher]} "
                 f"in {weights}. Move the student's run away, or put its teacher back."
             )
@@ -265,7 +266,7 @@ def _check_there(job: Training) -> None:
     if not (job.run.exists and (job.run.finished or job.run.holds_work)):
         return
     if others := differences(job.recipe, job.run.recipe):
-        raise ValueError(
+        raise InputError(
             f"reproduce: {job.key} holds a run of another recipe ({'; '.join(others)}). "
             "Move it away, or pass another --output."
         )

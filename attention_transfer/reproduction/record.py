@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from attention_transfer._errors import InputError
 from attention_transfer._files import write_atomically
 from attention_transfer.reproduction.results import Results
 from attention_transfer.reproduction.tables import Reproduction
@@ -42,7 +43,7 @@ def _record_value(results: Results, each: Reproduction, command: str) -> Path:
 
     text = each.file.read_text(encoding="utf-8")
     if not OURS.search(text):
-        raise ValueError(
+        raise InputError(
             f"reproduce: expected `ours:` as the last fact in {each.file}, got none. Put it before the ---."
         )
     entry = _entry(results, each, command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from attention_transfer._errors import InputError
 from attention_transfer.reproduction.jobs import Training
 from attention_transfer.runs.recipe import IMAGES, SOURCE, Recipe, fields_of
 from attention_transfer.training.build import build_student, load_splits
@@ -24,7 +25,7 @@ def rehearse_students(trainings: Iterable[Training]) -> None:
         try:
             rehearse(job.recipe, splits, build_student(job.recipe, splits), teacher.recipe)
         except ValueError as error:
-            raise ValueError(f"reproduce: {job.title} cannot learn from {teacher.title}: {error}") from None
+            raise InputError(f"reproduce: {job.title} cannot learn from {teacher.title}: {error}") from None
 
 
 def _unbegun(trainings: Iterable[Training]) -> Iterator[tuple[Training, Training]]:

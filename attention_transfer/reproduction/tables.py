@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from attention_transfer._errors import InputError
 from attention_transfer._hints import did_you_mean
 from attention_transfer._reading import LARGEST_YAML, parse_yaml, read_text, shown
 from attention_transfer.runs.recipe import Recipe
@@ -85,7 +86,7 @@ class Table:
         for name in names:
             if name.lower() not in keys:
                 hint = did_you_mean(name, known) or f"Known: {', '.join(known)}."
-                raise ValueError(f"reproduce: unknown {kind} {name!r} of {self.name}. {hint}")
+                raise InputError(f"reproduce: unknown {kind} {name!r} of {self.name}. {hint}")
         wanted = {keys[name.lower()] for name in names}
         return [name for name in known if name in wanted]
 
@@ -105,7 +106,7 @@ class Library:
             ValueError: if there is none; the message lists the tables.
         """
         if name not in self.tables:
-            raise ValueError(
+            raise InputError(
                 f"reproduce: unknown table {name!r}. {did_you_mean(name, self.tables)}"
                 f"{' ' if did_you_mean(name, self.tables) else ''}Tables: {', '.join(self.tables)}."
             )
@@ -218,5 +219,5 @@ _TABLE_FIELDS = ("title", "source", "unit", "statistic", "classes", "rows", "col
 _FACTS = ("places", "source", "published", "statistic", "unit", "teacher", "notes", "ours")
 
 
-def _wrong(path: Path, expected: str, got: str, mend: str = "Mend the file.") -> ValueError:
-    return ValueError(f"reproduce: expected {expected} in {path}, got {got}. {mend}")
+def _wrong(path: Path, expected: str, got: str, mend: str = "Mend the file.") -> InputError:
+    return InputError(f"reproduce: expected {expected} in {path}, got {got}. {mend}")

@@ -17,6 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from attention_transfer._errors import InputError
 from attention_transfer._extras import require
 from attention_transfer._hints import did_you_mean
 from attention_transfer._patterns import at_home, is_pattern
@@ -262,7 +263,7 @@ class Recipe(_WithTerms):
             value = getattr(self, name)
             for fact in facts_of(name):
                 if isinstance(fact, Range) and value is not None and not fact.holds(value):
-                    raise ValueError(
+                    raise InputError(
                         f"Recipe: expected {name} {fact.text}, got {value}. Change {flag_of(name)}."
                     )
         object.__setattr__(self, "method", "+".join(self.method_terms) or "none")
@@ -277,44 +278,44 @@ class Recipe(_WithTerms):
 
     def _check_teacher_precision(self) -> None:
         if self.precision == "64-true" and self.teacher_precision != "auto":
-            raise ValueError(
+            raise InputError(
                 f'Recipe: precision "64-true" puts the teacher in float64 too, got teacher_precision '
                 f'"{self.teacher_precision}". Leave --teacher-precision out.'
             )
 
     def _check_views(self) -> None:
         if self.view_seed is not None and self.views is None and self.cache is None:
-            raise ValueError(
+            raise InputError(
                 f"Recipe: view_seed={self.view_seed} is of fixed views, got none. Pass --views, such as 4."
             )
 
     def _check_teacher(self) -> None:
         if self.cache and not self.needs_teacher:
-            raise ValueError(
+            raise InputError(
                 f'Recipe: method "{self.method}" learns from no teacher, got a cache. '
                 "Leave --cache out; --views shows the same images."
             )
         if self.needs_teacher and not (self.teacher or self.cache):
-            raise ValueError(
+            raise InputError(
                 f'Recipe: method "{self.method}" needs a teacher, got none. Pass --teacher, or --method none.'
             )
 
     def _check_eager(self) -> None:
         twice = [name for name, term in self.method_terms.items() if term.needs_input_gradient]
         if self.compile and twice:
-            raise ValueError(
+            raise InputError(
                 f"Recipe: a term over input gradients ({', '.join(twice)}) differentiates the student twice, "
                 "which compiled code cannot, got compile. Leave --compile out."
             )
 
     def _check_momentum(self) -> None:
         if self.reset_momentum and self.schedule != "steps":
-            raise ValueError(
+            raise InputError(
                 'Recipe: reset_momentum needs the schedule "steps", whose rate drops, got '
                 f'"{self.schedule}". Leave --reset-momentum out, or pass --schedule steps.'
             )
         if self.nesterov and self.momentum == 0:
-            raise ValueError("Recipe: expected momentum > 0 with nesterov, got 0. Pass --momentum 0.9.")
+            raise InputError("Recipe: expected momentum > 0 with nesterov, got 0. Pass --momentum 0.9.")
 
     @property
     def known_terms(self) -> dict[str, Declaration]:
@@ -327,7 +328,7 @@ class Recipe(_WithTerms):
         for path in _listed(self.terms):
             term = declare(path)
             if term.name in known:
-                raise ValueError(
+                raise InputError(
                     f"Recipe: expected a term with a name of its own, got {path}, which is called "
                     f'"{term.name}" as another is. Change its name.'
                 )
@@ -360,7 +361,7 @@ class Recipe(_WithTerms):
     def check_teacher_is_used(self) -> None:
         """Raise ValueError if a teacher is named and no term asks one."""
         if unused := self.unused_teacher:
-            raise ValueError(
+            raise InputError(
                 f'train: method "{self.method}" learns from no teacher, got {unused}. Leave it out '
                 "(teacher: null), or name a method that learns from one, such as at."
             )
@@ -447,10 +448,10 @@ class Recipe(_WithTerms):
         try:
             documents = parse_yaml(read_text(Path(path), LARGEST_YAML))
         except ValueError as error:
-            raise ValueError(f"Recipe.load: {path} is not readable as YAML ({error}).") from None
+            raise InputError(f"Recipe.load: {path} is not readable as YAML ({error}).") from None
         values = documents[-1] if documents else None
         if not isinstance(values, dict):
-            raise ValueError(f"Recipe.load: expected `field: value` lines in {path}, got {shown(values)}.")
+            raise InputError(f"Recipe.load: expected `field: value` lines in {path}, got {shown(values)}.")
         check_models(values, path)
         return cls.from_mapping(values)
 
@@ -464,7 +465,7 @@ class Recipe(_WithTerms):
         for name in values:
             if name not in field_types():
                 near = did_you_mean(str(name)[:80], field_types())
-                raise ValueError(
+                raise InputError(
                     f"Recipe: unknown field {shown(name)}. {near or '`train --help` lists the fields.'}"
                 )
         return cls(**{name: _mend(name, value) for name, value in values.items()})
@@ -497,12 +498,12 @@ def _some_of(known: tuple[str, ...], field: str, text: str) -> tuple[str, ...]:
     for part in named:
         if part not in known:
             near = did_you_mean(part[:80], (*known, "none"))
-            raise ValueError(
+            raise InputError(
                 f'Recipe: expected {field} "none" or some of {", ".join(known)}, got {shown(part)} in '
                 f"{shown(text)}. {near or f'Join them by +, such as {known[0]}+{known[1]}.'}"
             )
         if named.count(part) > 1:
-            raise ValueError(f"Recipe: expected each name once, got {part} twice in {field} {shown(text)}.")
+            raise InputError(f"Recipe: expected each name once, got {part} twice in {field} {shown(text)}.")
     return tuple(name for name in known if name in named)
 
 
@@ -524,7 +525,7 @@ def _parse_pair(part: str, text: str) -> tuple[str, str, float]:
     except ValueError:
         weight = -1.0
     if not all(names) or len(names) > 3 or not 0 < weight <= LARGEST_FLOAT:
-        raise ValueError(
+        raise InputError(
             f'Recipe: expected pairs "auto" or STUDENT_LAYER:TEACHER_LAYER[:WEIGHT],..., got {shown(text)}. '
             "`attention-transfer pairs` prints the layers."
         )
@@ -620,7 +621,7 @@ def _check_type(name: str, value: Any) -> None:
     if any(_accepts(option, value) for option in options):
         return
     expected = " or ".join(_describe(option) for option in options)
-    raise ValueError(f"Recipe: expected {name} to be {expected}, got {shown(value)}. Change {flag_of(name)}.")
+    raise InputError(f"Recipe: expected {name} to be {expected}, got {shown(value)}. Change {flag_of(name)}.")
 
 
 def _describe(option: Any) -> str:

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from attention_transfer._errors import InputError
 from attention_transfer._files import (
     is_bookkeeping,
     links_in,
@@ -68,15 +69,15 @@ def _checked(result: Any) -> dict[str, Any]:
     """What a result.json holds, every entry of it of its kind."""
     for name in NUMBERS:
         if not _is_number(result.get(name)):
-            raise ValueError(f"no number {name}")
+            raise InputError(f"no number {name}")
     for name, (holds, missing) in _OTHERS.items():
         if result.setdefault(name, missing) is None:
             result[name] = missing
         elif not holds(result[name]):
-            raise ValueError(f"{name} is {shown(result[name])}")
+            raise InputError(f"{name} is {shown(result[name])}")
     plan = result.get("plan")
     if not isinstance(plan, list) or not all(map(_is_pair, plan)):
-        raise ValueError("no list of pairs under plan")
+        raise InputError("no list of pairs under plan")
     return result
 
 
@@ -84,13 +85,13 @@ def _is_pair(row: Any) -> bool:
     return isinstance(row, dict) and all(isinstance(row.get(side), str) for side in ("student", "teacher"))
 
 
-def _damaged(path: Path, expected: str, found: str) -> ValueError:
+def _damaged(path: Path, expected: str, found: str) -> InputError:
     remedies = {
         "metrics.csv": "Delete it: the weights do not depend on it.",
         "result.json": f"Delete it, and write it anew: attention-transfer train --resume {path.parent}",
     }
     remedy = remedies.get(path.name, "Train again, or leave this run out.")
-    return ValueError(
+    return InputError(
         f"Run: expected {expected} in {path}, got {' '.join(found.split())}: the file is damaged. {remedy}"
     )
 
@@ -220,7 +221,7 @@ class Run:
             ValueError: if the run has not finished, or the file is damaged.
         """
         if not self.finished:
-            raise ValueError(
+            raise InputError(
                 f"Run: {self.folder} has no result.json: the run is not finished. "
                 f"Finish it: attention-transfer train --resume {self.folder}"
             )
@@ -366,7 +367,7 @@ class Run:
         try:
             str(self.folder).encode()
         except UnicodeEncodeError:
-            raise ValueError(
+            raise InputError(
                 f"train: expected an --output whose name is UTF-8, got {self.folder}, into which neither "
                 "safetensors nor TensorBoard can write. Pass another --output."
             ) from None

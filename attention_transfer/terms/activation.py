@@ -8,6 +8,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attention_transfer._errors import InputError
 from attention_transfer.functional import (
     Activations,
     Form,
@@ -74,7 +75,7 @@ class ActivationTransfer(Term):
     def prepare(self, shapes: Sequence[Shapes | None], like: Tensor) -> None:
         known = [pair for pair in shapes if pair is not None]
         if len(known) < len(shapes) != len(self.channels):
-            raise ValueError(
+            raise InputError(
                 "ActivationTransfer: expected layer pairs of known shape, got some that no example has been "
                 "through. Pass example_input to the Distiller, and a teacher; or channels= of each pair here."
             )
@@ -95,7 +96,7 @@ class ActivationTransfer(Term):
         """The term for one pair of activations, or the sum over a sequence of pairs, in order."""
         students = [student] if isinstance(student, Tensor) else student
         if len(students) != len(self.regressors):
-            raise ValueError(
+            raise InputError(
                 f"ActivationTransfer: expected activations of {len(self.regressors)} pairs, got "
                 f"{len(students)}. Pass channels=[(student, teacher), ...], or use it in a Distiller."
             )

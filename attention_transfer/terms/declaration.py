@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from attention_transfer._choices import Form, Mapping, Side
+from attention_transfer._errors import InputError, InputTypeError
 from attention_transfer._trust import load_factory
 
 AUTO: Final = "auto"
@@ -179,7 +180,7 @@ def read_declaration(file: Path, module: str) -> Declaration:
             }
             if "name" in facts:
                 return Declaration(**facts, path=f"{module}:{node.name}")
-    raise TypeError(f"read_declaration: expected a class with a name in {file}, got none.")
+    raise InputTypeError(f"read_declaration: expected a class with a name in {file}, got none.")
 
 
 def _value(expression: ast.expr) -> Any:
@@ -206,10 +207,10 @@ def declare(path: str) -> Declaration:
     from attention_transfer.terms.term import Term
 
     if not (isinstance(term, type) and issubclass(term, Term)):
-        raise ValueError(f"terms: expected a class derived from attention_transfer.Term, got {path}.")
+        raise InputError(f"terms: expected a class derived from attention_transfer.Term, got {path}.")
     name = getattr(term, "name", None)
     if not (isinstance(name, str) and re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) and name != "none"):
-        raise ValueError(
+        raise InputError(
             f"terms: expected {path} to have a name of small letters, digits and hyphens, got {name!r}. "
             'Give the class one, such as name = "my-term".'
         )

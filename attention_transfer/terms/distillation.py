@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from attention_transfer._errors import InputError
 from attention_transfer.functional import distillation_loss, is_number
 from attention_transfer.schedules import Schedule
 from attention_transfer.terms.declaration import POSITIVE, SHARE, Setting
@@ -43,9 +44,9 @@ class KnowledgeDistillation(Term):
         self, alpha: float = 0.9, temperature: float = 4.0, *, schedule: Schedule = "constant"
     ) -> None:
         if not (is_number(alpha) and 0 <= alpha <= 1):
-            raise ValueError(f"KnowledgeDistillation: expected 0 <= alpha <= 1, got {alpha!r}.")
+            raise InputError(f"KnowledgeDistillation: expected 0 <= alpha <= 1, got {alpha!r}.")
         if not (is_number(temperature) and temperature > 0):
-            raise ValueError(f"KnowledgeDistillation: expected temperature > 0, got {temperature!r}.")
+            raise InputError(f"KnowledgeDistillation: expected temperature > 0, got {temperature!r}.")
         super().__init__(alpha, schedule=schedule)
         self.temperature = temperature
 

@@ -10,6 +10,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from attention_transfer._errors import InputError
 from attention_transfer.functional import Side, detached, is_number
 from attention_transfer.pairs import Pair
 from attention_transfer.schedules import Schedule, schedule_factor
@@ -90,7 +91,7 @@ def at_each_pair(
         try:
             found[name] = of_pair(pair, *entries)
         except ValueError as error:
-            raise ValueError(f"{error} (At the pair {pair.student} <- {pair.teacher}.)") from None
+            raise InputError(f"{error} (At the pair {pair.student} <- {pair.teacher}.)") from None
     return found
 
 
@@ -163,5 +164,5 @@ class Term(nn.Module):
 def number_or_auto(user: str, weight: Weight) -> float:
     """The weight, where it is given; "auto" counts as one that may be."""
     if not is_number(weight) and not (isinstance(weight, str) and weight == AUTO):
-        raise ValueError(f'{user}: expected a number or "auto" as beta, got {weight!r}.')
+        raise InputError(f'{user}: expected a number or "auto" as beta, got {weight!r}.')
     return 0.0 if weight == AUTO else weight

@@ -16,6 +16,8 @@ from lightning.pytorch.plugins import LayerSync
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from attention_transfer._errors import InputError
+
 
 class SharedBatchNorm(LayerSync):
     """Lets each BatchNorm layer of a model that is trained normalise by the statistics of all processes."""
@@ -42,7 +44,7 @@ class SharedBatchNorm(LayerSync):
 def _check(name: str, layer: nn.Module) -> None:
     known = type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) or _of_timm(layer)
     if not known:
-        raise ValueError(
+        raise InputError(
             f"train: --sync-batchnorm knows BatchNorm layers of PyTorch and timm, got {type(layer).__name__} "
             f"at {name}. Leave --sync-batchnorm out."
         )

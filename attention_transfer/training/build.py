@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from attention_transfer._channels import channels_instead
 from attention_transfer._colours import print_safely
+from attention_transfer._errors import InputError
 from attention_transfer._outputs import logits_of
 from attention_transfer._ranks import is_first_process
 from attention_transfer._untouched import untouched
@@ -63,7 +64,7 @@ def build_student(recipe: Recipe, splits: Splits, *, role: str = "student") -> n
         recipe.student, recipe.student_weights, splits, splits.num_classes, "body", size=(height, width)
     )
     if reason := why_not(student, splits.shape):
-        raise ValueError(_does_not_run(role, recipe.student, student, splits, reason))
+        raise InputError(_does_not_run(role, recipe.student, student, splits, reason))
     if recipe.batchnorm_init == "uniform" and recipe.student_weights is None:
         draw_batchnorm_scales(student)
     return student
@@ -149,7 +150,7 @@ def _find_head(model: nn.Module, name: str, splits: Splits) -> dict[str, int]:
         if axes:
             head[key] = axes[0]
     if not head:
-        raise ValueError(
+        raise InputError(
             f"train: expected weights of {name} for the classes of the data in their order, got others, and "
             "no head that follows the number of classes. Name the classes alike, or pass other weights."
         )
@@ -200,7 +201,7 @@ def build_teacher(recipe: Recipe, splits: Splits, train_first: Callable[[], Run]
         return None
     named = Run(Path(recipe.teacher))
     if recipe.teacher_weights and (named.exists or named.folder.is_file()):
-        raise ValueError(
+        raise InputError(
             f"train: expected the teacher's weights once, got {recipe.teacher} as --teacher and "
             f"{recipe.teacher_weights} as --teacher-weights. Leave the latter out, or pass a model's name as "
             "--teacher."
@@ -222,13 +223,13 @@ def check_classes(recipe: Recipe, classes: int, names: Sequence[str] | None, spl
     if not any(term.compares_classes for term in recipe.method_terms.values()):
         return
     if classes != splits.num_classes and not class_order(splits.classes, names):
-        raise ValueError(
+        raise InputError(
             f'train: method "{recipe.method}" compares answers: expected a teacher of {splits.num_classes} '
             f"classes, as the data, got {classes}. It may have more where its file names them and the data's "
             "are among them; attention maps need no equal classes: --method at."
         )
     if strangers := unknown_classes(splits.classes, names):
-        raise ValueError(
+        raise InputError(
             f'train: method "{recipe.method}" compares answers: expected a teacher that knows the classes of '
             f"the data, got one that does not know {strangers}. Name them alike, or pass --method at."
         )
@@ -239,7 +240,7 @@ def _teacher_of_run(run: Run, splits: Splits) -> Teacher:
     _ = run.result
     card = ModelCard.read(run.folder)
     if card is None:
-        raise ValueError(
+        raise InputError(
             f"train: {run.student_weights} does not say what it holds. Pass --teacher-weights with it."
         )
     return _teacher_of_card(card, run.folder, splits)
@@ -248,7 +249,7 @@ def _teacher_of_run(run: Run, splits: Splits) -> Teacher:
 def _teacher_of_file(weights: Path, splits: Splits) -> Teacher:
     card = ModelCard.read(weights)
     if card is None:
-        raise ValueError(
+        raise InputError(
             f"train: {weights} does not say which model it belongs to. "
             f"Pass --teacher NAME --teacher-weights {weights}"
         )
@@ -257,7 +258,7 @@ def _teacher_of_file(weights: Path, splits: Splits) -> Teacher:
 
 def _teacher_of_card(card: ModelCard, weights: str | Path, splits: Splits) -> Teacher:
     if card.in_channels != splits.in_channels:
-        raise ValueError(
+        raise InputError(
             f"train: expected a teacher of images with {splits.in_channels} channels, as the data, got one "
             f"of {card.in_channels} in {weights}. Pass a teacher that was trained on such images."
         )
@@ -275,7 +276,7 @@ def _own_size(name: str, model: nn.Module, splits: Splits, size: tuple[int, int]
     if reason is None:
         return None
     if why_not(model, (splits.in_channels, *size)):
-        raise ValueError(_does_not_run("teacher", name, model, splits, reason))
+        raise InputError(_does_not_run("teacher", name, model, splits, reason))
     return size
 
 

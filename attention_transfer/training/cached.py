@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
+from attention_transfer._errors import InputError
 from attention_transfer._patterns import is_pattern
 from attention_transfer._weights_path import split_prefix
 from attention_transfer.cache import Cache, Manifest
@@ -47,18 +48,18 @@ def take_over(recipe: Recipe) -> Recipe:
     for name, theirs in {**_offers(facts), **_name_of_data(recipe, facts)}.items():
         ours = getattr(recipe, name)
         if ours not in (None, theirs):
-            raise ValueError(
+            raise InputError(
                 f"train: the cache {recipe.cache} was built with {name}={theirs}, got {ours}. "
                 f"Leave {flag_of(name)} out, or build another cache."
             )
     if recipe.teacher_precision not in ("auto", facts.precision):
-        raise ValueError(
+        raise InputError(
             f"train: the teacher of {recipe.cache} ran in {facts.precision}, got --teacher-precision "
             f"{recipe.teacher_precision}. Leave it out, or build another cache with --precision."
         )
     named = _names_weights(recipe)
     if not named and recipe.teacher not in (None, Recipe.teacher, facts.teacher):
-        raise ValueError(
+        raise InputError(
             f"train: the cache {recipe.cache} holds maps of {facts.teacher}, got --teacher {recipe.teacher}. "
             "Leave --teacher out, or build a cache of that one."
         )
@@ -83,7 +84,7 @@ def _source(recipe: Recipe, facts: Manifest) -> dict[str, Any]:
     if recipe.data is not None:
         return {}
     if not isinstance(facts.settings.get("data"), str):
-        raise ValueError(
+        raise InputError(
             f"train: expected {recipe.cache} to say which images it was built from, got nothing of it in "
             "cache.json. Pass --data."
         )
@@ -187,7 +188,7 @@ def check_terms(terms: Iterable[Term]) -> None:
     for term in terms:
         if term.needs_teacher and (term.needs_features or term.needs_input_gradient):
             read = "activations" if term.needs_features else "input gradients"
-            raise ValueError(
+            raise InputError(
                 f'train: the term "{term.name}" reads {read}, and a cache holds maps and logits only. '
                 "Pass --teacher in place of --cache."
             )
@@ -198,11 +199,11 @@ def _check_images(splits: Splits, cache: Cache) -> None:
     ours = (found, splits.mean, splits.std)
     if ours != (facts.data, facts.mean, facts.std):
         if facts.decoding != DECODING:
-            raise ValueError(
+            raise InputError(
                 f"train: the cache {cache.folder} was built from images {facts.decoding:.80}; images are now "
                 f"{DECODING}, and the fingerprints differ ({facts.data}, not {found}). Build another cache."
             )
-        raise ValueError(
+        raise InputError(
             f"train: the cache {cache.folder} was built from {facts.images:,} other images (fingerprint "
             f"{facts.data}, from {facts.settings.get('data')}), got {len(splits.train):,} of {splits.name} "
             f"({found}). Pass the --data it was built from, or build another cache."
@@ -217,7 +218,7 @@ def _check_teacher(recipe: Recipe, splits: Splits, cache: Cache) -> None:
     assert given is not None
     facts, found = cache.manifest, fingerprint(given.model)
     if found != facts.teacher_fingerprint:
-        raise ValueError(
+        raise InputError(
             f"train: the cache {cache.folder} holds maps of a {facts.teacher} with fingerprint "
             f"{facts.teacher_fingerprint}, got {found} in {recipe.teacher_weights or recipe.teacher}. "
             "Leave --teacher out, or build a cache of that one."
@@ -227,7 +228,7 @@ def _check_teacher(recipe: Recipe, splits: Splits, cache: Cache) -> None:
 def _check_energy(recipe: Recipe, cache: Cache) -> None:
     facts = cache.manifest
     if (recipe.p, recipe.mapping) != (facts.p, facts.mapping):
-        raise ValueError(
+        raise InputError(
             f"train: the cache {cache.folder} holds maps of p={facts.p:g} and mapping={facts.mapping}, got "
             f"p={recipe.p:g} and mapping={recipe.mapping}. "
             f"Pass --p {facts.p:g} --mapping {facts.mapping}, or build another cache."
@@ -242,7 +243,7 @@ def _pairs(recipe: Recipe, splits: Splits, student: nn.Module, cache: Cache) -> 
     stored = [stage.name for stage in cache.manifest.layers]
     for pair in named:
         if pair[1] not in stored:
-            raise ValueError(
+            raise InputError(
                 f"train: the cache {cache.folder} holds the teacher's layers {', '.join(stored)}, got "
                 f"{pair[1]} in --pairs. Pair with one of these, or build a cache with --layers."
             )

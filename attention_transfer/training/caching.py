@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from attention_transfer._choices import Stored
+from attention_transfer._errors import InputError
 from attention_transfer._locks import locked
 from attention_transfer._ranks import is_first_process
 from attention_transfer._tables import duration
@@ -96,7 +97,7 @@ def _settled(recipe: Recipe) -> Recipe:
 
 
 def _no_weights(recipe: Recipe) -> NoReturn:
-    raise ValueError(
+    raise InputError(
         f"cache: expected a trained teacher, got {recipe.teacher} without weights. "
         "Pass a run folder or a weights file, or --teacher-weights too."
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from attention_transfer._errors import InputError
 from attention_transfer._reading import parse_json, shown
 from attention_transfer._trust import check_trusted
 from attention_transfer.data import Augment
@@ -60,9 +61,9 @@ class ModelCard:
     def __post_init__(self) -> None:
         for name, (holds, expected) in _FACTS.items():
             if not holds(getattr(self, name)):
-                raise ValueError(f"expected {name} to be {expected}, got {shown(getattr(self, name))}")
+                raise InputError(f"expected {name} to be {expected}, got {shown(getattr(self, name))}")
         if not len(self.mean) == len(self.std) == self.in_channels or not all(s > 0 for s in self.std):
-            raise ValueError("expected a mean and a positive std for each channel")
+            raise InputError("expected a mean and a positive std for each channel")
 
     @classmethod
     def read(cls, weights: str | Path) -> ModelCard | None:
@@ -75,7 +76,7 @@ class ModelCard:
         try:
             return cls(**parse_json(text)) if text else None
         except (ValueError, TypeError) as error:
-            raise ValueError(
+            raise InputError(
                 f"ModelCard.read: expected the metadata that this package writes in {weights}, got "
                 f"{shown(text)} ({error}). Save the weights anew with save_weights."
             ) from None

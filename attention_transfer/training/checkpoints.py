@@ -13,6 +13,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from attention_transfer._errors import InputError
 from attention_transfer._files import write_atomically
 from attention_transfer._reading import check_regular, one_line
 from attention_transfer.models.checkpoint import read_checkpoint
@@ -77,9 +78,9 @@ def checkpoint_to_resume(run: Run, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def unusable(run: Run, reason: object) -> ValueError:
+def unusable(run: Run, reason: object) -> InputError:
     """The error of a run that cannot go on from its checkpoints."""
-    return ValueError(
+    return InputError(
         f"resume: expected a whole checkpoint of this run in {run.checkpoints}, got damaged or foreign ones: "
         f"{one_line(reason)[:300]}. Put good ones back, or start over with --overwrite."
     )

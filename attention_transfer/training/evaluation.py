@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from attention_transfer._channels import wrong_channels
+from attention_transfer._errors import InputError
 from attention_transfer._outputs import check_finite, logits_of
 
 NO_ANSWER = -1  # among predictions
@@ -60,7 +61,7 @@ def evaluate_model(
         labels.append(targets.cpu())
         hits.append(_in_top5(logits, targets.cpu()) & finite[-1])
     if not labels:
-        raise ValueError("evaluate_model: expected at least one image, got none. Pass data with test images.")
+        raise InputError("evaluate_model: expected at least one image, got none. Pass data with test images.")
     answered = torch.cat(finite)
     if not_finite == "stop" or not answered.any():
         check_finite(answered, user="evaluate_model", model=name)
@@ -76,12 +77,12 @@ def _answer(model: nn.Module, images: Float[Tensor, "b c h w"]) -> Any:
         message = wrong_channels(model, images.shape[1:], user="evaluate_model", role="model")
         if message is None:
             raise
-        raise ValueError(message) from error
+        raise InputError(message) from error
 
 
 def _check_classes(logits: Float[Tensor, "b k"], labels: Int[Tensor, " b"]) -> None:
     if int(labels.max()) >= logits.shape[1]:
-        raise ValueError(
+        raise InputError(
             f"evaluate_model: expected labels below {logits.shape[1]}, the model's number of classes, "
             f"got {int(labels.max())}. Pass the data that the model was trained on."
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from attention_transfer._errors import InputError
 from attention_transfer._extras import require
 from attention_transfer._machine import commit, device_name
 from attention_transfer._ranks import is_first_process
@@ -132,7 +133,7 @@ def _check_processes(recipe: Recipe) -> None:
     size = count(recipe)
     Processes(size=size).share_of(recipe.batch_size)
     if recipe.not_finite == "skip" and size > 1:
-        raise ValueError(
+        raise InputError(
             f'train: not_finite "skip" works in one process, got {size}, of which each sees a part of the '
             "batch. Leave --not-finite out, or pass --devices 1."
         )
@@ -152,7 +153,7 @@ def _facts(splits: Splits) -> dict[str, Any]:
 def _check_shared(run: Run) -> None:
     """Raise ValueError if another machine's run folder is not seen on this one."""
     if not run.exists:
-        raise ValueError(
+        raise InputError(
             f"train: expected the run folder on every machine, got no {run.folder} here. "
             "Pass an --output on a disk that all of them share."
         )
@@ -285,7 +286,7 @@ def _last_batch_is_too_small(images: int, batch: int, processes: int) -> bool:
 
 def _check_enough(images: Sized | None, processes: int) -> None:
     if images is not None and processes > 1 and len(images) < 2 * processes:
-        raise ValueError(
+        raise InputError(
             f"train: expected two images at least for each of {processes} processes, got {len(images)}. "
             "Use fewer --devices."
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import UInt8
 
+from attention_transfer._errors import InputError
 from attention_transfer._extras import require
 from attention_transfer._files import links_in, write_atomically
 from attention_transfer._reading import parse_json, read_text
@@ -106,9 +107,9 @@ def _identities(run: Run) -> dict[str, str]:
     try:
         known = parse_json(read_text(path))
         if not isinstance(known, dict) or not all(isinstance(each, str) for each in known.values()):
-            raise ValueError("no JSON object of texts")
+            raise InputError("no JSON object of texts")
     except ValueError as error:
-        raise ValueError(
+        raise InputError(
             f"train: expected the run's names with its loggers in {path}, got a damaged file ({error}). "
             "Delete it: the loggers begin a new run."
         ) from None

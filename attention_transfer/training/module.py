@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+from attention_transfer._errors import InputError
 from attention_transfer._outputs import logits_of
 from attention_transfer.data import Augment, Batches
 from attention_transfer.distiller import Distiller
@@ -260,14 +261,14 @@ class DistillationModule(LightningModule):
             ValueError: if the checkpoint was made with another teacher, or with other classes.
         """
         if self.classes != (known := checkpoint.get("classes") or self.classes):
-            raise ValueError(
+            raise InputError(
                 f"train: expected the classes that the run began with, {', '.join(known or ())[:200]}, got "
                 f"{', '.join(self.classes or ())[:200]}. Put the data back as it was, or start over with "
                 "--overwrite."
             )
         before = checkpoint.get("teacher_fingerprint")
         if before != self.teacher_fingerprint:
-            raise ValueError(
+            raise InputError(
                 f"train: expected the teacher that had fingerprint {before}, got {self.teacher_fingerprint}. "
                 "Put the teacher's former weights back, or start over with --overwrite."
             )

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from attention_transfer._colours import print_safely
+from attention_transfer._errors import InputError
 from attention_transfer._extras import require
 from attention_transfer._ranks import is_first_process
 from attention_transfer._reading import shown
@@ -66,7 +67,7 @@ def layout(recipe: Recipe) -> tuple[int | None, int]:
 
 def _agreed(recipe: Recipe, launcher: str, devices: int, nodes: int) -> tuple[int, int]:
     if recipe.devices not in (None, devices) or recipe.nodes not in (1, nodes):
-        raise ValueError(
+        raise InputError(
             f"train: expected --devices {devices} --nodes {nodes}, as {launcher} started, got "
             f"devices={recipe.devices} and nodes={recipe.nodes}. Leave both out: {launcher} says them."
         )
@@ -114,7 +115,7 @@ class Processes:
         """
         if batch % self.size or batch < 2 * self.size:
             near = max(2, batch // self.size) * self.size
-            raise ValueError(
+            raise InputError(
                 f"train: expected a batch_size that {self.size} processes can share equally, two images each "
                 f"at least, got {batch}. Pass --batch-size {near}, or other --devices."
             )
@@ -194,7 +195,7 @@ def _compare(each: Sequence[dict[str, Any]], user: str) -> None:
             groups = {shown(facts.get(name)): rank for rank, facts in reversed([*enumerate(each)])}
             values = sorted((rank, value) for value, rank in groups.items())
             lines.append(f"{name} " + ", ".join(f"{value} in process {rank}" for rank, value in values))
-        raise ValueError(
+        raise InputError(
             f"{user}: expected the same settings and images in all {len(each)} processes, got "
             f"{'; '.join(lines)}. Start all of them with one command, on the same files."
         )

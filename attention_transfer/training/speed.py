@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from attention_transfer._errors import InputError
 from attention_transfer._memory import freed_memory
 from attention_transfer._quiet import muted
 from attention_transfer._reading import first_line
@@ -91,7 +92,7 @@ def check_compiler(device: Device) -> None:
         with muted():
             double(torch.ones(2, device=device))
     except Exception as error:
-        raise ValueError(
+        raise InputError(
             "train: --compile needs PyTorch's compiler, which does not work here "
             f"({first_line(error):.200}). On a CPU it takes a C++ compiler, such as g++. Install one, or "
             "leave --compile out."

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from attention_transfer._errors import InputError
 from attention_transfer._extras import require
 from attention_transfer._files import write_atomically
 from attention_transfer._tables import printable
@@ -67,13 +68,13 @@ def _count(
 ) -> Int[np.ndarray, "k k"]:
     k = len(classes)
     if predictions.shape != labels.shape or predictions.ndim != 1:
-        raise ValueError(
+        raise InputError(
             f"{user}: expected one prediction a label, got predictions {tuple(predictions.shape)} and labels "
             f"{tuple(labels.shape)}. Give class indices, such as logits.argmax(1)."
         )
     both = torch.cat([predictions, labels]).cpu()
     if both.numel() and (int(both.min()) < 0 or int(both.max()) >= k):
-        raise ValueError(
+        raise InputError(
             f"{user}: expected class indices from 0 to {k - 1}, got {int(both.min())} to {int(both.max())}. "
             "Give the names of all classes that the model knows."
         )

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attention_transfer._errors import InputError
 from attention_transfer._outputs import check_finite, find_logits
 from attention_transfer._untouched import untouched
 from attention_transfer.functional import attention_map, resize_maps
@@ -107,7 +108,7 @@ def cosine_similarity(
         ValueError: if the maps belong to different numbers of images.
     """
     if len(student) != len(teacher):
-        raise ValueError(
+        raise InputError(
             f"cosine_similarity: expected maps of the same images, got {len(student)} of the student and "
             f"{len(teacher)} of the teacher. Compute both on one batch."
         )
@@ -150,7 +151,7 @@ def collect_examples(
         prepare = normalise[role] if isinstance(normalise, Mapping) else normalise
         maps[role], logits = _watch(model, layers, images, batch_size, prepare)
         if logits is None:
-            raise ValueError(
+            raise InputError(
                 f"collect_examples: expected logits (b, k) from the {role}, got something else. "
                 "Give a classifier."
             )
@@ -166,19 +167,19 @@ def collect_examples(
 
 def _check_models(models: Mapping[str, tuple[nn.Module, Sequence[str]]], images: Tensor) -> None:
     if TEACHER not in models:
-        raise ValueError(
+        raise InputError(
             f"collect_examples: expected the role {TEACHER!r}, got {', '.join(models)}."
             " Give the teacher that the students are compared with."
         )
     counts = {role: len(layers) for role, (_, layers) in models.items()}
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{role}: {count}" for role, count in counts.items())
-        raise ValueError(
+        raise InputError(
             f"collect_examples: expected as many layers for each model, got {found}. "
             "List the layers in pairs."
         )
     if len(images) == 0:
-        raise ValueError("collect_examples: expected at least one image, got none. Give some test images.")
+        raise InputError("collect_examples: expected at least one image, got none. Give some test images.")
 
 
 def _cosines(

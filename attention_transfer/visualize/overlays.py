@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from attention_transfer._errors import InputError
 from attention_transfer._extras import require
 from attention_transfer._files import write_atomically
 from attention_transfer._tables import printable
@@ -37,7 +38,7 @@ def overlay(image: Array, attention_map: Array, *, alpha: float = 0.6) -> UInt8[
         ValueError: if the image is not an 8-bit picture, or the map is not a finite non-negative matrix.
     """
     if not 0 <= alpha <= 1:
-        raise ValueError(f"overlay: expected alpha between 0 and 1, got {alpha}. Try alpha=0.6.")
+        raise InputError(f"overlay: expected alpha between 0 and 1, got {alpha}. Try alpha=0.6.")
     pixels = as_rgb(image)
     height, width, _ = pixels.shape
     colours = colour_table()[map_levels(attention_map, (height, width))]
@@ -48,7 +49,7 @@ def as_rgb(image: Array) -> UInt8[np.ndarray, "h w 3"]:
     """An 8-bit image, grey or colour, channels first or last, as RGB with channels last."""
     pixels = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or not {1, 3} & {pixels.shape[0], pixels.shape[-1]}:
-        raise ValueError(
+        raise InputError(
             "overlay: expected a uint8 image of shape (c, h, w) or (h, w, c) with 1 or 3 channels, got "
             f"{pixels.dtype} {pixels.shape}. Give the image before normalisation, one at a time."
         )
@@ -61,7 +62,7 @@ def map_levels(attention_map: Array, size: Size) -> UInt8[np.ndarray, "h w"]:
     """A map resized to `size` and scaled so that its maximum is 255; an all-zero map stays zero."""
     energy = torch.as_tensor(attention_map).detach().to("cpu", torch.float32)
     if energy.ndim != 2 or not energy.numel() or not energy.isfinite().all() or (energy < 0).any():
-        raise ValueError(
+        raise InputError(
             f"overlay: expected a finite, non-negative map of shape (h, w), got {tuple(energy.shape)} with "
             f"{_describe_values(energy)}. Give one map of attention_map(features)."
         )
@@ -137,9 +138,9 @@ def _check_grid(
     tile: int | None,
 ) -> None:
     if tile is not None and tile < 1:
-        raise ValueError(f"save_maps: expected a tile of 1 pixel or more, got {tile}. Try tile=160.")
+        raise InputError(f"save_maps: expected a tile of 1 pixel or more, got {tile}. Try tile=160.")
     if len(images) == 0 or not any(maps.values()):
-        raise ValueError(
+        raise InputError(
             f"save_maps: expected at least one image and one layer's maps, got {len(images)} images and "
             f"{sum(map(len, maps.values()))} layers. Name a layer of the model."
         )
@@ -150,7 +151,7 @@ def _check_grid(
         counts["captions"] = len(captions)
     for what, count in counts.items():
         if count != len(images):
-            raise ValueError(
+            raise InputError(
                 f"save_maps: expected as many {what} as images, got {count} for {len(images)} images. "
                 "Compute the maps on the same images."
             )

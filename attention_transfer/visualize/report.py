@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from attention_transfer._errors import InputError
 from attention_transfer._extras import require
 from attention_transfer._files import write_atomically
 from attention_transfer.runs.run import Run
@@ -50,7 +51,7 @@ def write_report(
         ValueError: if there are no runs, or a file of a run is damaged.
     """
     if not runs:
-        raise ValueError(
+        raise InputError(
             "write_report: expected at least one run folder, got none. Give folders `train` wrote."
         )
     unique = {Path(folder).resolve(): Path(folder) for folder in runs}

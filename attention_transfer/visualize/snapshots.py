@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from attention_transfer._errors import InputError
 from attention_transfer._files import write_atomically
 from attention_transfer._reading import check_regular, parse_json
 from attention_transfer.functional import resize_maps
@@ -72,7 +73,7 @@ class Snapshots:
             ValueError: if there are not as many maps as layers.
         """
         if len(maps) != len(self.layers):
-            raise ValueError(
+            raise InputError(
                 f"Snapshots.add: expected maps of {len(self.layers)} layers, got {len(maps)}. "
                 f"Give those of {', '.join(self.layers)}."
             )
@@ -133,7 +134,7 @@ class Snapshots:
             kept._check()
             return kept
         except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise InputError(
                 f"Snapshots.read: expected the maps that `train` keeps, got the damaged {path} ({error}). "
                 "Delete it: the report then leaves these maps out."
             ) from None
@@ -142,20 +143,20 @@ class Snapshots:
         """Raise a ValueError for parts that contradict each other, or are not what they are taken for."""
         images, epochs = len(self.labels), self.epochs
         if not all(isinstance(text, str) for text in (*self.classes, *self.layers)):
-            raise ValueError("names that are no text")
+            raise InputError("names that are no text")
         if not all(type(epoch) is int for epoch in epochs) or epochs != sorted(set(epochs)):
-            raise ValueError("no epochs")
+            raise InputError("no epochs")
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] not in (1, 3):
-            raise ValueError("no images")
+            raise InputError("no images")
         if not 0 < images == len(self.images) or self.labels.dtype != torch.int64 or self.labels.ndim != 1:
-            raise ValueError("no label for each image")
+            raise InputError("no label for each image")
         expected = [(self.maps, (len(epochs), images)), (self.teacher, (images,))]
         for maps, leading in expected:
             for each in maps:
                 if each.ndim != len(leading) + 2 or each.shape[: len(leading)] != leading or not each.numel():
-                    raise ValueError("no map for each image")
+                    raise InputError("no map for each image")
                 if not each.is_floating_point() or not each.isfinite().all() or (each < 0).any():
-                    raise ValueError("maps with values that maps do not have")
+                    raise InputError("maps with values that maps do not have")
 
 
 def _kept(maps: Float[Tensor, "n h w"]) -> Float16[Tensor, "n _ _"]:
