@@ -345,7 +345,7 @@ def test_bad_flags(arguments: list[str], message: str, capsys: pytest.CaptureFix
 
 def test_what_is_no_finished_run(taught: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--format", "torch")
-    assert "expected a run folder with a recipe.yaml, got nowhere" in refused(capsys, "nowhere", *flags)
+    assert "expected a run folder, got nowhere" in refused(capsys, "nowhere", *flags)
     file = refused(capsys, taught.student_weights, *flags)
     assert file == f"export: expected a run folder, got {taught.student_weights}, which is a file."
     unfinished = Run(tmp_path / "unfinished")

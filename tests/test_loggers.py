@@ -109,7 +109,7 @@ def test_a_logger_that_is_not_installed_names_its_extra(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(ImportError, match=r"train: .*attention-transfer\[wandb\]"):
+    with pytest.raises(ImportError, match=r"train: .*attention-transfer\[loggers\]"):
         train(replace(recipe, loggers="wandb"), say=silent)
 
 

@@ -203,7 +203,7 @@ class Run:
     @cached_property
     def _result(self) -> dict[str, Any]:
         """What result.json holds, empty while there is none."""
-        if not self.finished:
+        if not self.result_file.exists():
             return {}
         try:
             result = parse_json(self._read(self.result_file))
