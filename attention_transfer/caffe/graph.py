@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from attention_transfer._errors import InputError
 from attention_transfer._hints import did_you_mean
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.layers import Layer, count_blobs
@@ -26,7 +27,7 @@ def in_phase(net: Any, phase: str, level: int = 0, stages: Collection[str] = ())
         ValueError: if the phase is unknown.
     """
     if phase not in PHASES:
-        raise ValueError(f"Net: expected the phase TRAIN or TEST, got {phase!r}.")
+        raise InputError(f"Net: expected the phase TRAIN or TEST, got {phase!r}.")
     copy = schema.NetParameter()
     copy.CopyFrom(net)
     copy.state.phase = PHASES[phase]
@@ -56,7 +57,7 @@ def is_in(layer: Any, state: Any) -> bool:
         ValueError: if it has both `include` and `exclude` rules.
     """
     if layer.include and layer.exclude:
-        raise ValueError(f"Net: layer {layer.name!r}: expected include or exclude rules, got both.")
+        raise InputError(f"Net: layer {layer.name!r}: expected include or exclude rules, got both.")
     if layer.include:
         return any(_holds(rule, state) for rule in layer.include)
     return not any(_holds(rule, state) for rule in layer.exclude)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from attention_transfer._errors import InputError
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.assembly import freeze, make_layer, set_up, share_blobs
 from attention_transfer.caffe.files.caffemodel import (
@@ -99,7 +100,7 @@ class Net(nn.Module):
         stored = [] if weights is None else _read_weights(weights)
         settle_meaning(self.proto.layer, (net for net, _ in stored))
         if not self.proto.layer:
-            raise ValueError(f"Net: expected layers in the phase {phase}, got none.")
+            raise InputError(f"Net: expected layers in the phase {phase}, got none.")
         self.layers = [make_layer(spec, phase) for spec in self.proto.layer]
         self._graph = Graph(self.proto)
         for error in self._graph.faults(dict(enumerate(self.layers))):
@@ -168,7 +169,7 @@ class Net(nn.Module):
             ValueError: before any forward pass.
         """
         if self._loss is None:
-            raise ValueError(
+            raise InputError(
                 "Net.loss: expected a forward pass before, got none. Call the net with its inputs."
             )
         return self._loss
@@ -217,7 +218,7 @@ class Net(nn.Module):
         needed = sorted(node.index for node in self._graph.below([scored]))
         source = next((i for i in needed if self.layers[i].is_source and len(self._shapes[i][0]) >= 2), None)
         if source is None:
-            raise ValueError(
+            raise InputError(
                 f"Net: expected {scored.name!r} to depend on a blob of images, got none. Pass a dictionary."
             )
         given = dict(zip(self.layers[source].tops, (images,), strict=False))
@@ -231,7 +232,7 @@ class Net(nn.Module):
                 return node.inputs[0]
         outputs = self.outputs
         if len(outputs) != 1:
-            raise ValueError(
+            raise InputError(
                 f"Net: expected one output to stand for the scores, got {outputs}. Pass a dictionary."
             )
         return self._graph.last[outputs[0]]
@@ -299,12 +300,12 @@ class Net(nn.Module):
     def _check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
         expected = self.inputs
         if missing := [name for name in expected if name not in inputs]:
-            raise ValueError(
+            raise InputError(
                 f"Net: expected a tensor for each of the inputs {', '.join(expected)}, got none for "
                 f"{', '.join(missing)}."
             )
         if unknown := [name for name in inputs if name not in expected]:
-            raise ValueError(
+            raise InputError(
                 f"Net: expected inputs out of {', '.join(expected) or 'none'}, got {', '.join(unknown)}. "
                 "Inputs are the tops of Input layers."
             )
@@ -347,7 +348,7 @@ class Net(nn.Module):
             layer = layers[record.name]
             if len(record.blobs) != len(layer.blobs):
                 got = f"{len(layer.blobs)} blobs, got {len(record.blobs)}"
-                raise ValueError(f"Net.load: layer {layer.name!r}: expected {got}.")
+                raise InputError(f"Net.load: layer {layer.name!r}: expected {got}.")
             for index, blob in enumerate(record.blobs):
                 self._copy_blob(layer, index, blob)
                 found += 1
@@ -359,7 +360,7 @@ class Net(nn.Module):
     def _copy_blob(self, layer: Layer, index: int, blob: Any) -> None:
         target = layer.blobs[index]
         if not same_shape(blob, target.shape):
-            raise ValueError(
+            raise InputError(
                 f"Net.load: layer {layer.name!r}: expected {tuple(target.shape)} for blob {index}, got "
                 f"{blob_shape(blob)}. Rename the layer to let it start anew."
             )
@@ -402,7 +403,7 @@ class Net(nn.Module):
         needed = 4 * sum(blob.numel() for layer in self.layers for blob in layer.blobs)
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > there:
-            raise ValueError(
+            raise InputError(
                 f"Net: expected parameters that fit into {there >> 30} GB of memory, got {needed >> 30} GB. "
                 "Look for a num_output or a dim that is too large."
             )

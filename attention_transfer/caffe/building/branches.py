@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from attention_transfer._errors import InputError
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.building.naming import free_prefix
 from attention_transfer.caffe.building.networks import Network
@@ -52,7 +53,7 @@ def pair_up(ours: Network, theirs: Network, mine: Blob, other: Blob, renamed: st
     large, small = sizes if student_larger else sizes[::-1]
     factors = (_factor(large[0], small[0]), _factor(large[1], small[1]))
     if 0 in factors:
-        raise ValueError(
+        raise InputError(
             f"build: expected maps of which one is, but for a row or column, a whole multiple of the other, "
             f"got {mine.name!r} of {'x'.join(map(str, sizes[0]))} and {other.name!r} of "
             f"{'x'.join(map(str, sizes[1]))}. Tap layers of equal stride."

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from attention_transfer._errors import InputError
 from attention_transfer._files import write_atomically
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.assembly import try_out
@@ -68,7 +69,7 @@ class Built:
         files = [path, solver_file, *([weights_file] if self.weights is not None else []), *sources]
         if not force and (there := [str(file) for file in files if file.exists()]):
             listed = ", ".join(there)
-            raise ValueError(
+            raise InputError(
                 f"build: expected new files, got {listed} already there. Pass force to overwrite."
             )
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +154,7 @@ def _parse_pairs(pairs: str | Iterable[tuple[str, str]]) -> list[tuple[str, str]
     given = [tuple(pair.split(":")) for pair in pairs.split(",")] if isinstance(pairs, str) else list(pairs)
     named = [tuple(name.strip() for name in pair) for pair in given]
     if not named or any(len(pair) != 2 or not all(pair) for pair in named):
-        raise ValueError(
+        raise InputError(
             f"build: expected pairs STUDENT_BLOB:TEACHER_BLOB,... or auto, got {pairs!r}. Two names each."
         )
     return [(mine, other) for mine, other in named]
@@ -199,7 +200,7 @@ def _channels(
     taken = taken_channels(nets[0], "TRAIN", stored[0])
     teachers = taken_channels(nets[1], "TRAIN", stored[1]) or taken_channels(nets[1], "TEST", stored[1])
     if stated is None and taken and told and taken != told[0] and told[1] in files:
-        raise ValueError(
+        raise InputError(
             f"build: expected images of {taken} channels, as the student's weights take, got {told[0]} in "
             f"{told[1]}. Take the weights of this net, or its data."
         )
@@ -246,7 +247,7 @@ def _task(student: Network) -> list[Any]:
     softmax = [node.inputs[0].name for node in graph.nodes if node.type == "Softmax"]
     unread = [blob.name for blob in student.seen if not blob.users]
     if not softmax and len(unread) != 1:
-        raise ValueError(
+        raise InputError(
             f"build: expected a student with a loss, a Softmax, or one output, got the outputs "
             f"{', '.join(unread)}. Add its loss."
         )
@@ -272,7 +273,7 @@ def _frozen(
         if node not in needed or teacher.image in node.outputs:
             continue
         if not node.inputs and node.type != "Parameter":
-            raise ValueError(
+            raise InputError(
                 f"build: expected a teacher that needs images alone, got the input {node.name!r} below a tap."
             )
         if node.type == "Dropout":  # the identity, in a teacher
@@ -369,13 +370,13 @@ def _matching(layers: Sequence[Any], stored: Any, prefix: str, role: str) -> lis
         if count_blobs(layer) and layer.name not in by_name
     ]
     if role == "teacher" and missing:
-        raise ValueError(
+        raise InputError(
             f"build: expected weights for all layers of the teacher, got none for {', '.join(missing[:6])}. "
             "A frozen layer would keep its filler. Take the teacher's own caffemodel."
         )
     names = list(dict.fromkeys(layer.name for layer in layers if layer.name in by_name))
     if not names:
-        raise ValueError(
+        raise InputError(
             f"build: expected {role} weights with layers of the {role}, got none. Is it the file of another "
             "net?"
         )
@@ -391,7 +392,7 @@ def _check_record(record: Any, layer: Any, role: str) -> None:
     fits = len(wanted) == len(record.blobs) and all(map(same_shape, record.blobs, wanted))
     if not fits:
         got = [blob_shape(blob) for blob in record.blobs]
-        raise ValueError(
+        raise InputError(
             f"build: expected {role} weights of shapes {wanted} for layer {record.name!r}, got {got}. "
             "Rename the layer to let it start anew, or take the right file."
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from attention_transfer._errors import InputError
 from attention_transfer._hints import did_you_mean
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.assembly import try_out
@@ -81,11 +82,11 @@ class Network:
         names = [blob.name for blob in self.seen]
         if name not in names:
             remedy = did_you_mean(name, names) or f"Known: {', '.join(names[:12])}."
-            raise ValueError(f"build: expected a blob of the {self.role}, got {name!r}. {remedy}")
+            raise InputError(f"build: expected a blob of the {self.role}, got {name!r}. {remedy}")
         blob = self.graph.last[name]
         shape = self.graph.shape(blob)
         if shape is not None and len(shape) != 4:
-            raise ValueError(
+            raise InputError(
                 f"build: expected a blob of four axes in the {self.role}, got {name!r} of shape {shape}. "
                 "Tap a layer before the classifier."
             )
@@ -103,7 +104,7 @@ def survey_student(net: Any, channels: int | None = None) -> Network:
     """
     network = _network("student", net, net, "TRAIN", channels)
     if any(network.image.name in node.spec.top for node, _ in network.image.users):
-        raise ValueError(
+        raise InputError(
             f"build: expected images that the teacher can read too, got {network.image.name!r} overwritten "
             "in place in the student. Give that layer a top of its own."
         )
@@ -144,7 +145,7 @@ def _network(role: str, net: Any, view: Any, phase: str, channels: int | None) -
     graph = Graph(view, trial.shapes)
     if graph.unwritten:
         layer, name = graph.unwritten[0]
-        raise ValueError(
+        raise InputError(
             f"build: expected a {role} whose layers read what layers before them write, got {name!r} in "
             f"layer {layer.name!r}."
         )
@@ -162,7 +163,7 @@ def _image(graph: Graph, role: str) -> Blob:
     ]
     if len(found) != 1:
         got = ", ".join(blob.name for blob in found) or "none"
-        raise ValueError(f"build: expected one blob of images that the {role}'s layers read, got {got}.")
+        raise InputError(f"build: expected one blob of images that the {role}'s layers read, got {got}.")
     return found[0]
 
 
@@ -183,7 +184,7 @@ def suggest_blobs(student: Network, teacher: Network) -> list[tuple[str, str]]:
             pairs.append((name, theirs[size if size in theirs else near[0]]))
     if not pairs:
         sizes = [", ".join(f"{h}x{w}" for h, w in ends) or "none" for ends in (ours, theirs)]
-        raise ValueError(
+        raise InputError(
             "build: expected convolutions of equal resolution, got maps of "
             f"{sizes[0]} in the student and {sizes[1]} in the teacher. Name the blobs: pairs='a:b,c:d'."
         )

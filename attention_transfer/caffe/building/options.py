@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Literal
 
+from attention_transfer._errors import InputError
 from attention_transfer.functional import convert_beta
 
 File = str | PathLike[str]
@@ -53,16 +54,16 @@ class Options:
         for name, known in (("form", FORMS), ("normalize", NORMALIZES)):
             if getattr(self, name) not in known:
                 expected = f"{name} {' or '.join(map(repr, known))}"
-                raise ValueError(f"build: expected {expected}, got {getattr(self, name)!r}.")
+                raise InputError(f"build: expected {expected}, got {getattr(self, name)!r}.")
         if self.p not in SQUARINGS:
-            raise ValueError(
+            raise InputError(
                 f"build: expected p 1, 2 or 4, got {self.p}. Other powers have NaN gradients in Caffe where "
                 "an activation is 0."
             )
         if self.beta is not None and not 0 < self.beta < math.inf:
-            raise ValueError(f"build: expected beta > 0, got {self.beta}. Leave it out for the default.")
+            raise InputError(f"build: expected beta > 0, got {self.beta}. Leave it out for the default.")
         if self.channels is not None and self.channels < 1:
-            raise ValueError(f"build: expected channels of 1 or more, got {self.channels}.")
+            raise InputError(f"build: expected channels of 1 or more, got {self.channels}.")
 
     @property
     def weight(self) -> float:

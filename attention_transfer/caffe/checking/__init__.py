@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
+from attention_transfer._errors import InputError
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.assembly import Trial, try_out
 from attention_transfer.caffe.checking import branches, layers, teachers  # noqa: F401 (they enter their rules)
@@ -91,12 +92,12 @@ def _check_is_net(net: Any, unknown: list[Misspelt], source: str) -> None:
     """Raises ValueError for a solver's file, or one without layers."""
     solvers = set(schema.fields("SolverParameter")) & {field.name for field in unknown if field.layer is None}
     if solvers and not net.layer:
-        raise ValueError(
+        raise InputError(
             f"check: expected a net's prototxt, got a solver's in {source}. Pass the net that it names, and "
             "the solver beside it (solver=, --solver)."
         )
     if not net.layer:
-        raise ValueError(f"check: expected a net with layers, got none in {source}.")
+        raise InputError(f"check: expected a net with layers, got none in {source}.")
 
 
 def _text(net: str | PathLike[str] | Any) -> tuple[str, str]:
@@ -129,7 +130,7 @@ def _unwritten(
     broken = [case for case, _ in tried if case.graph.unwritten]
     if len(broken) == len(tried):
         layer, name = broken[0].graph.unwritten[0]
-        raise ValueError(
+        raise InputError(
             f"check: {source}: expected bottoms that earlier layers write, got {name!r} in layer "
             f"{layer.name!r} ({layer.type}). Caffe stops there: unknown bottom blob."
         )

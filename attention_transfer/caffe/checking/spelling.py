@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from attention_transfer._errors import InputError
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.files import prototxt
 from attention_transfer.caffe.files.upgrade import upgrade_net
@@ -55,7 +56,7 @@ def parse_leniently(text: str, source: str) -> tuple[Any, list[Misspelt]]:
     try:
         net = text_format.Parse(text, schema.NetParameter(), allow_unknown_field=True)
     except text_format.ParseError as error:
-        raise ValueError(f"check: {source}:{prototxt.describe_parse_error(error)}") from None
+        raise InputError(f"check: {source}:{prototxt.describe_parse_error(error)}") from None
     return upgrade_net(net, "check"), unknown
 
 

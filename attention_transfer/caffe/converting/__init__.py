@@ -15,6 +15,7 @@ import torch
 from safetensors import torch as safetensors_torch
 from torch import Tensor, nn
 
+from attention_transfer._errors import InputError
 from attention_transfer._files import write_atomically
 from attention_transfer._onnx import require_onnx
 from attention_transfer.caffe.converting.back import to_caffemodel as to_caffemodel
@@ -191,7 +192,7 @@ def _check_memory(selection: Selection, share: float, dtype: torch.dtype) -> Non
     needed = int(entries * share * dtype.itemsize)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
-        raise ValueError(
+        raise InputError(
             f"convert: expected blobs that fit into {there >> 30} GB of memory, to try the net out, got "
             f"{needed >> 30} GB. Declare smaller inputs."
         )
@@ -219,7 +220,7 @@ def _compare(
     tolerance = 1e-4 if selection.net.dtype == torch.float32 else 1e-9
     for mine, blob in zip(as_tuple(model(*examples)), selection.outputs, strict=True):
         if not agree(mine, blobs[blob], tolerance, selection.share):
-            raise ValueError(
+            raise InputError(
                 f"convert: expected the module to give the net's {blob.name!r}, got other numbers "
                 f"in {source.name}. Please report the prototxt: this is a bug."
             )

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
+from attention_transfer._errors import InputError
 from attention_transfer._reading import first_line, read_bytes
 from attention_transfer.caffe.converting.emit import Tensors
 from attention_transfer.caffe.converting.selection import net_without_data, select_layers
@@ -74,7 +75,7 @@ def read_state(path: str | PathLike[str]) -> dict[str, Tensor]:
     try:
         return safetensors_torch.load(data)
     except SafetensorError as error:
-        raise ValueError(
+        raise InputError(
             f"to_caffemodel: expected a safetensors file, got {path}, which is none, or damaged: "
             f"{first_line(error)}."
         ) from None
@@ -92,14 +93,14 @@ def _own(net: Net) -> dict[str, Tensors]:
 
 def _fill(entries: Mapping[str, Tensors], state: Mapping[str, Tensor]) -> None:
     if unknown := [key for key in state if key not in entries]:
-        raise ValueError(
+        raise InputError(
             f"to_caffemodel: expected the entries of the net's module, such as "
             f"{', '.join(list(entries)[:3]) or 'none'}, got {unknown[0]!r}. Is it the state of another net?"
         )
     begun = {id(entries[key].layer) for key in state}
     missing = [key for key, tensors in entries.items() if id(tensors.layer) in begun and key not in state]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"to_caffemodel: expected {missing[0]!r} beside the layer's other entries, got none."
         )
     for key, tensor in state.items():
@@ -109,7 +110,7 @@ def _fill(entries: Mapping[str, Tensors], state: Mapping[str, Tensor]) -> None:
 def _put(key: str, entry: Tensors, tensor: Tensor) -> None:
     layer, blob = entry.layer, entry.layer.blobs[entry.index]
     if [size for size in tensor.shape if size > 1] != [size for size in blob.shape if size > 1]:
-        raise ValueError(
+        raise InputError(
             f"to_caffemodel: expected {tuple(blob.shape)} for {key!r}, got {tuple(tensor.shape)}. "
             "Is it the state of another net?"
         )

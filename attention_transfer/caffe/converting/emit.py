@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from attention_transfer._errors import InputError
 from attention_transfer.caffe.layers import Layer
 from attention_transfer.caffe.layers.arithmetic import MAX, PROD
 from attention_transfer.caffe.layers.forks import SEGNETS_EPS
@@ -124,7 +125,7 @@ def emit(site: Site) -> Code:
     """
     layer = site.layer
     if layer.type not in EMITTERS:
-        raise ValueError(
+        raise InputError(
             f"convert: layer {layer.name!r}: expected a type that converts, got {layer.type!r}. "
             "Name an output before it, or remove the layer."
         )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attention_transfer._errors import InputError
 from attention_transfer._onnx import open_onnx, to_onnx
 
 USER = "convert: ONNX"
@@ -61,7 +62,7 @@ def _check(session: Any, model: nn.Module, inputs: Sequence[Tensor], share: floa
     for place, (array, want) in enumerate(zip(got, wanted, strict=True)):
         if not agree(torch.from_numpy(array), want, 1e-4, share):
             name = session.get_outputs()[place].name
-            raise ValueError(
+            raise InputError(
                 f"{USER}: expected onnxruntime to give the module's {name!r} for inputs of shape "
                 f"{[tuple(x.shape) for x in inputs]}, got other numbers. Please report the prototxt."
             )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from attention_transfer._errors import InputError
 from attention_transfer._hints import did_you_mean
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.files.prototxt import read_net
@@ -89,7 +90,7 @@ def select_layers(net: Net, wanted: Sequence[str] = ()) -> Selection:
     inputs = [blob for blob in read if blob.producer and layers[blob.producer.index].is_source]
     dropped = [node.index for node in graph.nodes if node not in below]
     if not computing:
-        raise ValueError(
+        raise InputError(
             "convert: expected layers that compute something besides losses, got none in "
             f"{net.proto.name or 'the net'!r}. Is it the right phase?"
         )
@@ -156,10 +157,10 @@ def _find(net: Net, graph: Graph, wanted: Sequence[str], losses: set[Node]) -> l
     for name in dict.fromkeys(wanted):
         if name not in known:
             hint = did_you_mean(name, known) or f"Known: {', '.join(list(known)[-8:])}."
-            raise ValueError(f"convert: expected a blob of the net as output, got {name!r}. {hint}")
+            raise InputError(f"convert: expected a blob of the net as output, got {name!r}. {hint}")
         blob, node = known[name]
         if node in losses:
-            raise ValueError(
+            raise InputError(
                 f"convert: expected an output that needs no loss or labels, got {name!r} of the layer "
                 f"{node.name!r} ({node.type}). Name the blob that it is computed from."
             )

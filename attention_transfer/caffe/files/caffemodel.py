@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from attention_transfer._errors import InputError
 from attention_transfer._files import write_atomically
 from attention_transfer._reading import read_bytes
 from attention_transfer.caffe import schema
@@ -73,14 +74,14 @@ def read_binary(path: str | PathLike[str], message: Any, user: str) -> Any:
     data = read_bytes(path)
     kind = message.DESCRIPTOR.name
     if data.startswith(HDF5_MAGIC):
-        raise ValueError(
+        raise InputError(
             f"{user}: expected protobuf's binary form, got HDF5 in {path}. "
             "Save it with `snapshot_format: BINARYPROTO`."
         )
     try:
         message.ParseFromString(data)
     except DecodeError:
-        raise ValueError(
+        raise InputError(
             f"{user}: expected a {kind} in protobuf's binary form, got something else in {path} "
             f"({len(data)} bytes): it is damaged, cut off, or of another kind."
         ) from None
@@ -133,9 +134,9 @@ def check_blob(blob: Any, what: str) -> None:
     shape = blob_shape(blob)
     count, held = math.prod(shape), len(blob.double_data) or len(blob.data)
     if min(shape, default=0) < 0 or count > MOST_ENTRIES:
-        raise ValueError(f"{what}: expected dimensions of 0 to {MOST_ENTRIES} entries in all, got {shape}.")
+        raise InputError(f"{what}: expected dimensions of 0 to {MOST_ENTRIES} entries in all, got {shape}.")
     if count != held:
-        raise ValueError(
+        raise InputError(
             f"{what}: expected as many numbers as its shape {shape} says, {count}, got {held}. "
             "The file is damaged, or was written without data."
         )

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from attention_transfer._errors import InputError
 from attention_transfer._reading import open_file
 
 MAGIC, VERSION = 0xBEEFC0DE, 1
@@ -63,7 +64,7 @@ class Pages:
         with open_file(path) as file:
             length = file.seek(0, 2)
             if length < 2 * HEAD:
-                raise ValueError("it is too short")
+                raise InputError("it is too short")
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._length = length
         root, entries = self._root()
@@ -71,7 +72,7 @@ class Pages:
         walk = iter(()) if root == NO_PAGE else self._walk(root, 0)
         self.places: list[Place] = list(islice(walk, 1 if first_only else None))
         if not first_only and len(self.places) != entries:
-            raise ValueError(f"{len(self.places):,} records where it speaks of {entries:,}")
+            raise InputError(f"{len(self.places):,} records where it speaks of {entries:,}")
 
     def value(self, place: Place) -> bytes:
         """The bytes at a place."""
@@ -79,38 +80,38 @@ class Pages:
 
     def _number(self, form: str, start: int) -> int:
         if start < 0 or start + struct.calcsize(form) > self._length:
-            raise ValueError("it was cut off, or points beyond its end")
+            raise InputError("it was cut off, or points beyond its end")
         return struct.unpack_from(form, self._bytes, start)[0]
 
     def _root(self) -> tuple[int, int]:
         """The root page and the number of entries of the later of the two states that the file holds."""
         self._size = self._number("<I", HEAD + 24)
         if self._size < 256 or self._size > 1 << 16 or self._size & (self._size - 1):
-            raise ValueError("it does not begin as one")
+            raise InputError("it does not begin as one")
         metas = [HEAD, self._size + HEAD]
         for meta in metas:
             if (self._number("<I", meta), self._number("<I", meta + 4)) != (MAGIC, VERSION):
-                raise ValueError("it does not begin as one")
+                raise InputError("it does not begin as one")
         meta = max(metas, key=lambda start: self._number("<Q", start + 128))
         needed, there = (self._number("<Q", meta + 120) + 1) * self._size, self._length
         if there < needed:
-            raise ValueError(f"expected {needed:,} bytes, got {there:,}: it was cut off")
+            raise InputError(f"expected {needed:,} bytes, got {there:,}: it was cut off")
         records = meta + 24 + 48
         if self._number("<H", records + 4):
-            raise ValueError("it has keys of a special kind")
+            raise InputError("it has keys of a special kind")
         return self._number("<Q", records + 40), self._number("<Q", records + 32)
 
     def _walk(self, page: int, depth: int) -> Iterator[Place]:
         start = page * self._size
         if page in self._seen or depth > DEEPEST or start + self._size > self._length:
-            raise ValueError(f"page {page} is not in its tree")
+            raise InputError(f"page {page} is not in its tree")
         self._seen.add(page)
         flags, lower = self._number("<H", start + 10), self._number("<H", start + 12)
         if flags & (BRANCH | LEAF) not in (BRANCH, LEAF) or not HEAD <= lower <= self._size or lower % 2:
-            raise ValueError(f"page {page} is no page of a tree")
+            raise InputError(f"page {page} is no page of a tree")
         for offset in struct.unpack_from(f"<{(lower - HEAD) // 2}H", self._bytes, start + HEAD):
             if offset < lower or offset + 8 > self._size:
-                raise ValueError(f"page {page} points outside itself")
+                raise InputError(f"page {page} points outside itself")
             low, high, kind, length = struct.unpack_from("<4H", self._bytes, start + offset)
             if flags & BRANCH:
                 yield from self._walk(low | high << 16 | kind << 32, depth + 1)
@@ -120,15 +121,15 @@ class Pages:
     def _place(self, page: int, start: int, size: int, kind: int, length: int) -> Place:
         end, data = (page + 1) * self._size, start + length
         if kind & SPECIAL or data + (8 if kind & BIG else size) > end:
-            raise ValueError(f"a record of page {page} is not inside it")
+            raise InputError(f"a record of page {page} is not inside it")
         key = self._bytes[start:data]
         if not kind & BIG:
             return Place(key, data, size)
         first = self._number("<Q", data)
         if first >= self._length // self._size or not self._number("<H", first * self._size + 10) & OVERFLOW:
-            raise ValueError(f"a record of page {page} is not where it should be")
+            raise InputError(f"a record of page {page} is not where it should be")
         pages = self._number("<I", first * self._size + 12)
         begin = first * self._size + HEAD
         if begin + size > min((first + pages) * self._size, self._length):
-            raise ValueError(f"a record of page {page} is longer than its pages")
+            raise InputError(f"a record of page {page} is longer than its pages")
         return Place(key, begin, size)

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from attention_transfer._errors import InputError
 from attention_transfer._files import write_atomically
 from attention_transfer._hints import did_you_mean
 from attention_transfer._reading import open_file
@@ -68,11 +69,11 @@ def read_text(path: str | PathLike[str], user: str) -> str:
     with open_file(path) as file:
         data = file.read(LARGEST_TEXT + 1)
     if len(data) > LARGEST_TEXT:
-        raise ValueError(
+        raise InputError(
             f"{user}: expected a prototxt of at most {LARGEST_TEXT >> 20} MB, got more in {path}."
         )
     if data.startswith(BOM_UTF8):
-        raise ValueError(
+        raise InputError(
             f"{user}: expected text, got a byte-order mark before it in {path}: Caffe cannot read it. "
             "Save the file as UTF-8 without one."
         )
@@ -81,7 +82,7 @@ def read_text(path: str | PathLike[str], user: str) -> str:
         return text
     if any(NOT_UTF8.search(token) for token, _, _ in tokens(text)):
         remedy = "A .caffemodel holds weights; the net is in a .prototxt."
-        raise ValueError(f"{user}: expected text in UTF-8, got other bytes in {path}. {remedy}")
+        raise InputError(f"{user}: expected text in UTF-8, got other bytes in {path}. {remedy}")
     return NOT_UTF8.sub("?", text)
 
 
@@ -94,7 +95,7 @@ def parse(text: str, message: Any, source: str, user: str) -> Any:
     try:
         return text_format.Parse(text, message)
     except text_format.ParseError as error:
-        raise ValueError(f"{user}: {source}:{describe_parse_error(error)}") from None
+        raise InputError(f"{user}: {source}:{describe_parse_error(error)}") from None
 
 
 def describe_parse_error(error: text_format.ParseError) -> str:

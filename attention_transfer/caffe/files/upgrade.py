@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from attention_transfer._errors import InputError
 from attention_transfer.caffe import schema
 
 # The names of V1 layer types that are not their enum name in camel case.
@@ -26,7 +27,7 @@ def upgrade_net(net: Any, user: str) -> Any:
     """
     if net.layers:
         if net.layer:
-            raise ValueError(
+            raise InputError(
                 f"{user}: expected either `layer` or the older `layers`, got a net with both. "
                 "Rewrite the `layers` entries."
             )
@@ -57,7 +58,7 @@ def upgrade_solver(solver: Any) -> Any:
 def _upgrade_v1(old: Any, new: Any, user: str) -> None:
     name = old.DESCRIPTOR.enum_types_by_name["LayerType"].values_by_number[old.type].name
     if name == "NONE":
-        raise ValueError(
+        raise InputError(
             f"{user}: expected a type for the layer {old.name!r}, got none. "
             "A net of the V0 format must go through Caffe's upgrade_net_proto_text first."
         )
@@ -104,7 +105,7 @@ def _upgrade_inputs(net: Any, user: str) -> None:
     if shapes:
         own = shapes[: len(net.input)]
         if len(own) < len(net.input) or (not net.input_shape and len(own[-1]) < 4):
-            raise ValueError(
+            raise InputError(
                 f"{user}: expected one input_shape, or four input_dim, for each of {len(net.input)} `input`, "
                 f"got {len(net.input_shape)} input_shape and {len(net.input_dim)} input_dim."
             )

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from attention_transfer._errors import InputError
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.files.caffemodel import MOST_ENTRIES
 from attention_transfer.caffe.layers.fillers import check_filler, fill
@@ -27,7 +28,7 @@ def register(*types: str) -> Callable[[Kind], Kind]:
     return enter
 
 
-class LayerError(ValueError):
+class LayerError(InputError):
     """What is wrong with a layer: in its message and, part by part, in its attributes.
 
     Attributes:

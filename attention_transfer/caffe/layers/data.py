@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attention_transfer._errors import InputError
 from attention_transfer._extras import require
 from attention_transfer._reading import check_regular, read_bytes, read_text
 from attention_transfer.caffe import schema
@@ -240,7 +241,7 @@ class ImageData(DataLayer):
         path, _, label = line.strip().rpartition(" ")
         try:
             if "\0" in path:
-                raise ValueError("no path")
+                raise InputError("no path")
             return path, int(label)
         except ValueError:
             raise self.error("`PATH LABEL` on each line of the source", repr(line)) from None

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from attention_transfer._errors import InputError
 from attention_transfer._pictures import DeepError, open_picture
 from attention_transfer._reading import first_line
 from attention_transfer.caffe import schema
@@ -31,13 +32,13 @@ class Database:
         try:
             self._pages = Pages(file)
         except ValueError as error:
-            raise ValueError(
+            raise InputError(
                 f"{USER}: expected an LMDB in {path}, got something else, or a damaged one ({error}). "
                 "Copy or write it again."
             ) from None
         self.keys = [place.key for place in self._pages.places]
         if not self.keys:
-            raise ValueError(f"{USER}: expected records in the LMDB {path}, got none. Write it again.")
+            raise InputError(f"{USER}: expected records in the LMDB {path}, got none. Write it again.")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -57,7 +58,7 @@ class Database:
         try:
             return schema.Datum.FromString(self._pages.value(self._pages.places[place]))
         except DecodeError:
-            raise ValueError(
+            raise InputError(
                 f"{USER}: expected a Datum under the key {self.keys[place]!r} of {self.path}, got something "
                 "else. Write the LMDB again."
             ) from None
@@ -97,15 +98,15 @@ def first_record(path: str, kind: Any) -> Any:
         OSError: if the file cannot be read.
     """
     if not path:
-        raise ValueError(f"{USER}: expected the path of an LMDB, got none.")
+        raise InputError(f"{USER}: expected the path of an LMDB, got none.")
     folder = Path(path)
     pages = Pages(folder / "data.mdb" if folder.is_dir() else folder, first_only=True)
     if not pages.places:
-        raise ValueError(f"{USER}: expected records in the LMDB {path}, got none.")
+        raise InputError(f"{USER}: expected records in the LMDB {path}, got none.")
     try:
         return kind.FromString(pages.value(pages.places[0]))
     except DecodeError:
-        raise ValueError(
+        raise InputError(
             f"{USER}: expected a {kind.DESCRIPTOR.name} as the first record of {path}."
         ) from None
 
@@ -128,7 +129,7 @@ def datum_pixels(datum: Any, color: bool | None, what: str) -> np.ndarray:
     else:
         values = np.array(datum.float_data, dtype=np.float32)
     if min(shape) < 1 or values.size != shape[0] * shape[1] * shape[2]:
-        raise ValueError(
+        raise InputError(
             f"{USER}: expected an image of (c, h, w) {shape} in {what}, got {values.size} values. "
             "Write it again."
         )
@@ -150,9 +151,9 @@ def decode_image(data: bytes, color: bool | None, what: str) -> np.ndarray:
     try:
         image = open_picture(data, extra="caffe", user=USER, upright=color is not None)
     except DeepError as error:
-        raise ValueError(f"{USER}: expected 8 bits a channel in {what}, got the mode {error}.") from None
+        raise InputError(f"{USER}: expected 8 bits a channel in {what}, got the mode {error}.") from None
     except ValueError as error:
-        raise ValueError(
+        raise InputError(
             f"{USER}: expected an image in {what}, got what cannot be decoded: {first_line(error)}."
         ) from None
     if image.mode in ("P", "PA") and "transparency" in image.info:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attention_transfer._errors import InputError
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.assembly import Learnable
 from attention_transfer.caffe.files.caffemodel import array_blob, blob_array, read_solverstate, write_binary
@@ -80,7 +81,7 @@ class Solver:
         self.net.to(_device(self.param))
         self._share()
         if feed is not None and not self.net.inputs:
-            raise ValueError(
+            raise InputError(
                 "Solver: expected no feed for a net without Input layers, got one. "
                 "The net reads its data itself: leave feed out, or declare an Input layer."
             )
@@ -121,7 +122,7 @@ class Solver:
             ValueError: before any iteration.
         """
         if not self._recent:
-            raise ValueError("Solver.loss: expected an iteration before, got none. Call step(1).")
+            raise InputError("Solver.loss: expected an iteration before, got none. Call step(1).")
         return self._recent[-1].item()
 
     @property
@@ -176,7 +177,7 @@ class Solver:
             ValueError: if there is no `max_iter`; and as `step`.
         """
         if self.param.max_iter < 1:
-            raise ValueError(
+            raise InputError(
                 f"Solver: expected a max_iter of 1 or more, got {self.param.max_iter or 'none'}."
             )
         self.step(max(self.param.max_iter - self.iteration, 0))
@@ -357,7 +358,7 @@ class Solver:
         """
         state = read_solverstate(path)
         if min(state.iter, state.current_step, state.iter_last_event, state.random_seed) < 0:
-            raise ValueError(f"Solver.restore: expected counts of 0 or more, got negative ones in {path}.")
+            raise InputError(f"Solver.restore: expected counts of 0 or more, got negative ones in {path}.")
         arrays = [torch.from_numpy(blob_array(blob)) for blob in state.history]
         self._check_history(arrays, path)
         self.net.load(_learned_net(state, Path(path)))
@@ -379,14 +380,14 @@ class Solver:
         blobs = [entry.tensor for entry in self.net.learnable] * SLOTS.get(self.param.type, 1)
         sizes, expected = [len(a.reshape(-1)) for a in arrays], [blob.numel() for blob in blobs]
         if len(sizes) != len(expected):
-            raise ValueError(
+            raise InputError(
                 f"Solver.restore: expected {len(expected)} buffers for this net and type {self.param.type}, "
                 f"got {len(sizes)} in {path}. It belongs to another solver or net."
             )
         for index, (size, wanted) in enumerate(zip(sizes, expected, strict=True)):
             if size != wanted:
                 layer = self.net.learnable[index % len(self.net.learnable)].layer
-                raise ValueError(
+                raise InputError(
                     f"Solver.restore: expected {wanted} numbers in buffer {index}, of layer {layer!r}, got "
                     f"{size} in {path}. It belongs to another net."
                 )
@@ -426,7 +427,7 @@ class Solver:
             return {}
         if id(net) not in self._feeds:
             argument = "feed" if net is self.net else "test_feed"
-            raise ValueError(
+            raise InputError(
                 f"Solver: expected batches for the Input layers ({', '.join(names)}), got no {argument}. "
                 f"Pass {argument}, or read the data in the net, by a Data or HDF5Data layer."
             )
@@ -472,7 +473,7 @@ class _Cycle:
             self._iterator = iter(self._batches)
             batch = next(self._iterator, None)
         if batch is None:
-            raise ValueError(
+            raise InputError(
                 "Solver: expected another batch, got the end of feed. Pass a list or a loader, which can be "
                 "read again, or more batches."
             )

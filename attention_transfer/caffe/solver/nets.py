@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from attention_transfer._errors import InputError
 from attention_transfer.caffe import schema
 from attention_transfer.caffe.files.prototxt import read_net
 from attention_transfer.caffe.net import Net
@@ -26,15 +27,15 @@ def check_solver(param: Any) -> None:
     check_type(param)
     for name in ("iter_size", "average_loss"):
         if getattr(param, name) < 1:
-            raise ValueError(f"Solver: expected {name} of 1 or more, got {getattr(param, name)}.")
+            raise InputError(f"Solver: expected {name} of 1 or more, got {getattr(param, name)}.")
     for name in ("display", "snapshot", "test_interval", "max_iter"):
         if getattr(param, name) < 0:
-            raise ValueError(f"Solver: expected {name} of 0 or more, got {getattr(param, name)}.")
+            raise InputError(f"Solver: expected {name} of 0 or more, got {getattr(param, name)}.")
     if param.test_iter and (param.test_interval < 1 or min(param.test_iter) < 1):
         got = f"test_interval {param.test_interval} and test_iter {', '.join(map(str, param.test_iter))}"
-        raise ValueError(f"Solver: expected test_interval and each test_iter of 1 or more, got {got}.")
+        raise InputError(f"Solver: expected test_interval and each test_iter of 1 or more, got {got}.")
     if param.snapshot_format == param.HDF5:
-        raise ValueError(
+        raise InputError(
             "Solver: expected the snapshot_format BINARYPROTO, got HDF5. Remove the line: Caffe and this "
             "package both read the binary form."
         )
@@ -91,7 +92,7 @@ def _make_net(net: Any, phase: int, extra: Any) -> Net:
 def _train_source(param: Any) -> Any:
     given = [name for name in TRAIN_NETS if param.HasField(name)]
     if len(given) != 1:
-        raise ValueError(
+        raise InputError(
             f"Solver: expected exactly one train net out of {', '.join(TRAIN_NETS)}, got "
             f"{' and '.join(given) or 'none'}."
         )
@@ -104,11 +105,11 @@ def _test_sources(param: Any) -> list[Any]:
     common = [getattr(param, name) for name in ("net_param", "net") if param.HasField(name)]
     count = len(param.test_iter)
     if count < len(own) or (count > len(own) and not common):
-        raise ValueError(
+        raise InputError(
             f"Solver: expected a test_iter for each of {len(own)} test nets, got {count}. "
             "It says how many batches a test takes."
         )
     if param.test_state and len(param.test_state) != count:
         got = len(param.test_state)
-        raise ValueError(f"Solver: expected a test_state for each of {count} test nets, or none, got {got}.")
+        raise InputError(f"Solver: expected a test_state for each of {count} test nets, or none, got {got}.")
     return own + common * (count - len(own))

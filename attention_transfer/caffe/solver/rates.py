@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from attention_transfer._errors import InputError
+
 Number = type[np.float32] | type[np.float64]  # the net's precision, in which Caffe computes
 
 # What each policy needs beside base_lr: it means nothing, or divides by zero, without.
@@ -48,14 +50,14 @@ def check_policy(solver: Any) -> None:
     policy = solver.lr_policy
     if policy not in NEEDED:
         got = repr(policy) if policy else "none"
-        raise ValueError(f"Solver: expected an lr_policy out of {', '.join(NEEDED)}, got {got}.")
+        raise InputError(f"Solver: expected an lr_policy out of {', '.join(NEEDED)}, got {got}.")
     if not solver.HasField("base_lr") or not np.isfinite(solver.base_lr):
         got = solver.base_lr if solver.HasField("base_lr") else "none"
-        raise ValueError(f"Solver: expected a base_lr, got {got}. Write for example `base_lr: 0.1`.")
+        raise InputError(f"Solver: expected a base_lr, got {got}. Write for example `base_lr: 0.1`.")
     for name in NEEDED[policy]:
         if not _is_given(solver, name):
             got = getattr(solver, name) if name in ("stepsize", "max_iter") else "none"
-            raise ValueError(
+            raise InputError(
                 f"Solver: expected {_wanted(name)} for the lr_policy {policy!r}, got {got or 'none'}."
             )
 

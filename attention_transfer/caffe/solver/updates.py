@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention_transfer._errors import InputError
+
 Tensors = list[Tensor]
 Update = Callable[[Any, float, int, Tensors, list[Tensors]], Tensors]
 
@@ -112,18 +114,18 @@ def check_type(solver: Any) -> None:
     """
     kind = solver.type
     if kind not in UPDATES:
-        raise ValueError(f"Solver: expected a type out of {', '.join(UPDATES)}, got {kind!r}.")
+        raise InputError(f"Solver: expected a type out of {', '.join(UPDATES)}, got {kind!r}.")
     if kind in ("AdaGrad", "RMSProp") and solver.momentum:
-        raise ValueError(
+        raise InputError(
             f"Solver: expected no momentum for the type {kind!r}, which has none, got {solver.momentum:g}. "
             "Remove it."
         )
     decays = {"RMSProp": ("rms_decay",), "AdaDelta": ("momentum",), "Adam": ("momentum", "momentum2")}
     for name in decays.get(kind, ()):
         if not 0 <= (value := getattr(solver, name)) < 1:
-            raise ValueError(f"Solver: expected 0 <= {name} < 1 for the type {kind!r}, got {value:g}.")
+            raise InputError(f"Solver: expected 0 <= {name} < 1 for the type {kind!r}, got {value:g}.")
     if solver.regularization_type not in ("L1", "L2"):
-        raise ValueError(
+        raise InputError(
             f"Solver: expected a regularization_type out of L1, L2, got {solver.regularization_type!r}."
         )
 
