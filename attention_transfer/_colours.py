@@ -39,6 +39,7 @@ def print_safely(
     """
     stream = stream or sys.stdout
     lines = sep.join(part if isinstance(part, str) else printable(str(part)) for part in parts).split("\n")
+    # guard: printable-names
     text = coloured("\n".join(map(printable, lines)), stream)
     encoding = getattr(stream, "encoding", None) or "utf-8"
     known = text.encode(encoding, "backslashreplace").decode(encoding)

@@ -34,10 +34,12 @@ def write_atomically(path: Path, content: Content, *, keep: Path | None = None) 
     Raises:
         OSError: if it cannot be written, or a link or a folder is there; the old file is intact.
     """
+    # guard: written-file-follows-no-link
     check_writable(path)
     data = _filled(content) if callable(content) else content
     temporary = path.with_name(_temporary_name())
     try:
+        # guard: temporary-name-is-new, mode-by-umask
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -46,6 +48,7 @@ def write_atomically(path: Path, content: Content, *, keep: Path | None = None) 
         if keep is not None and path.exists():
             check_writable(keep)
             path.replace(keep)
+        # guard: whole-files
         temporary.replace(path)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
@@ -89,6 +92,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
+    # guard: abandoned-files-removed
     _remove_abandoned(path.parent)
     new = path.with_name(_temporary_name())
     new.mkdir()

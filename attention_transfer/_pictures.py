@@ -57,8 +57,10 @@ def open_picture(data: bytes, *, extra: str, user: str, upright: bool = True) ->
         if image is None:
             raise InputError(f"none of {', '.join(FORMATS)}")
         limit, pixels = pillow.MAX_IMAGE_PIXELS, image.width * image.height
+        # guard: image-bomb
         if limit is not None and pixels > limit:
             raise pillow.DecompressionBombError(f"{pixels:,} pixels, limit {limit:,}")
+        # guard: deep-pixels
         _refuse_deep(image)
         image.load()
         if image.mode not in MODES:
@@ -94,6 +96,7 @@ def _without_bomb_warning(pillow: Any, file: IO[bytes]) -> Image | None:
     """As `PIL.Image.open`, which warns of images of up to twice the limit where this package refuses them."""
     pillow.init()
     head = file.read(16)
+    # guard: image-formats
     for name in FORMATS:
         factory, accepts = pillow.OPEN.get(name, (None, None))
         if factory is None or (accepts and accepts(head) is not True):

@@ -35,6 +35,7 @@ def check_regular(path: str | os.PathLike[str]) -> None:
 
 
 def _check_mode(mode: int, path: str | os.PathLike[str]) -> None:
+    # guard: regular-files
     if stat.S_ISREG(mode):
         return
     is_kind = (stat.S_ISDIR, stat.S_ISFIFO, stat.S_ISSOCK, stat.S_ISCHR, stat.S_ISBLK)
@@ -109,10 +110,12 @@ def parse_json(text: str | bytes) -> Any:
     """
     try:
         value = json.loads(text, object_pairs_hook=_without_twins)
+    # guard: json-recursion
     except RecursionError:
         raise InputError("nested too deeply") from None
     except ValueError as error:
         raise InputError(f"not JSON: {one_line(error)}") from None
+    # guard: json-depth
     if _depth_exceeds(value, DEEPEST):
         raise InputError("nested too deeply")
     return value
@@ -162,6 +165,7 @@ def parse_yaml(text: str) -> list[Any]:
         _check_events(yaml, text)
         return list(yaml.load_all(text, Loader=_strict_loader(yaml)))
     # PyYAML lets out what int(), datetime() and the like raise: ValueError, TypeError, KeyError, ...
+    # guard: yaml-errors
     except Exception as error:
         raise InputError(f"not plain YAML: {one_line(error)}") from None
 
@@ -176,6 +180,7 @@ def _strict_loader(yaml: Any) -> Any:
     class Strict(yaml.SafeLoader):  # type: ignore[misc, name-defined]
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            # guard: yaml-twins
             if again := _first_twin([key.value for key in keys]):
                 raise InputError(f"line {_line(keys[again])}: {shown(keys[again].value)} is there twice")
             if merged := [key for key in keys if key.tag == "tag:yaml.org,2002:merge"]:
@@ -183,6 +188,7 @@ def _strict_loader(yaml: Any) -> Any:
             return super().construct_mapping(node, deep)
 
     def number(loader: Any, node: Any) -> Any:
+        # guard: yaml-deceives
         if is_deceptive(node.value):
             raise InputError(f"line {_line(node)}: {node.value}: write a plain number, or quote it as text")
         return getattr(yaml.SafeLoader, f"construct_yaml_{node.tag.rpartition(':')[2]}")(loader, node)
@@ -202,6 +208,7 @@ def _line(node: Any) -> int:
 def _check_events(yaml: Any, text: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        # guard: yaml-aliases
         if isinstance(event, yaml.AliasEvent):
             raise InputError(f"the alias *{event.anchor}: write the value itself")
         depth += isinstance(event, yaml.CollectionStartEvent)

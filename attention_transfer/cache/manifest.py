@@ -137,6 +137,7 @@ class Manifest:
         names = names if names is None else tuple(names)
         manifest = cls(**{**values, **tuples, "layers": tuple(layers), "class_names": names})
         counts = [getattr(manifest, name) for name in _COUNTS]
+        # guard: manifest-counts
         if not all(_is_count(count) for count in (*counts, len(layers))):
             raise InputError(f"{', '.join(_COUNTS)}: {counts}")
         if manifest.views * math.ceil(manifest.images / manifest.shard_images) > MOST_FILES:

@@ -119,4 +119,5 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 def _is_inside(path: Path, folder: Path) -> bool:
     """Whether a path of the cache is really there, and no link to elsewhere."""
+    # guard: shard-in-its-folder
     return path.resolve().is_relative_to(folder.resolve())

@@ -173,6 +173,7 @@ class Cache:
     def _open_shard(self, shard: Shard) -> UInt8[np.ndarray, "_ _"]:
         path = self.folder / shard.name
         stamp = Stamp.of(path)
+        # guard: shard-checksums
         fault = shard.fault(self.folder, deep=self._compared.get(shard) != stamp)
         if fault:
             raise InputError(

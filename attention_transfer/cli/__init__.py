@@ -79,6 +79,7 @@ def _open_current_folder(factories: Sequence[str]) -> None:
     At the end of the path, and only then: a file that lies there by chance stands in for no package that is
     not installed.
     """
+    # guard: import-from-here
     if (factories or trusted()) and (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
 

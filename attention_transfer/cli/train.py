@@ -210,6 +210,7 @@ def _is_alone(other: Run, recipe: Recipe, say: Say) -> bool:
     try:
         _ = other.result
         return other.recipe.method == "none" and _alike_alone(other.recipe, recipe)
+    # guard: damaged-run-beside
     except (OSError, ValueError) as error:
         say(f"note: {error}")
         return False

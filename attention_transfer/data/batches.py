@@ -146,6 +146,7 @@ class Batches:
                 "Resume with the settings of the interrupted run."
             )
         self.epoch = state["epoch"]
+        # guard: resume-position
         self._position = self._resume_at = state["position"]
 
     def rows(self, epoch: int) -> list[Int64[Tensor, " _"]]:
@@ -221,6 +222,7 @@ class Batches:
             collate_fn=_as_it_is,
             pin_memory=self.device.type == "cuda",
         )
+        # guard: dead-worker
         for (images, error), chosen in zip(_or_the_reason(loader), rows, strict=True):
             if error:
                 raise InputError(error)
@@ -279,6 +281,7 @@ def _shared(images: Tensor) -> Tensor | np.ndarray:
     if get_worker_info() is None:
         return images
     try:
+        # guard: little-shared-memory
         return images.share_memory_()
     except (RuntimeError, OSError):
         return images.numpy()

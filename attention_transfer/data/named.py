@@ -172,6 +172,7 @@ def read_idx(path: Path) -> UInt8[Tensor, "..."]:
             promised = math.prod(shape)
             if promised > LARGEST_IDX:
                 raise _not_idx(path, f"its header promises {promised:,} bytes")
+            # guard: gzip-bomb
             data = file.read(promised + 1)  # and no more, however far it would unfold
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise _not_idx(path, str(error)) from None

@@ -129,6 +129,7 @@ class _RowGroup:
         A column's own size stays unasked: on damaged metadata pyarrow's `RowGroupMetaData.column` ends the
         process (its C++ exception is not caught).
         """
+        # guard: parquet-bytes
         return self._metadata.total_byte_size
 
     def read(self) -> pa.ChunkedArray:
@@ -210,6 +211,7 @@ def _readable(path: Path) -> Iterator[None]:
     pa = require("pyarrow", extra="train", user="load_data")
     try:
         yield
+    # guard: parquet-damaged
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
@@ -232,6 +234,7 @@ def _read_columns(
     for batch in file.iter_batches(ROWS, row_groups=row_groups, columns=columns, use_threads=False):
         batches.append(batch)
         held += batch.nbytes
+        # guard: parquet-bomb
         if held > limit:
             raise InputError(
                 f"load_data: expected at most {limit:,} bytes of images and labels in {path}, got more: it "

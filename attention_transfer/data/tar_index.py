@@ -190,6 +190,7 @@ def _shards_of(rows: list[Any], arrays: dict[str, np.ndarray]) -> Iterator[tuple
     stops = np.cumsum(counts).tolist()
     for (key, size, changed, count), stop in zip(rows, stops, strict=True):
         offsets, sizes, labels = (arrays[name][stop - count : stop] for name in NUMBERS)
+        # guard: tar-index-contradicts
         if min(offsets.min(), sizes.min()) < 0 or (sizes > size - offsets).any():
             raise InputError("outside of the file")
         start = ends[stop - count - 1] if stop > count else 0
@@ -250,6 +251,7 @@ def _members(path: Path, file: io.FileIO) -> Iterator[tarfile.TarInfo]:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would remember them all
                 yield member
             end = tar.offset
+    # guard: tar-damaged
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise _damaged(path, str(error)) from None
     file.seek(end)

@@ -117,6 +117,7 @@ def _classes(student: Student) -> str:
 def plain(value: object) -> str:
     """A value as Markdown shows it: on one line, no mark-up, no HTML, nothing that moves a cursor."""
     text = printable(one_line(value))
+    # guard: markdown-of-names
     return _MARKS.sub(_without_meaning, text)
 
 

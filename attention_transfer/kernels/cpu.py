@@ -181,6 +181,7 @@ class _Compiled:
         # a full disk is an OSError; what a damaged file of pickles ends in, nobody knows
         except Exception as error:
             place = self._dispatcher.stats.cache_path
+            # guard: numba-cache-may-fail
             if place is None:
                 raise
             self._dispatcher = numba.njit(**self._options)(self._function)

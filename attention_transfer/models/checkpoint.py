@@ -30,9 +30,11 @@ def read_checkpoint(path: Path, *, mmap: bool = False) -> Any:
         OSError: if it cannot be read.
     """
     try:
+        # guard: weights-only, weights-only
         _check_proportion(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of odd pickle protocols before it refuses them
+            # guard: weights-only, weights-only
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise
@@ -56,12 +58,14 @@ def _check_proportion(path: Path) -> None:
     """
     storages: dict[str, int] = {}
     with path.open("rb") as file:
+        # guard: archive-or-pickle
         if file.read(4) == b"PK\x03\x04":  # by which torch tells the two formats apart
             Pickle(io.BytesIO(_pickle_in_archive(path)), storages).check()
         else:
             file.seek(0)
             for _ in range(LEGACY_PICKLES):
                 Pickle(file, storages).check()
+    # guard: storages-share-no-bytes
     if (stored := sum(storages.values())) > path.stat().st_size:
         raise OutOfProportionError(f"promises {stored:,} bytes of numbers")
 
@@ -74,6 +78,7 @@ def _pickle_in_archive(path: Path) -> bytes:
     """
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
+            # guard: compressed-checkpoint
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise InputError(f"the entry {entry.filename:.80} is compressed")
     reader = torch._C.PyTorchFileReader(str(path))

@@ -141,6 +141,7 @@ def _usualness(key: Any) -> int:
 
 def _usual_prefix(checkpoint: Mapping[Any, Any]) -> str:
     prefix, found = "", checkpoint
+    # guard: state-dict-depth
     for _ in range(DEEPEST):
         nested = next((key for key in NESTING_KEYS if isinstance(found.get(key), Mapping)), None)
         if nested is None:

@@ -158,6 +158,7 @@ class Pickle:
     def spend(self, parts: int) -> None:
         """Count what is made, copied or hashed."""
         self._work += parts
+        # guard: pickle-work
         if self._work > self._allowed:
             raise OutOfProportionError("would unfold to more than it is worth")
 
@@ -165,6 +166,7 @@ class Pickle:
         inner = [item for item in items if isinstance(item, Tuple)]
         parts = len(items) + sum(item.parts for item in inner)
         depth = 1 + max((item.depth for item in inner), default=0)
+        # guard: pickle-depth
         if depth > DEEPEST:
             raise OutOfProportionError("is nested too deeply")
         return Tuple(tuple(items), parts, depth)
@@ -183,12 +185,14 @@ class Pickle:
             )
             self.spend(self._odd_keys * key.parts if isinstance(key, Tuple) else 1)
         self.spend(1)
+        # guard: pickle-odd-keys
         if self._odd_keys > MOST_ODD_KEYS:
             raise OutOfProportionError("has too many keys that are neither text nor small numbers")
 
     def call(self, name: str, arguments: tuple[Any, ...], *, new: bool = False) -> Any:
         """What a call makes, if it is one that checkpoints have."""
         if name not in _CALLS or (new and name not in _NEW):
+            # guard: pickle-globals
             raise pickle.UnpicklingError(f"GLOBAL {name}")
         return _CALLS[name](self, name, arguments)
 
@@ -225,6 +229,7 @@ def _container(reader: Pickle, name: str, arguments: tuple[Any, ...]) -> Dict:
 def _text(reader: Pickle, name: str, arguments: tuple[Any, ...]) -> Made:
     """Bytes, which old protocols keep as text that is encoded."""
     text, *codec = arguments or ("",)
+    # guard: pickle-codecs
     if not all(isinstance(each, str) and each in _CODECS for each in codec):
         raise OutOfProportionError(f"asks {name} for what no checkpoint has")
     length = text.parts if isinstance(text, Made) and text.is_text else len(_only(text, str))
@@ -251,6 +256,7 @@ def _tensor(reader: Pickle, name: str, arguments: tuple[Any, ...]) -> Made:
     last = _count(offset) + sum((count - 1) * step for count, step in zip(sizes, strides, strict=True))
     needed = max(last + 1, math.prod(sizes)) if name.endswith("qtensor") else last + 1
     item = _item_bytes(arguments[6]) if name.endswith("_v3") else _only(storage, Storage).item
+    # guard: tensor-in-its-storage
     if math.prod(sizes) and needed * item > _only(storage, Storage).bytes:
         raise OutOfProportionError("has a tensor of more numbers than are stored")
     reader.spend(len(sizes))

@@ -325,6 +325,7 @@ def _stored(checkpoint: object, path: Path) -> Stored:
 
 def _check_plain(tensors: Mapping[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
+        # guard: plain-tensors
         if not is_plain(tensor):
             raise InputError(
                 f"load_weights: expected dense tensors with their numbers, got {path}, where "

@@ -452,6 +452,7 @@ class Recipe(_WithTerms):
         values = documents[-1] if documents else None
         if not isinstance(values, dict):
             raise InputError(f"Recipe.load: expected `field: value` lines in {path}, got {shown(values)}.")
+        # guard: factory-of-a-recipe
         check_models(values, path)
         return cls.from_mapping(values)
 

@@ -73,6 +73,7 @@ def _checked(result: Any) -> dict[str, Any]:
     for name, (holds, missing) in _OTHERS.items():
         if result.setdefault(name, missing) is None:
             result[name] = missing
+        # guard: result-facts
         elif not holds(result[name]):
             raise InputError(f"{name} is {shown(result[name])}")
     plan = result.get("plan")
@@ -351,6 +352,7 @@ class Run:
         known = {name.partition("/")[0] for name in WRITTEN} | {self.teacher.folder.name, "wandb"}
         if there and not self._wrote_recipe():
             known.remove(self.recipe_file.name)
+        # guard: foreign-files-kept
         if others := sorted(path.name for path in there if path.name not in known):
             raise FileExistsError(
                 f"train: {self.folder} holds {others[0]}, which no run wrote, so it stays. "
@@ -410,6 +412,7 @@ class Run:
         except (OSError, ValueError):
             return False
         place = None if recipe.output is None else Path(recipe.output)
+        # guard: foreign-recipe-kept
         return text == recipe.to_yaml() and place == self.folder.absolute()
 
     def write_result(self, result: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ MAX_MEASURABLE = 1e100  # whose square is a number too, for spreads
 
 def is_measurable(value: float) -> bool:
     """Whether a number is finite, and not so large that sums and squares of it are none."""
+    # guard: measurable-numbers
     return abs(value) <= MAX_MEASURABLE
 
 

@@ -114,6 +114,7 @@ def name_teacher(recipe: Recipe) -> Recipe:
     named: dict[str, Any] = {
         name: settings.get(name) for name in ("teacher", "teacher_weights", "teacher_classes")
     }
+    # guard: factory-of-a-cache
     check_models(named, recipe.cache or "")
     found = replace(recipe, **named)
     weights = found.teacher_weights

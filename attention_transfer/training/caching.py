@@ -68,6 +68,7 @@ def build_cache(
     settings = {name: getattr(recipe, name) for name in cache_fields()}
     manifest = describe(recipe, splits, onlooker, dtype)
     manifest = replace(manifest, settings=settings | {"layers": layers, "dtype": dtype})
+    # guard: one-build-a-cache
     with _alone(Path(folder)):
         if is_first_process():
             Cache.create(folder, manifest)
@@ -158,6 +159,7 @@ def _fill(
         cache,
         batches,
         lambda images, rows, view: onlooker(images, rows, view, views),
+        # guard: cache-shared-out
         missing[processes.rank :: processes.size],
     )
     if filler.todo:

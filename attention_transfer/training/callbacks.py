@@ -96,12 +96,14 @@ class Checkpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._between_steps = not trainer.is_last_batch
+        # guard: save-often
         due = time.perf_counter() - self._saved >= 60 * self.minutes
         if self._between_steps and any_process(trainer, due, batch_idx):
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         has_saved = isinstance(exception, Interrupted) or not isinstance(exception, Exception)
+        # guard: save-on-failure
         if self._between_steps and trainer.world_size == 1 and not has_saved:
             self._save(trainer)
 

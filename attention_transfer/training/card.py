@@ -60,6 +60,7 @@ class ModelCard:
 
     def __post_init__(self) -> None:
         for name, (holds, expected) in _FACTS.items():
+            # guard: card-facts
             if not holds(getattr(self, name)):
                 raise InputError(f"expected {name} to be {expected}, got {shown(getattr(self, name))}")
         if not len(self.mean) == len(self.std) == self.in_channels or not all(s > 0 for s in self.std):
@@ -95,6 +96,7 @@ class ModelCard:
         Raises:
             ValueError: if the card names a factory that the user has not named himself; and as `build_model`.
         """
+        # guard: factory-of-a-card
         check_trusted(self.model, weights)
         height, width = self.image_size
         model = build_model(

@@ -47,7 +47,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
             OSError: if it cannot be written; the earlier files are intact.
         """
         path = Path(path)
+        # guard: folder-that-went
         path.parent.mkdir(exist_ok=True)  # of a run folder that is gone nothing is made anew
+        # guard: previous-checkpoint-kept
         keep = former(path) if path == self._keeps else None
         write_atomically(path, lambda file: torch.save(checkpoint, file), keep=keep)
 
@@ -64,6 +66,7 @@ def checkpoint_to_resume(run: Run, say: Callable[[str], None]) -> Path | None:
         ValueError: if there are checkpoints, and none of them is whole.
     """
     damaged: list[str] = []
+    # guard: previous-checkpoint-read
     for path in (run.last_checkpoint, former(run.last_checkpoint), run.best_checkpoint):
         if not path.exists():
             continue
@@ -122,6 +125,7 @@ def _strange_momentum(states: dict[int, Any], parameters: Sequence[Tensor]) -> s
         if not (isinstance(values, dict) and index in range(len(parameters))):
             return f"a state of parameter {index!r}, of which there are {len(parameters)}"
         momentum, parameter = values.get("momentum_buffer"), parameters[index]
+        # guard: momentum-shapes
         if momentum is not None and getattr(momentum, "shape", None) != parameter.shape:
             return f"a momentum of {tuple(getattr(momentum, 'shape', ()))} for {tuple(parameter.shape)}"
     return None
@@ -162,6 +166,7 @@ def _damage(path: Path) -> str | None:
     try:
         state = read_checkpoint(path, mmap=True)
         with zipfile.ZipFile(path) as archive:
+            # guard: checkpoint-checksums
             if (part := archive.testzip()) is not None:  # checksums: torch.load does not look at them
                 return f"wrong checksum in {part}"
     except (ValueError, zipfile.BadZipFile) as error:

@@ -91,6 +91,7 @@ def _train_or_reuse(recipe: Recipe, overwrite: bool, say: Callable[[str], None])
     run = Run(recipe.folder.absolute())
     if overwrite or not run.exists:
         return train(recipe, overwrite=overwrite, say=say)
+    # guard: demo-of-other-settings
     if differences := run.recipe.differences(recipe.resolved()):
         raise FileExistsError(
             f"demo: {run.folder} holds another run, with {', '.join(differences)} of its own, so it stays. "

@@ -30,6 +30,7 @@ class FirstBad:
         """Take in a step's loss."""
         loss = loss.detach()
         before = torch.full_like(loss, -1, dtype=torch.int64) if self._step is None else self._step
+        # guard: first-bad-step
         self._step = torch.where((before < 0) & ~torch.isfinite(loss), step, before)
 
     def step(self) -> int | None:

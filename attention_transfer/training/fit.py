@@ -101,6 +101,7 @@ def resume(folder: str | Path, *, say: Say | None = None, **places: Any) -> Run:
 
 def _start(run: Run, recipe: Recipe, say: Say | None, create: Callable[[Recipe], None] | None = None) -> Run:
     """Build and check what can be before any other process is started; `create` makes the run folder."""
+    # guard: output-name
     run.check_name()
     splits = load_splits(recipe)
     student = build_student(recipe, splits)
@@ -111,11 +112,13 @@ def _start(run: Run, recipe: Recipe, say: Say | None, create: Callable[[Recipe],
     speed = choose_speed(recipe)
     recipe = replace(recipe, precision=speed.precision)  # what the folder keeps repeats the run anywhere
     tell = only_first(say or say_above_the_bar)
+    # guard: one-training-a-folder
     with _alone(run):
         if create is None and run.finished:  # by another process, which has just ended
             return run
         if create and is_first_process():
             create(recipe)
+        # guard: run-folder-links
         run.check_links()
         tell(str(speed))
         with together(recipe, _facts(splits), "train") as processes:
@@ -174,6 +177,7 @@ def _fit(
     from attention_transfer.training.module import DistillationModule
 
     if is_first_process():
+        # guard: sweep-before-start
         run.sweep()
     last = checkpoint_to_resume(run, tell)
     tell(str(splits))
@@ -258,6 +262,7 @@ class _Loaders:
     def __init__(self, recipe: Recipe, splits: Splits, processes: Processes, device: torch.device) -> None:
         share = processes.share_of(recipe.batch_size)
         common: dict[str, Any] = {
+            # guard: rows-of-each-process
             "rank": processes.rank,
             "world_size": processes.size,
             "device": device,

@@ -61,6 +61,7 @@ def _mlflow(run: Run, recipe: Recipe) -> Logger:
 
     address = os.environ.get("MLFLOW_TRACKING_URI", LOCAL_MLFLOW)
     if address == LOCAL_MLFLOW:
+        # guard: logger-links
         _check_links()
     known = _identities(run).get("mlflow")
     logger = MLFlowLogger(PROJECT, run_name=printable(run.folder.name), tracking_uri=address, run_id=known)

@@ -137,6 +137,7 @@ class DistillationModule(LightningModule):
         wrong = (out.logits.detach().argmax(1) != labels).float().mean()
         self.training_totals.add({"loss": out.loss, **out.terms, "error": 100 * wrong}, len(labels))
         share = self._share(batch_idx, len(labels))
+        # guard: share-of-the-loss
         return out.loss if share == 1 else out.loss * share  # the mean over processes is that over images
 
     def _share(self, batch_idx: int, images: int) -> float:
@@ -148,6 +149,7 @@ class DistillationModule(LightningModule):
 
     def _mean(self, ours: Tensor) -> Tensor:
         """The mean over the processes: what one of them trips over, all do."""
+        # guard: mean-over-processes
         return self.trainer.strategy.reduce(ours, reduce_op="mean")
 
     def _balance(self, inputs: Tensor, labels: Tensor, teacher: Reading | None, share: float) -> None:
@@ -169,6 +171,7 @@ class DistillationModule(LightningModule):
     ) -> Float[Tensor, "b c h w"]:
         if self.views is None:
             ours = self.batches.share(self.current_epoch, batch_idx)
+            # guard: draws-of-the-whole-batch
             return self.augment(images, whole=self.batches.whole(batch_idx), share=ours)
         return self.augment.view(images, rows[0], self.views, self.views.of_epoch(self.current_epoch))
 
@@ -267,11 +270,13 @@ class DistillationModule(LightningModule):
                 "--overwrite."
             )
         before = checkpoint.get("teacher_fingerprint")
+        # guard: same-teacher-on-resume
         if before != self.teacher_fingerprint:
             raise InputError(
                 f"train: expected the teacher that had fingerprint {before}, got {self.teacher_fingerprint}. "
                 "Put the teacher's former weights back, or start over with --overwrite."
             )
+        # guard: totals-counted-once
         self.training_totals.load_state_dict(checkpoint["training_totals"], first=self.global_rank == 0)
         self.distiller.terms.load_state_dict(checkpoint.get("terms", {}))
         self._found = checkpoint.get("found_weights", {})
@@ -298,8 +303,10 @@ class DistillationModule(LightningModule):
             self._skipped_in_a_row = 0
             return False
         self._skipped_in_a_row += 1
+        # guard: too-many-skipped
         if self._skipped_in_a_row > MOST_IN_A_ROW:
             self._stop_if_bad()
+        # guard: skip-without-trace
         before.restore()
         self._first_bad.clear()
         self.say(f"warning: skipped a batch whose loss is not finite: {self._dump(batch_idx)}")
@@ -368,6 +375,7 @@ class Totals:
 
     def together(self, reduce: Any) -> tuple[dict[str, Tensor], int]:
         """The sums and the count over all processes; `reduce` sums a tensor over them."""
+        # guard: totals-of-all
         if reduce is None or not self.sums:
             return self.sums, self.count
         sums = [*self.sums.values()]

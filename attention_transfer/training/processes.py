@@ -42,6 +42,7 @@ DIFFERENCES = 5  # settings that an error lists
 
 def only_first(say: Say) -> Say:
     """`say` on the first process, and silence on the others."""
+    # guard: one-process-speaks
     return say if is_first_process() else lambda line: None
 
 
@@ -152,6 +153,7 @@ def together(recipe: Recipe, facts: dict[str, Any], user: str) -> Iterator[Proce
             f"attention_transfer/{next(_joined)}", torch.distributed.distributed_c10d._get_default_store()
         )
         pulses = Pulses(store, rank, size, 60 * recipe.wait_minutes)
+        # guard: same-settings
         _compare(pulses.exchange({**{flag_of(name): getattr(recipe, name) for name in names}, **facts}), user)
         yield Processes(rank, size, pulses)
     except Interrupted:  # all of them have agreed to stop
@@ -176,6 +178,7 @@ def _connect(recipe: Recipe) -> tuple[int, int]:
     from lightning.fabric.strategies.launchers import subprocess_script
 
     # Lightning's own observer kills this process, before it can say why, when one that it started has died.
+    # guard: process-left-alone
     subprocess_script._launch_process_observer = _watch  # type: ignore[assignment]
     devices, nodes = layout(recipe)
     strategy = DDPStrategy(timeout=timedelta(minutes=recipe.wait_minutes))
@@ -302,6 +305,7 @@ class Pulses:
                 pulse = self._store.get(f"pulse/{rank}") if there else b""
                 if pulse != last[rank][0]:
                     last[rank] = pulse, time.monotonic()
+                # guard: silent-process
                 elif time.monotonic() - last[rank][1] > self.patience:
                     raise SilentError(f"process {rank} has no pulse")
             time.sleep(0.02)

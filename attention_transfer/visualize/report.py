@@ -68,6 +68,7 @@ def _render(page: dict[str, Any]) -> str:
     here = Path(__file__).parent
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(here),
+        # guard: report-escapes
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -120,6 +120,7 @@ class Snapshots:
         check_regular(path)
         try:
             with safe_open(path, framework="pt") as file:
+                # guard: nested-facts
                 facts = parse_json((file.metadata() or {})[_KEY])
                 tensors: dict[str, Any] = {
                     name: file.get_tensor(name).clone()  # not a view of a file that may be written anew
@@ -131,6 +132,7 @@ class Snapshots:
             kept = cls(
                 tensors["images"], tensors["labels"], facts["classes"], layers, teacher, facts["epochs"], maps
             )
+            # guard: kept-maps
             kept._check()
             return kept
         except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:

@@ -103,6 +103,7 @@ class Pages:
 
     def _walk(self, page: int, depth: int) -> Iterator[Place]:
         start = page * self._size
+        # guard: lmdb-loops
         if page in self._seen or depth > DEEPEST or start + self._size > self._length:
             raise InputError(f"page {page} is not in its tree")
         self._seen.add(page)

@@ -338,10 +338,12 @@ class HDF5Data(DataLayer):
         h5py = require("h5py", extra="caffe", user=self.type)
         link = content.get(name, getlink=True)
         found = None if isinstance(link, h5py.ExternalLink) else content[name]
+        # guard: hdf5-elsewhere
         if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
             raise self.error(f"a data set {name!r} inside {path}", "a link to elsewhere, or a group")
         if found.dtype.kind not in "fiub" or found.shape is None:
             raise self.error(f"numbers in {name!r} of {path}", f"the type {found.dtype}")
+        # guard: hdf5-bomb
         if found.nbytes > HDF5_UNFOLDED * path.stat().st_size + HDF5_SMALL:
             raise self.error(f"a data set {name!r} that {path} can hold", f"one of {found.nbytes:,} bytes")
         return found

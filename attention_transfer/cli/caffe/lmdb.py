@@ -133,6 +133,7 @@ def _write(path: Path, records: _Records) -> np.ndarray:
     with new_folder(path) as folder:
         try:
             total = _fill(folder, records)
+        # guard: lmdb-write-fails
         except lmdb.Error as error:
             raise OSError(f"caffe lmdb: could not write {path}: {error}. Nothing is left of it.") from None
         remove_written(folder, ["lock.mdb"])

@@ -55,6 +55,7 @@ def run(arguments: list[str]) -> None:
         return
     prefix = solver.snapshot_prefix
     path = flags.log or prefix.with_name(f"{prefix.name}_log.csv")
+    # guard: one-training-a-prefix, one-training-a-log
     with _alone(prefix, "the snapshots", "snapshot_prefix"), _alone(path, "the log", "--log"):
         _Training(solver, _Log(path, solver), _resuming(flags)).run()
 
