@@ -217,8 +217,8 @@ def try_out(net: Any, phase: str = "TRAIN") -> Trial:
         trial.refused.setdefault(places[id(error.layer)], error)
 
     trial.lacking = {place for place, layer in made.items() if _lacks(layer)}
-    for error in graph.faults(made):
-        fault(error)
+    for found in graph.faults(made):
+        fault(found)
     _build(made, trial, fault)
     if trial.layers.keys() == made.keys():
         try:
