@@ -243,7 +243,9 @@ def test_a_contender_that_is_missing_is_a_row_with_the_reason(
     found = [row for row in kernels.measure(case, session) if row.backend == TORCHDISTILL]
     assert len(found) == 1
     assert found[0].p50 is None
-    assert found[0].note.startswith("not measured: ImportError: bench: needs the package torchdistill")
+    assert found[0].note.startswith(
+        "not measured: MissingPackageError: bench: needs the package torchdistill"
+    )
 
 
 # --- from the command to the page ---------------------------------------------------------------------------
