@@ -653,6 +653,7 @@ def compiled(net: Net, request: pytest.FixtureRequest):
     torch._dynamo.reset()
 
 
+@pytest.mark.unchecked
 def test_compiled_taps_kept_open(compiled: nn.Module) -> None:
     names = ["layer1", "layer2"]
     with Taps(compiled, names) as taps:
@@ -660,12 +661,14 @@ def test_compiled_taps_kept_open(compiled: nn.Module) -> None:
             check_step(compiled, taps, names, torch.randn(2, 3, 8, 8))
 
 
+@pytest.mark.unchecked
 def test_compiled_taps_of_what_a_module_is_given(compiled: nn.Module, x: Tensor) -> None:
     names = ["layer1.input", "layer2"]
     with Taps(compiled, names) as taps:
         check_step(compiled, taps, names, x)
 
 
+@pytest.mark.unchecked
 def test_compiled_taps_opened_around_each_step(
     compiled: nn.Module, x: Tensor, pytestconfig: pytest.Config
 ) -> None:
@@ -678,6 +681,7 @@ def test_compiled_taps_opened_around_each_step(
     assert graphs == 2 or pytestconfig.getoption("--shapes")  # with taps, without; the checks add their own
 
 
+@pytest.mark.unchecked
 def test_compiled_taps_opened_after_calls_without_them(compiled: nn.Module, x: Tensor) -> None:
     for _ in range(3):
         compiled(x)
@@ -686,6 +690,7 @@ def test_compiled_taps_opened_after_calls_without_them(compiled: nn.Module, x: T
             check_step(compiled, taps, names, torch.randn(2, 3, 8, 8))
 
 
+@pytest.mark.unchecked
 def test_compiled_in_place_overwriting(compiled: nn.Module, x: Tensor) -> None:
     with Taps(compiled, ["layer2.0"]) as taps:
         compiled(x)
@@ -704,6 +709,7 @@ class Deep(nn.Module):
         return x
 
 
+@pytest.mark.unchecked
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 def test_compiled_models_do_not_use_up_each_others_recompilations(x: Tensor) -> None:
     torch._dynamo.reset()
@@ -715,6 +721,7 @@ def test_compiled_models_do_not_use_up_each_others_recompilations(x: Tensor) -> 
     torch._dynamo.reset()
 
 
+@pytest.mark.unchecked
 def test_compiled_shared_module(compiled: nn.Module, x: Tensor) -> None:
     with Taps(compiled, ["relu#1"]) as taps:
         check_step(compiled, taps, ["relu#1"], x)
