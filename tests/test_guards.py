@@ -91,7 +91,7 @@ KILLED = [
         "temporary.unlink(path.write_bytes(temporary.read_bytes()) < 0)",
         "survival whoever_reads",
     ),
-    Guard("resume-position", 'self._position, self._resume_at = state["position"], 0', "survival killed_at"),
+    Guard("resume-position", "self._position = self._resume_at = 0", "survival killed_at"),
     Guard(
         "previous-checkpoint-read",
         "for path in (run.last_checkpoint, run.best_checkpoint):",
