@@ -199,6 +199,10 @@ def test_a_momentum_of_other_parameters_is_an_error(
             lambda state: state["state_dict"].update(dict.fromkeys(state["state_dict"], torch.zeros(3))),
             "for ",
         ),
+        (
+            lambda state: state["state_dict"].update(strange=torch.zeros(3)),
+            "strange in state_dict, which the",
+        ),
         (lambda state: state.update(optimizer_states=[]), "no list of 1 under optimizer_states"),
         (lambda state: state["optimizer_states"][0].update(state={99999: {}}), "parameter 99999"),
         (

@@ -338,8 +338,8 @@ class Recipe(_WithTerms):
     @property
     def method_terms(self) -> dict[str, Declaration]:
         """The method's terms by name, none for "none"."""
-        named = _some_of(tuple(self.known_terms), "method", self.method)
-        return {name: self.known_terms[name] for name in named}
+        known = self.known_terms
+        return {name: known[name] for name in _some_of(tuple(known), "method", self.method)}
 
     @property
     def needs_teacher(self) -> bool:

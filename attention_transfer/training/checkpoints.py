@@ -99,7 +99,7 @@ def check_fits(run: Run, checkpoint: Path, trainer: Trainer, module: Distillatio
     parameters = list(module.distiller.parameters())
     expected: dict[str, Any] = {
         "state_dict": module.state_dict(),
-        "terms": module.distiller.terms.state_dict(),
+        **({"terms": learnt} if (learnt := module.distiller.terms.state_dict()) else {}),
         "training_totals": {"sums": {}, "count": 0},
         "callbacks": {each.state_key: own for each in _callbacks(trainer) if (own := each.state_dict())},
         "optimizer_states": [{"state": {}, "param_groups": [{"params": list(range(len(parameters)))}]}],
@@ -132,7 +132,7 @@ def _strange_momentum(states: dict[int, Any], parameters: Sequence[Tensor]) -> s
 
 
 def _difference(found: Any, expected: Any, place: str) -> str | None:
-    """Where something is not made as expected, None if it is. More names than expected are no matter."""
+    """Where something is not made as expected, None if it is. Beside weights, more names are no matter."""
     if isinstance(expected, dict):
         if not isinstance(found, dict):
             return f"no names under {place}"
@@ -141,7 +141,9 @@ def _difference(found: Any, expected: Any, place: str) -> str | None:
                 return f"no {name} in {place or 'it'}"
             if reason := _difference(found[name], part, f"{place}/{name}".strip("/")):
                 return reason
-        return None
+        are_weights = bool(expected) and all(isinstance(part, Tensor) for part in expected.values())
+        more = sorted(map(str, found.keys() - expected.keys())) if are_weights else []
+        return f"{more[0]} in {place}, which the model has not" if more else None
     if isinstance(expected, list | tuple):
         if not isinstance(found, list | tuple) or len(found) != len(expected):
             return f"no list of {len(expected)} under {place}"
